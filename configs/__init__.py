@@ -1,0 +1,1 @@
+"""Experiments as `get_config()` files, one a paper or family."""

@@ -1,16 +1,17 @@
 """From an ml_collections config to frozen dataclasses and Linen modules, once, at the start.
 
-The fields of a dataclass (a Linen module is one) are the schema: their names are the keys, their annotations the types and
-their defaults the only place where a default stands. A section with several implementations names one by `kind`, looked
-up in an explicit table that its room exports. Whatever nobody reads is an error that names the full path and the nearest
-valid names, so a misspelling never trains.
+The fields of a dataclass (a Linen module is one) are the schema: their names are the keys, their
+annotations the types and their defaults the only place where a default stands. A section with several
+implementations names one by `kind`, looked up in an explicit table that its room exports. Whatever nobody
+reads is an error that names the full path and the nearest valid names, so a misspelling never trains.
 
     class Block(nn.Module):
         mixer: nn.Module = part(mixers.KINDS)       # dict(kind="attention", heads=3)
         ffn: nn.Module = part(ffn.KINDS)
         epsilon: float = 1e-6
 
-    block = build(Block, dict(mixer=dict(kind="attention", heads=3), ffn=dict(kind="mlp")), "config.model.block")
+    section = dict(mixer=dict(kind="attention", heads=3), ffn=dict(kind="mlp"))
+    block = build(Block, section, "config.model.block")
 """
 
 import dataclasses
@@ -56,8 +57,8 @@ def build(schema: type, section: Any, path: str, given: Mapping[str, Any] | None
       given: fields that the caller sets and the section must not.
 
     Raises:
-      UsageError: for an unknown key, a missing key, a value of the wrong type, an unknown kind, or a value that the
-        class itself refuses.
+      UsageError: for an unknown key, a missing key, a value of the wrong type, an unknown kind, or a value
+        that the class itself refuses.
     """
     given = dict(given or {})
     if not section_of(section):
@@ -68,7 +69,8 @@ def build(schema: type, section: Any, path: str, given: Mapping[str, Any] | None
     for key in section:
         if key not in open_keys:
             raise UsageError(
-                f"{path}.{key} is read by nobody: {schema.__name__} has no such field. {did_you_mean(key, open_keys)}"
+                f"{path}.{key} is read by nobody: {schema.__name__} has no such field. "
+                f"{did_you_mean(key, open_keys)}"
             )
     hints = typing.get_type_hints(schema)
     values = dict(given)

@@ -1,7 +1,8 @@
 """The two errors a user meets, and the one way to say "did you mean".
 
-Every message names the thing and what to type instead. The drivers in `experiments/` turn a `UsageError` into exit
-code 2, a `RunError` into exit code 1 and `Preempted` into 75, each without a traceback unless `--debug` is given.
+Every message names the thing and what to type instead. The drivers in `experiments/` turn a `UsageError`
+into exit code 2, a `RunError` into exit code 1 and `Preempted` into 75, each without a traceback unless
+`--debug` is given.
 """
 
 import difflib

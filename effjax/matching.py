@@ -1,8 +1,9 @@
 """One matcher for every rule that picks parameters by name.
 
-A rule table is an ordered sequence of `(regexp, value)` pairs. A path such as `blocks/mixer/query/kernel` takes the value
-of the first pair whose regexp matches the *whole* path. Weight decay, learning-rate multipliers, freezing, sharding,
-quantising and pruning all read their rules through this file, so they agree on what a name is.
+A rule table is an ordered sequence of `(regexp, value)` pairs. A path such as `blocks/mixer/query/kernel`
+takes the value of the first pair whose regexp matches the *whole* path. Weight decay, learning-rate
+multipliers, freezing, sharding, quantising and pruning all read their rules through this file, so they
+agree on what a name is.
 """
 
 import re

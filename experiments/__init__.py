@@ -1,0 +1,1 @@
+"""The drivers a person runs: `python -m experiments.NAME`."""
