@@ -1,0 +1,6 @@
+"""How channels mix. Each kind is a Linen module on `[..., C]`."""
+
+from effjax.ffn.gated import Gated
+from effjax.ffn.mlp import MLP
+
+KINDS = {"mlp": MLP, "gated": Gated}

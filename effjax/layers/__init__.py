@@ -1,0 +1,1 @@
+"""Small layers that every skeleton shares: projections, norms, embeddings, the scan over depth."""

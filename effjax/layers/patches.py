@@ -1,0 +1,74 @@
+"""Images to patch tokens and back, and the fixed sine-cosine position table.
+
+tokens[b, i, j] = flatten(image[b, i p : (i + 1) p, j p : (j + 1) p]) W + b    Dosovitskiy et al. 2021, eq. 1
+"""
+
+import einops
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from flax.linen.initializers import Initializer
+from jaxtyping import Array, Float
+
+from effjax.errors import UsageError
+from effjax.layers.dense import dense, xavier
+
+
+def check_divides(height: int, width: int, patch: int) -> None:
+    """Refuses a picture that patches do not tile."""
+    if height % patch or width % patch or not (height and width):
+        raise UsageError(
+            f"a picture of {height} x {width} cannot be cut into patches of {patch} x {patch}: "
+            f"resize it to a multiple of {patch}, or choose a patch that divides both sides."
+        )
+
+
+class PatchEmbed(nn.Module):
+    """Cuts a picture into patches and projects each; the same map as a convolution with stride `patch`."""
+
+    patch: int
+    dim: int
+    kernel_init: Initializer = xavier
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b height width c"]) -> Float[Array, "b h w dim"]:
+        """Returns the grid of tokens."""
+        check_divides(images.shape[1], images.shape[2], self.patch)
+        cut = "b (h p) (w q) c -> b h w (p q c)"
+        x = einops.rearrange(images, cut, p=self.patch, q=self.patch)  # [B, H/p, W/p, p p C]
+        return dense(self.dim, (None, "embed"), kernel_init=self.kernel_init, name="projection")(x)
+
+
+def unpatch(
+    tokens: Float[Array, "b n pixels"], grid: tuple[int, int], patch: int
+) -> Float[Array, "b height width c"]:
+    """Lays `p p C` values a token out as a picture: the inverse of the cut in `PatchEmbed`."""
+    h, w = grid
+    return einops.rearrange(tokens, "b (h w) (p q c) -> b (h p) (w q) c", h=h, w=w, p=patch, q=patch)
+
+
+def sincos_table(grid: tuple[int, int], dim: int, base: float = 10_000.0) -> Float[np.ndarray, "n dim"]:
+    """Fixed 2-D positions: half of the channels for the column, half for the row, each half sines then
+    cosines.
+
+    The frequencies are `base ** (-k / (dim / 4))` for `k = 0 .. dim / 4 - 1`; rows of the table run over
+    the grid row by row. This is the table of MAE and of DiT.
+
+    Raises:
+      UsageError: where `dim` is no multiple of four.
+    """
+    if dim % 4:
+        raise UsageError(f"sine-cosine positions need a width that is a multiple of 4, not {dim}.")
+    frequencies = base ** (-np.arange(dim // 4, dtype=np.float64) / (dim // 4))
+
+    def encode(position: np.ndarray) -> np.ndarray:
+        angle = position.reshape(-1, 1) * frequencies[None, :]  # [N, dim / 4]
+        return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+
+    rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    return np.concatenate([encode(columns), encode(rows)], axis=1).astype(np.float32)
+
+
+def add_positions(x: Float[Array, "b n c"], table: Float[Array, "n c"]) -> Float[Array, "b n c"]:
+    """Adds a position table to every sequence of the batch, in the dtype of the sequence."""
+    return x + jnp.asarray(table, x.dtype)[None]

@@ -1,0 +1,5 @@
+"""The skeletons that compose parts into networks."""
+
+from effjax.models.vit import ViT
+
+KINDS = {"vit": ViT}
