@@ -10,9 +10,8 @@ from effjax import models
 from effjax.config import build, build_kind, part
 from effjax.data import Data
 from effjax.parallel.mesh import MeshShape
-from effjax.train import evaluators, tasks
+from effjax.train import evaluators, optimizers, tasks
 from effjax.train.ema import Ema
-from effjax.train.optimizers import Optimizer
 from effjax.train.step import Precision
 
 
@@ -41,7 +40,7 @@ class Train:
     keep: int = 3
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
     """Everything a config says.
 
@@ -58,9 +57,9 @@ class Experiment:
 
     model: nn.Module = part(models.KINDS)
     task: Any = part(tasks.KINDS)
-    data: Data = dataclasses.field()
-    optimizer: Optimizer = dataclasses.field()
-    train: Train = dataclasses.field()
+    data: Data
+    optimizer: Any = part(optimizers.KINDS)
+    train: Train
     evaluators: Mapping[str, Any] = dataclasses.field(
         default_factory=dict, metadata={"kinds": evaluators.KINDS}
     )

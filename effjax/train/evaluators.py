@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from effjax.data import Data
+from effjax.data import Data, OpenData
 from effjax.parallel.sharding import to_global
 from effjax.train.tasks.mean import Means, add, values
 
@@ -25,16 +25,21 @@ class Metrics:
     every: str
     ema: bool = False
 
-    def run(self, program: Any, variables: Any, check_stop: Callable[[], None]) -> dict[str, float]:
+    def run(
+        self, program: Any, data: OpenData, variables: Any, check_stop: Callable[[], None]
+    ) -> dict[str, float]:
         """Returns the averages as floats.
 
         Args:
           program: the compiled side of the run, `effjax.train.program.Program`.
+          data: `self.data`, open.
           variables: parameters and collections on device.
           check_stop: called between batches; raises where the run was told to stop.
         """
         total: Means | None = None
-        for batch in self.data.evaluate(jax.process_index(), jax.process_count()):
+        for batch in data.evaluate(
+            process_index=jax.process_index(), process_count=jax.process_count()
+        ):
             check_stop()
             means = program.metrics(variables, to_global(batch, program.batch_sharding))
             total = means if total is None else _add(total, means)

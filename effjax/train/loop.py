@@ -42,7 +42,7 @@ class Observer(Protocol):
 class Checkpoints(Protocol):
     """What the loop asks of `effjax.train.checkpoint`."""
 
-    def save(self, state: TrainState, extra: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: TrainState, extra: dict[str, Any]) -> None:
         """Starts saving a step."""
 
     def wait(self) -> None:
@@ -120,6 +120,8 @@ class _Loop:
         self.log_every = budget.steps(experiment.train.log_every)
         self.save_every = budget.steps(experiment.train.checkpoint_every)
         self.evaluate_every = {name: budget.steps(e.every) for name, e in experiment.evaluators.items()}
+        # Opened now, so that a missing data set stops the run before it compiles.
+        self.evaluation_data = {name: e.data.open() for name, e in experiment.evaluators.items()}
         self.clock = _Clock()
         self.evaluations: dict[str, dict[str, float]] = {}
         self.failures: dict[str, str] = {}
@@ -159,8 +161,10 @@ class _Loop:
 
     def _batches(self, state: TrainState) -> Iterator[dict[str, jax.Array]]:
         """Global batches from the state's data position on."""
-        rows = self.program.experiment.data.train(
-            examples_seen(state), jax.process_index(), jax.process_count()
+        rows = self.program.data.train(
+            start=examples_seen(state),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
         return (to_global(batch, self.program.batch_sharding) for batch in rows)
 
@@ -212,7 +216,7 @@ class _Loop:
 
             try:
                 variables = self.program.variables(state, evaluator.ema)
-                values = evaluator.run(self.program, variables, check_stop)
+                values = evaluator.run(self.program, self.evaluation_data[name], variables, check_stop)
             except Preempted:
                 raise
             except Exception as error:
@@ -226,7 +230,7 @@ class _Loop:
             self.observer.write(step, name, values)
 
     def _save(self, state: TrainState) -> None:
-        self.checkpoints.save(state, {"examples": examples_seen(state)})
+        self.checkpoints.save(int(state.step), state, {"examples": examples_seen(state)})
 
     def _preempt(self, state: TrainState, saved: int) -> None:
         """Saves and stops; a halted state is saved too, it is the good state before the bad step."""

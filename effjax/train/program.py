@@ -1,7 +1,6 @@
 """The compiled side of a run: how the state lies on the mesh, how it is made, and the functions that move it.
 
-Nothing here touches a disk or a data set, so a plan, a benchmark, an evaluation and the training loop all
-start from the same program.
+A plan, a benchmark, an evaluation and the training loop all start from the same program.
 """
 
 import dataclasses
@@ -16,6 +15,7 @@ from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from effjax.data import OpenData
 from effjax.errors import UsageError
 from effjax.experiment import Experiment
 from effjax.parallel.mesh import make_mesh
@@ -40,6 +40,7 @@ class Program:
 
     Attributes:
       experiment: the resolved config.
+      data: the training data, open.
       budget: the length of the run in steps.
       mesh: the devices.
       rules: logical axis names to mesh axes.
@@ -50,6 +51,7 @@ class Program:
     """
 
     experiment: Experiment
+    data: OpenData
     budget: Budget
     mesh: Mesh
     rules: AxisRules
@@ -74,7 +76,7 @@ class Program:
             return jax.jit(self._make_state, out_shardings=self.shardings)()
 
     def _make_state(self) -> TrainState:
-        variables = _init_variables(self.experiment)
+        variables = _init_variables(self.experiment, self.data)
         return _state(self.experiment, self.optimizer, meta.unbox(variables))
 
     @functools.cached_property
@@ -105,7 +107,7 @@ class Program:
         def shape(leaf: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype, sharding=self.batch_sharding)
 
-        return jax.tree.map(shape, dict(self.experiment.data.example_batch()))
+        return jax.tree.map(shape, dict(self.data.example_batch(1)))
 
     def metrics(self, variables: Any, batch: Mapping[str, Array]) -> Means:
         """The task's metrics in evaluation, in the compute dtype of the run."""
@@ -124,9 +126,9 @@ class Program:
         return {"params": state.ema if ema else state.params, **state.collections}
 
 
-def _init_variables(experiment: Experiment) -> Any:
+def _init_variables(experiment: Experiment, data: OpenData) -> Any:
     """Freshly initialised variables, with their axis names."""
-    batch = jax.tree.map(jnp.asarray, dict(experiment.data.example_batch()))
+    batch = jax.tree.map(jnp.asarray, dict(data.example_batch(1)))
     return experiment.task.init(jax.random.key(experiment.train.seed), batch)
 
 
@@ -143,28 +145,30 @@ def _state(experiment: Experiment, optimizer: optax.GradientTransformation, vari
     )
 
 
-def build_program(experiment: Experiment, devices: Sequence[jax.Device] | None = None) -> Program:
+def build_program(
+    experiment: Experiment, data: OpenData, devices: Sequence[jax.Device] | None = None
+) -> Program:
     """Lays an experiment out on devices; compiles nothing yet.
 
     Raises:
       UsageError: where the mesh does not fit the devices, the batch does not divide, a parameter cannot be
         cut, or a rule matches no parameter.
     """
-    data, train = experiment.data, experiment.train
+    train, batch_size = experiment.train, experiment.data.batch_size
     mesh = make_mesh(experiment.mesh, devices)
     rules = merge_rules(experiment.sharding)
     parts = batch_parts(mesh, rules) * train.accumulate
-    if data.batch_size % parts:
+    if batch_size % parts:
         raise UsageError(
-            f"config.data.batch_size is {data.batch_size}, which does not divide into {parts} parts "
+            f"config.data.batch_size is {batch_size}, which does not divide into {parts} parts "
             f"(data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} x accumulate={train.accumulate}): "
             f"choose a multiple of {parts}."
         )
-    budget = Budget.of(train.steps, data.batch_size, data.num_examples)
-    boxed = jax.eval_shape(lambda: _init_variables(experiment))
+    budget = Budget.of(train.steps, batch_size, data.num_examples)
+    boxed = jax.eval_shape(lambda: _init_variables(experiment, data))
     variables = meta.unbox(boxed)
-    optimizer = experiment.optimizer.make(variables["params"], budget)
-    shapes = jax.eval_shape(lambda: _state(experiment, optimizer, meta.unbox(_init_variables(experiment))))
+    optimizer = experiment.optimizer.transformation(variables["params"], budget)
+    shapes = jax.eval_shape(lambda: _state(experiment, optimizer, meta.unbox(_init_variables(experiment, data))))
     laid_out = parameter_shardings(boxed, mesh, rules)
     replicated = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda _: replicated, shapes).replace(
@@ -180,11 +184,12 @@ def build_program(experiment: Experiment, devices: Sequence[jax.Device] | None =
     )
     return Program(
         experiment=experiment,
+        data=data,
         budget=budget,
         mesh=mesh,
         rules=rules,
         optimizer=optimizer,
-        learning_rate=experiment.optimizer.schedule_of(budget),
+        learning_rate=experiment.optimizer.learning_rates(budget),
         shapes=placed,
         batch_sharding=batch_sharding(mesh, rules),
     )
