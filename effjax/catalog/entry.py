@@ -40,7 +40,7 @@ class Entry:
     differences: str = ""
     """Where this implementation departs from the paper, and why."""
     status: str = "unmeasured"
-    """`works`: built, proved, its claim tried. `unmeasured`: built, its claim not tried. `planned`: not built."""
+    """`works`: built, proved, its claim tried. `unmeasured`: built, claim not tried. `planned`: not built."""
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
