@@ -235,7 +235,6 @@ class Checkpoints:
     def _failed(self, error: Exception) -> RunError:
         """Puts things back as they were before the save that failed, and says what happened."""
         step, self._writing = self._writing, None
-        self._remove(f"{step}{_TEMPORARY}*")
         self._clean()
         self._manager.reload()
         return RunError(
@@ -245,19 +244,16 @@ class Checkpoints:
 
     def _clean(self) -> None:
         """Removes what a killed or failed save left, and settles replacements that were under way."""
-        self._remove(f"*{_TEMPORARY}*")
         if jax.process_index() == 0:
+            for unfinished in self.directory.glob(f"*{_TEMPORARY}*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
             for aside in self.directory.glob(f"*{_REPLACED}"):
                 committed = aside.with_suffix("")
                 if committed.exists():
                     shutil.rmtree(aside)
                 else:
                     aside.rename(committed)
-
-    def _remove(self, pattern: str) -> None:
-        if jax.process_index() == 0:
-            for folder in self.directory.glob(pattern):
-                shutil.rmtree(folder, ignore_errors=True)
+        ocp.multihost.sync_global_processes("effjax:clean")
 
     def _set_aside(self, step: int) -> None:
         if self._read_only:
@@ -276,7 +272,6 @@ class Checkpoints:
 
 
 def _manifest(leaves: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """Describes the arrays; every float of `extra` survives JSON, whatever else does not is refused here."""
     marks = fingerprints(leaves)
     manifest = {
         "leaves": {
@@ -284,7 +279,8 @@ def _manifest(leaves: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
             for path, x in leaves.items()
         },
         "versions": {"effjax": effjax.__version__, **{name: metadata.version(name) for name in _LIBRARIES}},
-        "extra": extra,
+        # As it will be read back: JSON turns tuples to lists and keys to strings, and the digest must not notice.
+        "extra": json.loads(json.dumps(extra)),
     }
     return {**manifest, "digest": _digest(manifest)}
 

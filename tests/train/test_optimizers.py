@@ -35,8 +35,8 @@ def model_params(seed=0):
         "head": {"kernel": (8, 10), "bias": (10,)},
     }
     leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda s: isinstance(s, tuple))
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return tree.unflatten([jax.random.normal(k, s) for k, s in zip(keys, leaves, strict=True)])
+    rng = np.random.default_rng(seed)
+    return tree.unflatten([jnp.asarray(rng.normal(size=s), jnp.float32) for s in leaves])
 
 
 def moved(optimizer, params, grads, steps=1):
