@@ -21,7 +21,9 @@ from experiments import cli
 
 cli.define_config("configs/vision/vit.py:digits")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; made where it is missing")
-PROFILE = flags.DEFINE_integer("profile", 0, "trace this many steps into WORKDIR/profile, after ten to warm up")
+PROFILE = flags.DEFINE_integer(
+    "profile", 0, "trace this many steps into WORKDIR/profile, after ten to warm up"
+)
 REPLAY = flags.DEFINE_string("replay", None, "folder of a bad step: repeats it and shows where it went wrong")
 
 

@@ -37,9 +37,7 @@ class Metrics:
           check_stop: called between batches; raises where the run was told to stop.
         """
         total: Means | None = None
-        for batch in data.evaluate(
-            process_index=jax.process_index(), process_count=jax.process_count()
-        ):
+        for batch in data.evaluate(process_index=jax.process_index(), process_count=jax.process_count()):
             check_stop()
             means = program.metrics(variables, to_global(batch, program.batch_sharding))
             total = means if total is None else _add(total, means)

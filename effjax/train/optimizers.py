@@ -115,7 +115,9 @@ class Optimizer:
 
     def _rules(self, params: Any) -> tuple[Any, Any, Any]:
         frozen = match([(p, True) for p in self.freeze], params, default=False, where="freeze")
-        match(self.decay, params, default=0.0, where="decay")  # refuses a rule of the user's that is of no use
+        match(
+            self.decay, params, default=0.0, where="decay"
+        )  # refuses a rule of the user's that is of no use
         decay = match((*self.decay, *DECAY), params, default=0.0, where="decay", unused="allow")
         rate = match(self.learning_rate, params, default=1.0, where="learning_rate")
         return frozen, decay, rate

@@ -159,7 +159,9 @@ class UnifiedBudgetAware:
     def __post_init__(self) -> None:
         _check_end(self.end)
         if self.phi <= 0:
-            raise UsageError(f"phi must be positive, not {self.phi}. 2 is cosine annealing, less decays later.")
+            raise UsageError(
+                f"phi must be positive, not {self.phi}. 2 is cosine annealing, less decays later."
+            )
 
     def make(self, peak: float, budget: Budget) -> optax.Schedule:
         """The schedule of a run of `budget` with the highest learning rate `peak`."""

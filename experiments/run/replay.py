@@ -1,7 +1,7 @@
 """The evidence of a bad step, and repeating it.
 
-    <workdir>/replay/step_120/record.json    the step, the first offender, the norms of all arrays
-    <workdir>/replay/step_120/batch.npz      the batch; the state before the step is checkpoint 119
+<workdir>/replay/step_120/record.json    the step, the first offender, the norms of all arrays
+<workdir>/replay/step_120/batch.npz      the batch; the state before the step is checkpoint 119
 """
 
 import io
@@ -53,5 +53,9 @@ def run(folder: str) -> int:
         table.add_row(name, f"{norm:.4g}", style="bold red" if name == diagnosis.leaf else None)
     Console().print(table)
     found = diagnosis.leaf in diagnosis.norms
-    print(f"first offender: {diagnosis.leaf} ({diagnosis.detail})" if found else "this time every array is finite")
+    print(
+        f"first offender: {diagnosis.leaf} ({diagnosis.detail})"
+        if found
+        else "this time every array is finite"
+    )
     return 1 if found else 0

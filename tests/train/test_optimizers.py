@@ -132,7 +132,9 @@ def test_each_kind_reduces_a_quadratic(kind):
         updates, s = transformation.update(jax.grad(loss)(p), s, p)
         return (optax.apply_updates(p, updates), s), None
 
-    (final, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=100))((params, transformation.init(params)))
+    (final, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=100))(
+        (params, transformation.init(params))
+    )
     assert loss(final) < 0.05 * loss(params)
 
 
@@ -163,7 +165,10 @@ def test_muon_orthogonalises_each_layer_of_a_stack():
 
 
 def test_muon_on_plain_matrices_is_the_muon_of_optax():
-    params, grads = {"w": {"kernel": jnp.eye(4, 6)}}, {"w": {"kernel": model_params()["head"]["kernel"][:4, :6]}}
+    params, grads = (
+        {"w": {"kernel": jnp.eye(4, 6)}},
+        {"w": {"kernel": model_params()["head"]["kernel"][:4, :6]}},
+    )
     theirs = contrib.muon(0.1, consistent_rms=0.2)
     expected, _ = theirs.update(grads, theirs.init(params), params)
     moves, _ = moved(Muon(lr=0.1), params, grads)

@@ -41,9 +41,7 @@ def test_constant_and_linear():
     np.testing.assert_allclose(curve(Linear(end=0.5)), 1 - 0.5 * np.arange(101) / 100, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("shape", "half"), [("linear", 0.5), ("sqrt", 1 - np.sqrt(0.5)), ("cosine", 0.5)]
-)
+@pytest.mark.parametrize(("shape", "half"), [("linear", 0.5), ("sqrt", 1 - np.sqrt(0.5)), ("cosine", 0.5)])
 def test_warmup_stable_decay(shape, half):
     values = curve(WarmupStableDecay(warmup="10 steps", decay="20%", shape=shape, end=0.1))
     np.testing.assert_allclose(values[10:81], 1.0, atol=1e-6)
