@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.core.meta import Partitioned
 
 from effjax.errors import UsageError
 from effjax.matching import Rules, named_leaves
@@ -113,9 +114,14 @@ def count_bytes(params: Any) -> dict[str, int]:
 
 
 def _parameters_of(params: Any) -> dict[str, Any]:
-    """Leaves by path, without random keys and without the other collections of Linen variables."""
+    """Leaves by path, without random keys, the boxes of logical axis names, and Linen's other collections."""
     if isinstance(params, Mapping) and "params" in params:
         params = params["params"]
+    params = jax.tree.map(
+        lambda leaf: leaf.value if isinstance(leaf, Partitioned) else leaf,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, Partitioned),
+    )
     leaves = named_leaves(jax.eval_shape(lambda tree: tree, params))
     return {
         path: leaf for path, leaf in leaves.items() if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from rich.table import Table
 
@@ -37,17 +37,16 @@ class Module:
 def tree(cost: Cost) -> Module:
     """Arranges a cost by module: work by its named scopes, parameters by their paths.
 
-    Linen's outermost scope is the class of the model, which parameter paths do not have; it is dropped. Work
-    and parameters of a module that its children do not account for stand in the module's own row.
+    Work and parameters of a module that its children do not account for stand in the module's own row.
     """
-    roots = {path.partition("/")[0] for path in cost.parameters_by_path}
-    macs: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    for scope, kinds in cost.macs_by_scope.items():
-        first, _, rest = scope.partition("/")
-        macs[scope if first in roots or not roots else rest].update(kinds)
     parameters: collections.Counter[str] = collections.Counter()
     for path, size in cost.parameters_by_path.items():
         parameters[path.rpartition("/")[0]] += size
+    nameless = _nameless(cost.macs_by_scope, parameters)
+    macs: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for scope, kinds in cost.macs_by_scope.items():
+        named = [inner.rpartition("/")[2] for inner in _prefixes(scope) if inner not in nameless]
+        macs["/".join(named)].update(kinds)
     return dataclasses.replace(_module("", parameters, macs), unknown=cost.unknown)
 
 
@@ -86,6 +85,30 @@ def short(number: int | float) -> str:
             return f"{number:.{digits}f}{letter}"
         number /= 1000
     return f"{number:.3g}E"
+
+
+def _nameless(scopes: Iterable[str], parameters: Iterable[str]) -> set[str]:
+    """The scopes that parameter paths leave out: the model's own class, a block inside its stack.
+
+    Such a scope holds none of the parameters itself, while one further in does.
+    """
+    modules = {inner for path in parameters for inner in _prefixes(path)}
+    nameless = set()
+    for scope in scopes:
+        path, parts = "", scope.split("/")
+        for depth, part in enumerate(parts):
+            further = [join_scopes(path, later) for later in parts[depth + 1 :]]
+            if join_scopes(path, part) not in modules and not modules.isdisjoint(further):
+                nameless.add("/".join(parts[: depth + 1]))
+            else:
+                path = join_scopes(path, part)
+    return nameless
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    """`a`, `a/b` and `a/b/c` of `a/b/c`; nothing of the empty path."""
+    parts = path.split("/") if path else []
+    return ("/".join(parts[: depth + 1]) for depth in range(len(parts)))
 
 
 def _module(path: str, parameters: Mapping[str, int], macs: Mapping[str, collections.Counter[str]]) -> Module:

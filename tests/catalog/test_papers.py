@@ -2,15 +2,18 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from effjax import catalog
 
+ROOT = Path(__file__).parents[2]
+
 
 def papers(*arguments):
     command = [sys.executable, "-m", "experiments.papers", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert "Traceback" not in done.stderr
     return done
 
@@ -58,7 +61,7 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(arguments, message):
 
 def test_starts_without_jax():
     program = "import sys, experiments.papers; sys.exit(bool({'jax', 'flax', 'numpy'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
 
 
 def test_help():

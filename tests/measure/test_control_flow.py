@@ -98,6 +98,8 @@ def test_fori_loop_counts_whatever_form_it_takes():
     assert macs(lambda x: loop(x, jnp.int32(5)), SQUARE) == 5 * ONCE
     # The bound reaches the loop through a jitted call.
     assert macs(lambda x: jax.jit(loop)(x, np.int32(5)), SQUARE) == 5 * ONCE
+    converted = jax.jit(lambda x, stop: loop(x, stop.astype(jnp.int32)))
+    assert macs(lambda x: converted(x, np.int8(5)), SQUARE) == 5 * ONCE
     batched = jax.ShapeDtypeStruct((3, 4, 4), f32)
     assert macs(jax.vmap(lambda x: loop(x, jnp.int32(5))), batched) == 15 * ONCE
 
@@ -114,6 +116,19 @@ def test_a_loop_of_unknown_length_is_named_and_never_counted_once():
     inside = count(times(3, data_dependent), SQUARE, parameters=None)
     assert (inside.macs, inside.unknown) == (0, cost.unknown)
     assert macs(data_dependent, SQUARE, trips=(("search", 6),)) == 6 * ONCE
+
+    def nested(x):
+        return lax.while_loop(lambda x: x.min() < 0.0, data_dependent, x)
+
+    # The outer loop holds nothing but the inner one.
+    assert count(nested, SQUARE, parameters=None).unknown == cost.unknown
+
+
+def test_the_test_of_a_loop_runs_once_more_than_its_body():
+    def loop(x):
+        return lax.while_loop(lambda x: (x @ x).sum() < 9.0, lambda x: x @ x @ x, x)
+
+    assert macs(loop, SQUARE, trips=((".*", 6),)) == 7 * ONCE + 6 * 2 * ONCE
 
 
 @pytest.mark.parametrize(
@@ -211,6 +226,8 @@ def test_vmap_counts_the_batch():
 def test_what_no_output_needs_does_not_count():
     assert macs(lambda x: (x @ x, x @ x @ x)[0], SQUARE) == ONCE
     assert macs(lambda x: jax.jit(lambda x: (x @ x, x @ x.T))(x)[0], SQUARE) == ONCE
+    # Of a scan, the stacked outputs that nothing reads.
+    assert macs(lambda x: lax.scan(lambda c, _: (c @ c, c @ c.T), x, length=7)[0], SQUARE) == 7 * ONCE
     # The loss itself is not asked for, so its last product does not run.
     assert macs(jax.grad(lambda x: (x @ jnp.ones((4, 4))).sum()), SQUARE) == ONCE
 

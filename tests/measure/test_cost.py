@@ -120,6 +120,49 @@ def test_parameters_of_linen_variables_leave_the_other_collections_out():
     assert count_parameters({"a": jnp.ones((2, 3)), "key": jax.random.key(0)}) == 6
 
 
+def test_boxes_of_logical_axes_are_no_part_of_a_path():
+    kernel = nn.LogicallyPartitioned(jnp.ones((2, 3)), ("embed", "mlp"))
+    params = {"up": {"kernel": kernel}}
+    cost = count(lambda params, x: x @ params["up"]["kernel"].unbox(), params, jnp.ones((4, 2)))
+    assert cost.parameters_by_path == {"up/kernel": 6}
+    assert cost.macs_by_kind == {"dense": 4 * 2 * 3}
+
+
+class Stack(nn.Module):
+    """Keeps the parameters of a block as its own, as a stack scanned over depth does."""
+
+    block: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        block = self.block.clone(parent=None, name=None)
+        if self.is_initializing():
+            for name, value in block.init(jax.random.key(0), x, None)["params"].items():
+                self.put_variable("params", name, value)
+        return block.apply({"params": self.variables["params"]}, x, None)[0]
+
+
+class Stacked(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = Stack(Block(), name="blocks")(x)
+        return jnp.einsum("bnc,bmc->bnm", x, x)
+
+
+def test_a_scope_that_parameter_paths_leave_out_has_no_row():
+    x = jax.ShapeDtypeStruct((2, 16, 8), jnp.float32)
+    variables = jax.eval_shape(Stacked().init, jax.random.key(0), x)
+    assert "up" in variables["params"]["blocks"]
+    cost = count(Stacked().apply, variables, x)
+    assert "Stacked/blocks/Block/up" in cost.macs_by_scope
+    rows = by_path(tree(cost))
+    assert not {"Stacked", "Block"} & set("/".join(rows).split("/"))
+    assert rows["blocks/up"].total() == FEED_FORWARD // 2
+    assert rows["blocks"].total() == ATTENTION + PROJECTIONS + FEED_FORWARD
+    # Work that stands in no module but the model itself.
+    assert rows[""].total() - rows["blocks"].total() == 2 * 16 * 16 * 8
+
+
 def test_bytes_at_the_width_of_the_type():
     types = {"float32": 12, "bfloat16": 6, "int8": 3, "int4": 2, "uint2": 1, "float8_e4m3fn": 3, "bool": 3}
     for name, size in types.items():
