@@ -101,7 +101,6 @@ def test_a_full_disk_does_not_hang_the_event_file(tmp_path):
     events._records.close()
     events._records._writer = open("/dev/full", "wb")  # noqa: SIM115
     with pytest.raises(RunError, match=r"disk is full: .*events"):
-        for step in range(1000):
-            events.write(step, {"loss": 1.0})
+        events.write(1, {f"metric_{number}": 1.0 for number in range(1000)})
     with pytest.raises(RunError, match=r"disk is full: .*events"):
         events.close()

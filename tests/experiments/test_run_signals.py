@@ -10,8 +10,8 @@ import sys, time
 from experiments.run.signals import StopFlag
 stop = StopFlag().install()
 assert "jax" not in sys.modules and not stop.requested and stop.requested_at is None
-print("ready", flush=True)
 began = time.monotonic()
+print("ready", flush=True)
 while not stop.requested:
     time.sleep(0.01)
 assert began <= stop.requested_at <= time.monotonic()
