@@ -3,6 +3,8 @@ import json
 import math
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -43,18 +45,14 @@ def test_a_refusal_keeps_the_old_content_and_names_the_file(tmp_path, monkeypatc
     assert os.listdir(tmp_path) == ["report.html"]
 
 
-def test_a_kill_between_writing_and_renaming_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_kill_between_writing_and_renaming_leaves_the_old_file(tmp_path):
     path = tmp_path / "a"
     write_atomic(path, "old")
-
-    def die(*_):
-        os._exit(9)
-
-    child = os.fork()
-    if child == 0:
-        os.replace = die
-        write_atomic(path, "new")
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    program = (
+        "import os, sys\nfrom experiments.run.files import write_atomic\n"
+        "os.replace = lambda *_: os.kill(os.getpid(), 9)\nwrite_atomic(sys.argv[1], 'new')\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(path)]).returncode == -9
     assert path.read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 2
     sweep(tmp_path)
