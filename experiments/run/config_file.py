@@ -75,7 +75,7 @@ def load_config(flag_values: flags.FlagValues = flags.FLAGS) -> LoadedConfig:
     """
     flag = flag_values["config"]
     if flag.value is None:
-        raise UsageError(f"--config is missing. Say what to run: {flag.help}.")
+        raise UsageError(f"--config is missing: it names {flag.help}.")
     path, variant = _split(config_flags.get_config_filename(flag))
     return LoadedConfig(flag.value, path, variant, config_flags.get_override_values(flag))
 
@@ -106,7 +106,7 @@ def _find(path: str) -> Path:
     """The file that `path` names, here or beside the package."""
     for root in (Path(), _HOME):
         if (root / path).is_file():
-            return root / path
+            return (root / path).absolute()
     known = sorted(
         {
             file.relative_to(root).as_posix()

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from effjax.errors import RunError
+from experiments.run.events import EventFile
 from experiments.run.files import naming, number, to_json, write_atomic
 
 FILE_NAME = "metrics.jsonl"
@@ -31,11 +30,10 @@ class MetricsWriter:
         if self.path.exists():
             _truncate(self.path, restored_step)
         with naming(self.path):
-            self._file = self.path.open("a", encoding="utf-8")
+            # Without a buffer of Python's: a line that the disk refuses must not be tried again at closing.
+            self._file = self.path.open("ab", buffering=0)
         events = Path(workdir) / EVENTS_FOLDER
-        with naming(events):
-            purge = restored_step + 1 if events.exists() else None
-            self._events = SummaryWriter(str(events), purge_step=purge, flush_secs=10)
+        self._events = EventFile(events, restart_at=restored_step + 1 if events.exists() else None)
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Writes one line, and hands it to the system before it returns.
@@ -52,17 +50,17 @@ class MetricsWriter:
         reserved = {"step", "split"} & set(numbers)
         if reserved:
             raise ValueError(f"A metric may not be called {' or '.join(sorted(reserved))}.")
+        line = to_json({"step": int(step), "split": split, **numbers}) + "\n"
         with naming(self.path):
-            self._file.write(to_json({"step": int(step), "split": split, **numbers}) + "\n")
-            self._file.flush()
-        for name, value in numbers.items():
-            self._events.add_scalar(f"{split}/{name}", value, step)
+            left = line.encode()
+            while left:  # the system may take a part of it, and refuse the rest aloud
+                left = left[self._file.write(left) :]
+        self._events.write(int(step), {f"{split}/{name}": value for name, value in numbers.items()})
 
     def close(self) -> None:
-        """Closes both files; the events are on disk afterwards."""
-        with naming(self.path):
-            self._events.close()
-            self._file.close()
+        """Closes both files."""
+        self._file.close()
+        self._events.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self

@@ -25,7 +25,7 @@ def curve_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row if name not in ("step", "split")))
 
 
-def curve(rows: Sequence[Mapping[str, Any]], name: str, *, smoothing: float = 0.9) -> bytes:
+def curve(rows: Sequence[Mapping[str, Any]], name: str, *, smoothing: float = 0.01) -> bytes:
     """Draws one metric over steps, a line for every split that has it.
 
     A training curve of many points is drawn faintly, with its smoothed course above it (see `smooth`).
@@ -34,7 +34,7 @@ def curve(rows: Sequence[Mapping[str, Any]], name: str, *, smoothing: float = 0.
     Args:
       rows: lines of `metrics.jsonl`.
       name: the metric.
-      smoothing: weight of the past, from 0 (none) to below 1.
+      smoothing: width of the average as a share of the curve.
 
     Raises:
       KeyError: if no row has the metric.
@@ -48,7 +48,13 @@ def curve(rows: Sequence[Mapping[str, Any]], name: str, *, smoothing: float = 0.
         steps, values = np.array(points, np.float64).T
         if split == "train" and len(points) >= _SMOOTHED_FROM and name != "learning_rate":
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
-            axes.plot(steps, smooth(values, smoothing), color=colour, linewidth=1.8, label=split)
+            axes.plot(
+                steps,
+                smooth(values, max(1.0, smoothing * len(values))),
+                color=colour,
+                linewidth=1.8,
+                label=split,
+            )
         else:
             marker = "o" if len(points) < _SMOOTHED_FROM else None
             axes.plot(steps, values, color=colour, linewidth=1.8, marker=marker, markersize=4, label=split)
@@ -60,18 +66,18 @@ def curve(rows: Sequence[Mapping[str, Any]], name: str, *, smoothing: float = 0.
     return _png(figure)
 
 
-def smooth(values: Float[np.ndarray, " n"], weight: float) -> Float[np.ndarray, " n"]:
-    """Exponential average without the pull of a start value: m_t = sum w^(t-s) x_s / sum w^(t-s).
+def smooth(values: Float[np.ndarray, " n"], width: float) -> Float[np.ndarray, " n"]:
+    """Average under a bell: m_i = sum_j w(i-j) x_j / sum_j w(i-j), w(d) = exp(-d^2 / 2 width^2).
 
-    Values that are not finite have no weight, and stay gaps.
+    It looks both ways, so a falling loss is not shown later than it fell, as a running average would. Values
+    that are not finite have no weight, and stay gaps.
     """
-    averages, total, mass = np.full(len(values), np.nan), 0.0, 0.0
-    for index, value in enumerate(values):
-        total, mass = weight * total, weight * mass
-        if math.isfinite(value):
-            total, mass = total + value, mass + 1.0
-            averages[index] = total / mass
-    return averages
+    reach = math.ceil(3 * width)
+    bell = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    finite = np.isfinite(values)
+    total = np.convolve(np.where(finite, values, 0.0), bell)[reach:-reach]
+    mass = np.convolve(finite.astype(np.float64), bell)[reach:-reach]
+    return np.divide(total, mass, out=np.full(len(values), np.nan), where=finite)
 
 
 def confusion(counts: Float[np.ndarray, "k k"], labels: Sequence[str]) -> bytes:
@@ -109,7 +115,7 @@ def image_grid(images: UInt8[np.ndarray, "n h w c"], columns: int, *, least_pixe
     if channels not in (1, 3):
         raise ValueError(f"A picture has 1 or 3 channels, not {channels}.")
     columns = min(columns, number)
-    rows, factor, gap = -(-number // columns), max(1, -(-least_pixels // height)), 2
+    rows, factor, gap = -(-number // columns), max(1, -(-least_pixels // height)), 4
     cell_height, cell_width = height * factor + gap, width * factor + gap
     sheet = np.full((rows * cell_height + gap, columns * cell_width + gap, channels), 255, np.uint8)
     for index, picture in enumerate(images.repeat(factor, axis=1).repeat(factor, axis=2)):

@@ -25,7 +25,8 @@ class Table:
 
     Attributes:
       columns: the headings.
-      rows: cells; numbers are shortened to four digits, strings are shown as they are.
+      rows: cells; floats are shortened to four digits, integers grouped by thousands,
+        strings shown as they are.
       depths: one a row, how far its first cell is indented; empty for a flat table.
     """
 
@@ -181,7 +182,9 @@ def _is_number(value: Any) -> bool:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return measurement(value) if isinstance(value, float) else str(value)
+    if not _is_number(value):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else measurement(value)
 
 
 _RENDERERS: dict[type, Any] = {Text: _text, Table: _table, Code: _code}
@@ -192,7 +195,7 @@ _STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --page: #14171b; --ink: #e6e9ed; --soft: #9aa4b1; --line: #2c333b; --panel: #1c2127;
     --accent: #7aa7f5 }
-  .plot img { filter: invert(0.92) hue-rotate(180deg) }
+  .plot img { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen }
 }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--page); color: var(--ink); -webkit-text-size-adjust: 100%;
