@@ -132,7 +132,9 @@ def test_each_kind_reduces_a_quadratic(kind):
         updates, s = transformation.update(jax.grad(loss)(p), s, p)
         return (optax.apply_updates(p, updates), s), None
 
-    (final, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=100))((params, transformation.init(params)))
+    (final, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=100))(
+        (params, transformation.init(params))
+    )
     assert loss(final) < 0.05 * loss(params)
 
 
@@ -163,7 +165,10 @@ def test_muon_orthogonalises_each_layer_of_a_stack():
 
 
 def test_muon_on_plain_matrices_is_the_muon_of_optax():
-    params, grads = {"w": {"kernel": jnp.eye(4, 6)}}, {"w": {"kernel": model_params()["head"]["kernel"][:4, :6]}}
+    params, grads = (
+        {"w": {"kernel": jnp.eye(4, 6)}},
+        {"w": {"kernel": model_params()["head"]["kernel"][:4, :6]}},
+    )
     theirs = contrib.muon(0.1, consistent_rms=0.2)
     expected, _ = theirs.update(grads, theirs.init(params), params)
     moves, _ = moved(Muon(lr=0.1), params, grads)
@@ -189,7 +194,7 @@ def test_muon_refuses_axes_that_make_no_matrix(axes, message):
 
 
 def test_the_learning_rate_is_readable_and_follows_the_schedule():
-    section = dict(kind="sgd", lr=2.0, momentum=0.0, schedule=dict(kind="linear", warmup="10%"))
+    section = {"kind": "sgd", "lr": 2.0, "momentum": 0.0, "schedule": {"kind": "linear", "warmup": "10%"}}
     optimizer = build_kind(KINDS, section, "config.optimizer")
     assert [float(optimizer.learning_rate_at(s, BUDGET)) for s in (0, 5, 10, 55, 100)] == [0, 1, 2, 1, 0]
     params = {"w": jnp.zeros(())}
@@ -200,7 +205,7 @@ def test_the_learning_rate_is_readable_and_follows_the_schedule():
         np.testing.assert_allclose(updates["w"], -optimizer.learning_rate_at(step, BUDGET), rtol=1e-6)
 
 
-@pytest.mark.parametrize("bad", [dict(lr=0.0), dict(lr=1.0, clip=-1.0)])
+@pytest.mark.parametrize("bad", [{"lr": 0.0}, {"lr": 1.0, "clip": -1.0}])
 def test_nonsense_numbers_are_refused_with_their_path(bad):
     with pytest.raises(UsageError, match=r"config\.optimizer: (lr|clip) must be positive"):
         build(optimizers.AdamW, bad, "config.optimizer")
