@@ -4,17 +4,19 @@
     <directory>/<step>/manifest/     JSON: each array's shape, dtype and fingerprint, library versions, the
                                      run's own record (`extra`), and a digest of all that
 
-Orbax writes into a temporary folder and commits it by a rename, so a step is there whole or not at all. What can
-still happen to it afterwards, a torn or flipped file, is found by comparing what was read with the manifest:
-the array fingerprints do not depend on the sharding, so a state saved on 8 devices verifies on one. A step that
-fails is said aloud, set aside as `<step>.corrupt`, and the one before it is used.
+Orbax writes into a temporary folder and commits it by a rename, so a step is there whole or not at all. What
+can still happen to it afterwards, a torn or flipped file, is found by comparing what was read with the
+manifest: the array fingerprints do not depend on the sharding, so a state saved on 8 devices verifies on one.
+A step that fails is said aloud, set aside as `<step>.corrupt`, and the one before it is used.
 """
 
+import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -164,15 +166,15 @@ class Checkpoints:
         """Reads the newest sound step, or one that is asked for.
 
         Args:
-          target: a pytree of `ShapeDtypeStruct` or arrays, whose shardings say where the result goes; they may
-            differ from those of the run that saved. A leaf without one goes to the first device.
+          target: a pytree of `ShapeDtypeStruct` or arrays, whose shardings say where the result goes; they
+            may differ from those of the run that saved. A leaf without one goes to the first device.
           step: one step, without falling back on another; None for the newest that is sound.
           partial: whether the checkpoint may hold more than the target, such as the optimiser state that an
             evaluation does not read. What is not read is not verified.
 
         Raises:
-          UsageError: if there is no such step, or if the target's paths, shapes or dtypes are not those of the
-            checkpoint; one message lists every path.
+          UsageError: if there is no such step, or if the target's paths, shapes or dtypes are not those of
+            the checkpoint; one message lists every path.
           RunError: if no step is sound; it lists what is wrong with each. All are left where they are.
         """
         self.wait()
@@ -226,7 +228,8 @@ class Checkpoints:
 
     def _load(self, step: int, **arguments: Any) -> Any:
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**arguments))
+            with _patient_event_loops():
+                return self._manager.restore(step, args=ocp.args.Composite(**arguments))
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise  # the machine's fault, not the file's: it must not cost the run a step
         except Exception as error:  # orbax and tensorstore answer a broken file with nearly any class
@@ -271,6 +274,29 @@ class Checkpoints:
         return name
 
 
+class _PatientLoop(asyncio.SelectorEventLoop):
+    """An event loop that lets its tasks end before it closes.
+
+    Orbax reads all arrays at once and closes its loop at the first that fails. What the others still had in
+    flight would then end in a closed loop, each with a traceback of its own on the terminal.
+    """
+
+    def close(self) -> None:
+        if not self.is_closed() and (pending := asyncio.all_tasks(self)):
+            self.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+        super().close()
+
+
+@contextlib.contextmanager
+def _patient_event_loops() -> Iterator[None]:
+    make = asyncio.new_event_loop
+    asyncio.new_event_loop = _PatientLoop
+    try:
+        yield
+    finally:
+        asyncio.new_event_loop = make
+
+
 def _manifest(leaves: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     marks = fingerprints(leaves)
     manifest = {
@@ -279,7 +305,8 @@ def _manifest(leaves: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
             for path, x in leaves.items()
         },
         "versions": {"effjax": effjax.__version__, **{name: metadata.version(name) for name in _LIBRARIES}},
-        # As it will be read back: JSON turns tuples to lists and keys to strings, and the digest must not notice.
+        # As it will be read back: JSON turns tuples to lists and keys to strings, and the digest must not
+        # notice.
         "extra": json.loads(json.dumps(extra)),
     }
     return {**manifest, "digest": _digest(manifest)}

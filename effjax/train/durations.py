@@ -50,7 +50,7 @@ def to_steps(
 ) -> int:
     """Turns a duration into optimiser steps.
 
-        steps: n        examples: n / batch_size        epochs: n * dataset_size / batch_size        %: n * total
+        steps: n      examples: n / batch_size      epochs: n * dataset_size / batch_size      %: n * total
 
     rounded down, and to one step where the duration is positive but shorter. The arithmetic is exact.
 

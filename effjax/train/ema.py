@@ -18,8 +18,8 @@ class Ema:
         d_t = min(decay, (1 + t) / (10 + t))      with warm-up
 
     Without warm-up the initial parameters keep the weight `decay^t`, most of the average in a short run; the
-    warm-up (that of TensorFlow's ExponentialMovingAverage) averages over about the last tenth of the run so far
-    until `decay` takes over.
+    warm-up (that of TensorFlow's ExponentialMovingAverage) averages over about the last tenth of the run so
+    far until `decay` takes over.
 
     Attributes:
       decay: in [0, 1); 0.9999 is the diffusion models' value.

@@ -66,12 +66,13 @@ def _add_pairs(left: Any, right: Any) -> Any:
 def fingerprint(x: Shaped[Array, "..."]) -> UInt32[Array, "2"]:
     """Returns the 64-bit fingerprint of an array as two words, with one pass over its elements.
 
-        a_i = mix(bits_i ^ place_i),   b_i = mix(a_i + place_i * odd),   fingerprint = (sum a_i, sum b_i) mod 2^32
+        a_i = mix(bits_i ^ place_i)      b_i = mix(a_i + place_i * odd)
+        fingerprint = (sum a_i, sum b_i) mod 2^32
 
     For a fixed place both hashes are bijections of the bits, so changing any one element, if only by one bit,
     always changes both words. Other alterations (two elements swapped, many changed) go unseen with
-    probability 2^-64. -0.0 differs from 0.0 and one NaN from another: bits are compared, not numbers. Shape and
-    dtype are not hashed; a manifest keeps them beside the fingerprint.
+    probability 2^-64. -0.0 differs from 0.0 and one NaN from another: bits are compared, not numbers. Shape
+    and dtype are not hashed; a manifest keeps them beside the fingerprint.
 
     Works under `jit` on arrays of any sharding; floats, integers and booleans of 4 to 64 bits.
     """

@@ -3,14 +3,14 @@
     optimizer = dict(kind="adamw", lr=1e-3, weight_decay=0.05, schedule=dict(kind="cosine", warmup="5%"),
                      freeze=("backbone/.*",), learning_rate=((".*/head/.*", 10.0),))
 
-Each kind is a small dataclass with its own numbers; what they share stands in `Optimizer`, which chains, for the
-parameters that are not frozen,
+Each kind is a small dataclass with its own numbers; what they share stands in `Optimizer`, which chains, for
+the parameters that are not frozen,
 
-    clip by global norm -> direction of the kind -> + weight_decay * m_decay * w -> * m_rate -> * -schedule(step)
+    clip by global norm -> direction of the kind -> + weight_decay m_decay w -> * m_rate -> * -schedule(step)
 
-so the decay is decoupled from the direction and scaled by the learning rate, as in AdamW (arXiv:1711.05101). Rules
-are ordered `(regexp, value)` pairs matched against whole paths, see `effjax.matching`. No rule looks at `ndim`:
-the parameters of scanned blocks carry a leading `layers` axis, so a stacked bias is no matrix.
+so the decay is decoupled from the direction and scaled by the learning rate, as in AdamW (arXiv:1711.05101).
+Rules are ordered `(regexp, value)` pairs matched against whole paths, see `effjax.matching`. No rule looks at
+`ndim`: the parameters of scanned blocks carry a leading `layers` axis, so a stacked bias is no matrix.
 """
 
 import dataclasses
@@ -32,7 +32,8 @@ from effjax.train.schedules import Constant
 # What multiplies features is named `kernel`; biases, norms, position, token and class tables are not.
 DECAY: tuple[tuple[str, float], ...] = ((r"(.*/)?kernel", 1.0), (r".*", 0.0))
 
-# Which parameters Muon takes as matrices, and how: their trailing axes, each `in` or `out`; "" leaves one to Adam.
+# Which parameters Muon takes as matrices, and how: their trailing axes, each `in` or `out`; "" leaves one to
+# Adam.
 MATRICES: tuple[tuple[str, str], ...] = (
     (r"(.*/)?([^/]*embed[^/]*|head|logits|modulation)/kernel", ""),
     (r"(.*/)?(query|key|value)/kernel", "in out out"),
@@ -59,7 +60,7 @@ class Optimizer:
     """
 
     lr: float
-    schedule: Any = part(SCHEDULES, default=Constant())
+    schedule: Any = part(SCHEDULES, default=Constant())  # noqa: RUF009
     clip: float | None = None
     weight_decay: float = 0.0
     decay: Multipliers = ()
@@ -179,8 +180,8 @@ class Adafactor(Optimizer):
     """Second moments as row and column means: memory of n + m for an n x m kernel. arXiv:1804.04235.
 
     The two largest axes are factored, where both reach `min_size`; the `layers` axis of stacked blocks stays
-    whole, so every layer has its own factors. The update is clipped by its root mean square, over all layers of
-    a stack together. The learning rate is absolute (no scaling by the parameter's size), as in the use for
+    whole, so every layer has its own factors. The update is clipped by its root mean square, over all layers
+    of a stack together. The learning rate is absolute (no scaling by the parameter's size), as in the use for
     vision transformers (arXiv:2106.04560).
     """
 
@@ -202,18 +203,21 @@ class Adafactor(Optimizer):
 class Muon(Optimizer):
     """The momentum of each matrix, orthogonalised; Adam for all that is no matrix inside the network.
 
-        m <- beta m + (1 - beta) g,   update = s * NewtonSchulz(m),   s = consistent_rms * sqrt(max(n_in, n_out))
+        m <- beta m + (1 - beta) g
+        update = s * NewtonSchulz(m),   s = consistent_rms * sqrt(max(n_in, n_out))
 
-    Jordan, "Muon", 2024; the scale `s` is that of arXiv:2502.16982: with 0.2 an update has the root mean square of
-    AdamW's, so that one learning rate and one decay serve both halves. Without it `s = sqrt(max(1, out / in))`.
+    Jordan, "Muon", 2024; the scale `s` is that of arXiv:2502.16982: with 0.2 an update has the root mean
+    square of AdamW's, so that one learning rate and one decay serve both halves. Without it `s = sqrt(max(1,
+    out / in))`.
 
     What counts as a matrix is said by name in `MATRICES`: a rule gives the trailing axes of a parameter, each
     contracted by the layer (`in`) or produced by it (`out`); axes of one role are flattened together, and
-    the axes before them are a batch. So a scanned stack `[layers, C, F]` under "in out" is orthogonalised layer by
-    layer, experts `[layers, experts, C, F]` expert by expert, and attention's `[C, heads, D]` is one matrix C x
-    (heads D). By default: every `kernel`, except Adam for embeddings (patch embedding included), output
-    heads and adaLN modulations, as for all biases, norms and tables. A parameter's number of axes cannot tell a
-    stacked matrix from an attention kernel, so a model whose `query/kernel` is flat needs its own rule.
+    the axes before them are a batch. So a scanned stack `[layers, C, F]` under "in out" is orthogonalised
+    layer by layer, experts `[layers, experts, C, F]` expert by expert, and attention's `[C, heads, D]` is one
+    matrix C x (heads D). By default: every `kernel`, except Adam for embeddings (patch embedding included),
+    output heads and adaLN modulations, as for all biases, norms and tables. A parameter's number of axes
+    cannot tell a stacked matrix from an attention kernel, so a model whose `query/kernel` is flat needs its
+    own rule.
 
     Attributes:
       matrices: rules `(regexp, axes)` read before `MATRICES`; "in in in out" makes a matrix of a convolution.

@@ -1,4 +1,4 @@
-"""Everything a run is, as one pytree: what is trained, and where the run stands in its randomness and data."""
+"""Everything a run is, as one pytree: what is trained, and the place in its randomness and data."""
 
 from typing import Any
 
@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Key, UInt32
 class TrainState:
     """The state that a step function maps to the next one, and that a checkpoint holds.
 
-    Two runs whose states are equal go on identically: the batch and the random numbers of the next step follow
-    from the state alone. The fields are annotated `Any` because the same class also carries what describes a
+    Two runs whose states are equal go on identically: the batch and the random numbers of the next step
+    follow from the state alone. The fields are annotated `Any` because the same class also carries what
+    describes a
     state: shapes, shardings, partition specs.
 
     Attributes:
@@ -24,10 +25,10 @@ class TrainState:
       ema: a moving average shaped like `params`, or None.
       collections: the model's other variable collections by name (`batch_stats`, ...); may be empty.
       key: `[2] uint32`, the raw data of the run's base key, so that a checkpoint stores plain integers.
-      examples: `[2] uint32`, the training examples consumed, as (low, high) words of a 64-bit count. It is the
-        data position. It is counted, not computed as step times batch, because the batch may change on resume;
-        it lies on the device, because the step that does not happen must not consume its batch; and it takes
-        two words, because 2^31 examples are one long run, and jax has no 64-bit integers by default.
+      examples: `[2] uint32`, the training examples consumed, as (low, high) words of a 64-bit count. It is
+        the data position. It is counted, not computed as step times batch, because the batch may change on
+        resume; it lies on the device, because the step that does not happen must not consume its batch; and
+        it takes two words, because 2^31 examples are one long run, and jax has no 64-bit integers by default.
       halted: `[] bool`, set by the first step that met a non-finite value. From then on every step
         leaves the state as it was before that one, which is what a replay needs.
     """
@@ -95,7 +96,8 @@ def advance(old: TrainState, new: TrainState, finite: Bool[Array, ""]) -> TrainS
         finite and not old.halted:  new
         otherwise:                  old, with halted set
 
-    A select on each array, no branch: it costs nothing beside the update it is fused with, and donation holds.
+    A select on each array, no branch: it costs nothing beside the update it is fused with, and donation
+      holds.
     """
     go = jnp.logical_and(finite, jnp.logical_not(old.halted))
     kept = jax.tree.map(lambda n, o: jnp.where(go, n, o), new, old)

@@ -194,7 +194,7 @@ def test_muon_refuses_axes_that_make_no_matrix(axes, message):
 
 
 def test_the_learning_rate_is_readable_and_follows_the_schedule():
-    section = dict(kind="sgd", lr=2.0, momentum=0.0, schedule=dict(kind="linear", warmup="10%"))
+    section = {"kind": "sgd", "lr": 2.0, "momentum": 0.0, "schedule": {"kind": "linear", "warmup": "10%"}}
     optimizer = build_kind(KINDS, section, "config.optimizer")
     assert [float(optimizer.learning_rate_at(s, BUDGET)) for s in (0, 5, 10, 55, 100)] == [0, 1, 2, 1, 0]
     params = {"w": jnp.zeros(())}
@@ -205,7 +205,7 @@ def test_the_learning_rate_is_readable_and_follows_the_schedule():
         np.testing.assert_allclose(updates["w"], -optimizer.learning_rate_at(step, BUDGET), rtol=1e-6)
 
 
-@pytest.mark.parametrize("bad", [dict(lr=0.0), dict(lr=1.0, clip=-1.0)])
+@pytest.mark.parametrize("bad", [{"lr": 0.0}, {"lr": 1.0, "clip": -1.0}])
 def test_nonsense_numbers_are_refused_with_their_path(bad):
     with pytest.raises(UsageError, match=r"config\.optimizer: (lr|clip) must be positive"):
         build(optimizers.AdamW, bad, "config.optimizer")

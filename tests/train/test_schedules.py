@@ -1,5 +1,7 @@
 """Schedules: their ends, their identities, and the claim of the budget-aware one."""
 
+import itertools
+
 import jax
 import numpy as np
 import optax
@@ -77,14 +79,15 @@ def test_uba_turned_by_half_a_turn_is_uba_with_four_over_phi(phi):
 
 def test_uba_decays_faster_the_larger_phi_and_tends_to_constant():
     curves = [curve(UnifiedBudgetAware(phi=phi))[1:-1] for phi in PHIS]
-    assert all((slower > faster).all() for slower, faster in zip(curves, curves[1:], strict=False))
+    assert all((slower > faster).all() for slower, faster in itertools.pairwise(curves))
     assert curve(UnifiedBudgetAware(phi=1e-6))[95] > 0.999
 
 
 def final_loss(rates, condition, noise):
     """The expected loss of stochastic gradient descent on a quadratic, exactly, by the recursion of E[w^2].
 
-    Eigenvalues are spread geometrically over [1 / condition, 1]; the gradient noise has the Hessian's covariance.
+    Eigenvalues are spread geometrically over [1 / condition, 1]; the gradient noise has the Hessian's
+    covariance.
     """
     eigenvalues = np.geomspace(1 / condition, 1.0, 20)
     second_moment = np.ones(20)
@@ -121,7 +124,7 @@ def test_uba_on_a_noisy_quadratic():
         (lambda: WarmupStableDecay(warmup="60%", decay="60%").make(1.0, BUDGET), "longer than the run"),
         (lambda: UnifiedBudgetAware(phi=0.0), "phi must be positive"),
         (lambda: Linear(end=2.0), "end is a fraction of the peak"),
-        (lambda: build_kind(KINDS, dict(kind="cosin"), "config.s"), "Did you mean 'cosine'"),
+        (lambda: build_kind(KINDS, {"kind": "cosin"}, "config.s"), "Did you mean 'cosine'"),
     ],
 )
 def test_what_cannot_be_is_said(make, message):
