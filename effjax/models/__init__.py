@@ -1,5 +1,6 @@
 """The skeletons that compose parts into networks."""
 
+from effjax.models.dit import DiT
 from effjax.models.vit import ViT
 
-KINDS = {"vit": ViT}
+KINDS = {"vit": ViT, "dit": DiT}

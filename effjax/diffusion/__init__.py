@@ -1,0 +1,1 @@
+"""Diffusion: processes that turn pictures into noise, and samplers that walk back."""

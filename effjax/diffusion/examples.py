@@ -1,0 +1,39 @@
+"""One number, one key, one mean for each example of a batch.
+
+Noise for sampling is drawn from a key of its own for each example, so a picture depends on its key alone:
+not on the batch it was made in, nor on how the batch lies on devices.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, Num, PRNGKeyArray
+
+
+def across(values: Num[Array, " b"], like: Num[Array, "b *rest"]) -> Num[Array, "b *ones"]:
+    """Reshapes one number an example to `[B, 1, ..., 1]`, so that it multiplies `like`."""
+    return values.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def look_up(table: np.ndarray, t: Int[Array, " b"], like: Num[Array, "b *rest"]) -> Float[Array, "b *ones"]:
+    """Row `t` of a float64 table, as float32 `[B, 1, ..., 1]`."""
+    return across(jnp.asarray(table, jnp.float32)[t], like)
+
+
+def mean_of_each(x: Float[Array, "b *rest"]) -> Float[Array, " b"]:
+    """Mean over everything but the batch."""
+    return jnp.mean(x, axis=tuple(range(1, x.ndim)))
+
+
+def example_keys(key: PRNGKeyArray, index: Int[Array, " b"]) -> Key[Array, " b"]:
+    """One key for each example, from its number in the whole request."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+
+def example_noise(
+    keys: Key[Array, " b"], step: Int[Array, ""] | int, shape: Sequence[int]
+) -> Float[Array, "b *shape"]:
+    """Standard normal noise of `shape` for each example at one step of a sampler."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), tuple(shape)))(keys)

@@ -1,0 +1,196 @@
+"""Diffusion transformer: a stack of blocks whose norms are steered by time and class.
+
+    z = patches W + positions
+    c = MLP(frequencies(t)) + table[label]
+    z <- z + g_1 * mixer((1 + a_1) * norm(z) + b_1)            (b_1, a_1, g_1, b_2, a_2, g_2) = silu(c) W_c
+    z <- z + g_2 * ffn((1 + a_2) * norm(z) + b_2)
+    prediction = unpatch(((1 + a) * norm(z) + b) W_out)                     (b, a) = silu(c) W_f
+
+`W_c`, `W_f` and `W_out` start at zero (adaLN-Zero): every block starts as the identity and the network as 0.
+
+Source: Peebles and Xie, "Scalable Diffusion Models with Transformers", ICCV 2023, figure 3 and section 3.2.
+The official code draws query, key and value as one Xavier matrix of three times the width; here they are
+three matrices, whose Xavier bound is sqrt(2) larger.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from effjax import ffn, mixers
+from effjax.config import part
+from effjax.layers.dense import dense, named, zeros
+from effjax.layers.norms import layer_norm
+from effjax.layers.patches import PatchEmbed, add_positions, sincos_table, unpatch
+from effjax.layers.stack import Stack
+from effjax.mixers.context import Context
+
+_normal = nn.initializers.normal(0.02)
+
+
+def modulate(
+    x: Float[Array, "b n c"], shift: Float[Array, "b c"], scale: Float[Array, "b c"]
+) -> Float[Array, "b n c"]:
+    """Scales by `1 + scale` and shifts every token of an example alike."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def time_frequencies(t: Float[Array, " b"], count: int, longest: float = 10_000.0) -> Float[Array, "b count"]:
+    """Cosines, then sines, of `t` times `count / 2` frequencies that fall from 1 towards `1 / longest`.
+
+    Computed in float32, whatever the network computes in: at `t = 999` half precision would lose the phase.
+    """
+    half = count // 2
+    frequencies = jnp.exp(-math.log(longest) * jnp.arange(half, dtype=jnp.float32) / half)  # [count / 2]
+    angle = t.astype(jnp.float32)[:, None] * frequencies[None]  # [B, count / 2]
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+class Modulation(nn.Module):
+    """`parts` vectors of `dim` channels from the conditioning: silu(c) W + b, zero at the start.
+
+    Attributes:
+      parts: how many vectors.
+      dim: channels of each.
+    """
+
+    parts: int
+    dim: int
+
+    @nn.compact
+    def __call__(self, c: Float[Array, "b cond"]) -> tuple[Float[Array, "b dim"], ...]:
+        """Returns the vectors in the order they are used."""
+        axes = ("embed", None, "mlp")
+        out = dense((self.parts, self.dim), axes, kernel_init=zeros, name="projection")(nn.silu(c))
+        return tuple(out[:, i] for i in range(self.parts))  # parts x [B, C]
+
+
+class TimeEmbed(nn.Module):
+    """Turns a time into a vector: frequencies, then two layers with SiLU between them.
+
+    Attributes:
+      dim: channels of the vector.
+      frequencies: sines and cosines together.
+    """
+
+    dim: int
+    frequencies: int = 256
+
+    @nn.compact
+    def __call__(self, t: Float[Array, " b"], dtype: jax.typing.DTypeLike) -> Float[Array, "b dim"]:
+        """Embeds times in the unit of training steps, 0 to 1000; `dtype` is what the network computes in."""
+        h = time_frequencies(t, self.frequencies).astype(dtype)  # [B, frequencies]
+        h = dense(self.dim, (None, "mlp"), kernel_init=_normal, name="expand")(h)  # [B, C]
+        return dense(self.dim, ("mlp", "embed"), kernel_init=_normal, name="contract")(nn.silu(h))  # [B, C]
+
+
+class DiTBlock(nn.Module):
+    """The adaLN-Zero block: mixer and FFN, each behind a modulated norm and a gate.
+
+    Attributes:
+      mixer: how tokens mix.
+      ffn: how channels mix.
+      epsilon: of both layer norms.
+    """
+
+    mixer: nn.Module = part(mixers.KINDS)
+    ffn: nn.Module = part(ffn.KINDS)
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b n c"],
+        each: None,
+        c: Float[Array, "b c"],
+        context: Context,
+        train: bool = False,
+    ) -> tuple[Float[Array, "b n c"], None]:
+        """Returns `(x, None)`; `c` conditions every block alike, and no layer has an input of its own."""
+        b_1, a_1, g_1, b_2, a_2, g_2 = Modulation(6, x.shape[-1], name="modulation")(c)  # 6 x [B, C]
+        h = modulate(layer_norm(self.epsilon, affine=False, name="mixer_norm")(x), b_1, a_1)  # [B, N, C]
+        x = x + g_1[:, None] * self.mixer(h, context, train=train)  # [B, N, C]
+        h = modulate(layer_norm(self.epsilon, affine=False, name="ffn_norm")(x), b_2, a_2)  # [B, N, C]
+        x = x + g_2[:, None] * self.ffn(h, train=train)  # [B, N, C]
+        return nn.with_logical_constraint(x, ("batch", "length", "features")), None
+
+
+class DiT(nn.Module):
+    """Predicts noise, clean picture or velocity from a noisy picture, its time and its class.
+
+    Attributes:
+      block: the block that the stack repeats.
+      patch: side of a patch in pixels (of the latent, where there is one).
+      dim: channels of a token.
+      depth: number of blocks.
+      classes: number of labels; the label `classes` means "no label" where there is a null class.
+      null_class: whether the label table has a row for "no label", which classifier-free guidance needs.
+      learned_sigma: whether the network also predicts variances, in as many channels again.
+      frequencies: sines and cosines in the time embedding.
+      remat: rematerialisation policy, a name in `effjax.layers.stack.REMAT`.
+      unroll: layers a scan iteration.
+    """
+
+    block: DiTBlock
+    patch: int
+    dim: int
+    depth: int
+    classes: int
+    null_class: bool = True
+    learned_sigma: bool = True
+    frequencies: int = 256
+    remat: str = "none"
+    unroll: int = 1
+
+    @nn.compact
+    def __call__(
+        self,
+        x_t: Float[Array, "b height width channels"],
+        t: Float[Array, " b"],
+        label: Int[Array, " b"],
+        train: bool = False,
+    ) -> Float[Array, "b height width out"]:
+        """Returns the prediction: `channels` channels, then as many of the variance where it is learned.
+
+        Args:
+          x_t: noisy pictures; both sides must be multiples of the patch.
+          t: times in the unit of training steps, 0 to 1000; `Process.network_time` gives them.
+          label: classes, already dropped to the null class where training drops them.
+          train: passed on to mixer and FFN.
+
+        Raises:
+          UsageError: where patches do not tile the picture.
+        """
+        out = x_t.shape[-1] * (2 if self.learned_sigma else 1)
+        x = PatchEmbed(self.patch, self.dim, name="embed")(x_t)  # [B, h, w, C]
+        grid = x.shape[1], x.shape[2]
+        x = x.reshape(x.shape[0], -1, self.dim)  # [B, h w, C]
+        x = add_positions(x, jnp.asarray(sincos_table(grid, self.dim)))  # [B, h w, C]
+        x = nn.with_logical_constraint(x, ("batch", "length", "features"))
+        c = self._condition(t, label, x.dtype)  # [B, C]
+
+        stack = Stack(self.block, self.depth, remat=self.remat, unroll=self.unroll, name="blocks")
+        x, _ = stack(x, c, Context(), train=train)  # [B, h w, C]
+
+        shift, scale = Modulation(2, self.dim, name="modulation")(c)  # 2 x [B, C]
+        x = modulate(
+            layer_norm(self.block.epsilon, affine=False, name="norm")(x), shift, scale
+        )  # [B, h w, C]
+        x = dense(self.patch**2 * out, ("embed", None), kernel_init=zeros, name="output")(
+            x
+        )  # [B, h w, p p out]
+        return unpatch(x, grid, self.patch)  # [B, H, W, out]
+
+    @nn.nowrap
+    def _condition(
+        self, t: Float[Array, " b"], label: Int[Array, " b"], dtype: jax.typing.DTypeLike
+    ) -> Float[Array, "b c"]:
+        """What all blocks are told: time plus class."""
+        rows = self.classes + self.null_class
+        init = named(_normal, (None, "embed"))
+        label_embed = nn.Embed(rows, self.dim, embedding_init=init, name="label_embed")(label)  # [B, C]
+        time_embed = TimeEmbed(self.dim, self.frequencies, name="time_embed")(t, dtype)  # [B, C]
+        return time_embed + label_embed.astype(time_embed.dtype)

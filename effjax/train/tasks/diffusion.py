@@ -1,0 +1,132 @@
+"""Class-conditional diffusion: predict what a process mixed into a picture.
+
+loss = E_{x_0, t, eps} L(model(x_t, t, label), x_0, eps, t),   x_t and L from the process;
+label -> "no label" with probability `label_dropout`, for classifier-free guidance (Ho and Salimans 2022).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from effjax.config import part
+from effjax.diffusion.guidance import Denoiser
+from effjax.diffusion.process import KINDS as PROCESSES
+from effjax.diffusion.process import Process
+from effjax.errors import UsageError
+from effjax.train.tasks.mean import Mean, Means
+
+Batch = Mapping[str, Array]
+
+# Steps of the golden ratio cover [0, 1) evenly, whatever their number.
+_GOLDEN = 0.6180339887498949
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """Trains `model(x_t, t, label, train)` to undo the noise of a process.
+
+    Pictures are float `[B, H, W, C]`, in [-1, 1] or the autoencoder's latents; labels are int `[B]`. The
+    process computes in float32 and the network in the dtype of its parameters.
+
+    Attributes:
+      model: a denoiser with `classes`, `null_class` and `learned_sigma`, such as `effjax.models.dit.DiT`.
+      process: what the noise is and what of it is predicted.
+      label_dropout: probability that an example is shown without its label.
+    """
+
+    model: nn.Module
+    process: Process = part(PROCESSES)  # noqa: RUF009
+    label_dropout: float = 0.1
+
+    unit = "images"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_dropout < 1:
+            raise UsageError(f"label_dropout={self.label_dropout:g} must be at least 0 and below 1.")
+        if self.label_dropout and not self.model.null_class:
+            raise UsageError(
+                f"label_dropout={self.label_dropout:g} needs a null class: set null_class=True in the model, "
+                f"or label_dropout=0."
+            )
+        if self.model.learned_sigma != self.process.learned_sigma:
+            raise UsageError(
+                f"the model has learned_sigma={self.model.learned_sigma} and its process "
+                f"{self.process.learned_sigma}: set the model's to {self.process.learned_sigma}, or choose "
+                f"another sigma in the process."
+            )
+
+    @property
+    def null(self) -> int | None:
+        """The label that means "no label"; None where the model was never trained without labels."""
+        return self.model.classes if self.label_dropout else None
+
+    def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
+        """Makes the variables from a batch of which only shapes matter."""
+        count = batch["image"].shape[0]
+        return self.model.init(key, batch["image"], jnp.zeros((count,), jnp.float32), batch["label"])
+
+    def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
+        """Draws time, noise and dropped labels, independently for each example."""
+        k_time, k_noise, k_label = jax.random.split(key, 3)
+        image, label = batch["image"], batch["label"]
+        if self.label_dropout:
+            dropped = jax.random.bernoulli(k_label, self.label_dropout, label.shape)
+            label = jnp.where(dropped, self.model.classes, label)
+        return {
+            "image": image,
+            "label": label,
+            "time": self.process.times(jax.random.uniform(k_time, label.shape)),
+            "noise": jax.random.normal(k_noise, image.shape),
+        }
+
+    def loss(self, variables: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Means, Any]:
+        """The process's losses at the times and with the noise that `prepare` drew."""
+        mutable = [name for name in variables if name != "params"]
+        image, noise, t = (
+            batch["image"].astype(jnp.float32),
+            batch["noise"].astype(jnp.float32),
+            batch["time"],
+        )
+        prediction, collections = self._predict(
+            variables,
+            self.process.noise(image, noise, t),
+            t,
+            batch["label"],
+            train=True,
+            rngs={"dropout": key},
+            mutable=mutable,
+        )
+        losses = self.process.loss(prediction.astype(jnp.float32), image, noise, t)  # each [B]
+        return {name: Mean.of(value) for name, value in losses.items()}, collections
+
+    def metrics(self, variables: Any, batch: Batch) -> Means:
+        """The same losses with labels kept, at times and noise fixed by the place in the batch."""
+        image = batch["image"].astype(jnp.float32)
+        place = jnp.arange(image.shape[0])
+        t = self.process.times(jnp.mod((place + 0.5) * _GOLDEN, 1.0))  # [B]
+        noise = jax.random.normal(jax.random.key(0), image.shape)
+        prediction = self.denoiser(variables)(self.process.noise(image, noise, t), t, batch["label"])
+        losses = self.process.loss(prediction, image, noise, t)  # each [B]
+        return {name: Mean.of(value, batch["mask"]) for name, value in losses.items()}
+
+    def finish(self, values: dict[str, float]) -> dict[str, float]:
+        """Nothing follows from these averages."""
+        return values
+
+    def denoiser(self, variables: Any) -> Denoiser:
+        """The trained network as `(x_t, t, label) -> prediction`, for samplers."""
+
+        def denoise(x_t: Array, t: Array, label: Array) -> Array:
+            return self._predict(variables, x_t, t, label).astype(jnp.float32)
+
+        return denoise
+
+    def _predict(self, variables: Any, x_t: Array, t: Array, label: Array, **options: Any) -> Any:
+        """Runs the network in the dtype of its parameters."""
+        dtype = jax.tree.leaves(variables["params"])[0].dtype
+        return self.model.apply(variables, x_t.astype(dtype), self.process.network_time(t), label, **options)
