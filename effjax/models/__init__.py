@@ -1,5 +1,6 @@
 """The skeletons that compose parts into networks."""
 
+from effjax.models.lm import LM
 from effjax.models.vit import ViT
 
-KINDS = {"vit": ViT}
+KINDS = {"vit": ViT, "lm": LM}

@@ -19,5 +19,6 @@ the figures of one large batch.
 """
 
 from effjax.train.tasks.classification import Classification
+from effjax.train.tasks.language import Language
 
-KINDS = {"classification": Classification}
+KINDS = {"classification": Classification, "language": Language}
