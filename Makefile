@@ -3,15 +3,14 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-RUN    := JAX_PLATFORMS=cpu $(BIN)/python
 
-.PHONY: demo test check lint types fast catalog clean
+.PHONY: demo test check lint types fast catalog newest clean
 .DELETE_ON_ERROR:
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml .ci/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: $(STAMP)  ## trains a small ViT on digits and writes its report
@@ -36,5 +35,9 @@ fast: $(STAMP)
 catalog: $(STAMP)  ## writes CATALOG.md from effjax/catalog
 	$(BIN)/python -m experiments.papers --markdown > CATALOG.md
 
+newest: $(STAMP)  ## the shorter leg on another interpreter: make VENV=.venv-newest PYTHON=python3.12 newest
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+	$(BIN)/python -m pytest -n 2 tests/eight -k families
+
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf .venv .venv-newest runs build dist *.egg-info

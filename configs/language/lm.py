@@ -1,9 +1,14 @@
-"""Llama-style language models.
+"""Llama-style language models: RMS norm, rotary positions, grouped queries, SwiGLU; packed documents.
 
-    python -m experiments.train --config=configs/language/lm.py:pydocs --workdir=runs/pydocs
+    python -m experiments.train --config=configs/language/lm.py:VARIANT --workdir=runs/lm
+    python -m experiments.generate --workdir=runs/lm --prompt="Return the "
 
-Variants: `smoke` (seconds, for tests), `pydocs` (bytes of Python's documentation), `125m`, `1b` and `8b`
-(published shapes).
+`smoke`
+    20 steps of a toy on the bytes of Python's documentation: seconds.
+`pydocs`
+    TODO_PYDOCS
+`125m`, `1b`, `8b`
+    Published shapes, on documents in `data/train-*.jsonl` with the tokenizer of `data/tokenizer.json`. Not run here.
 """
 
 import dataclasses
@@ -39,10 +44,15 @@ SIZES = {
 }
 
 
-def get_config(variant: str = "smoke") -> ConfigDict:
+VARIANTS = tuple(SIZES)
+
+
+def get_config(variant: str = "pydocs") -> ConfigDict:
     """Returns the experiment of one variant."""
     size = SIZES[variant]
-    config = ConfigDict()
+    config = (
+        corpus(size.max_length) if size.vocab > 256 else pydocs(size.max_length, smoke=variant == "smoke")
+    )
     config.model = dict(
         kind="lm",
         block=dict(
@@ -67,3 +77,83 @@ def get_config(variant: str = "smoke") -> ConfigDict:
     )
     config.task = dict(kind="language", z_loss=0.0)
     return config
+
+
+def pydocs(length: int, smoke: bool) -> ConfigDict:
+    """The embedded documentation, byte by byte."""
+    source = dict(kind="tfds", name="pydocs")
+    packing = dict(length=length, tokenizer=dict(kind="bytes"))
+    every = "10 steps" if smoke else "10%"
+    return ConfigDict(
+        dict(
+            data=dict(
+                source=source | dict(split="train"),
+                packing=packing,
+                batch_size=8 if smoke else 16,
+                cache=True,
+            ),
+            optimizer=dict(
+                kind="adamw",
+                lr=3e-3,
+                b2=0.95,
+                weight_decay=0.1,
+                clip=1.0,
+                schedule=dict(kind="cosine", warmup="5%", end=0.1),
+            ),
+            train=dict(
+                steps="20 steps" if smoke else "2000 steps",
+                log_every="5 steps" if smoke else "50 steps",
+                checkpoint_every=every,
+            ),
+            evaluators=dict(
+                test=dict(
+                    kind="metrics",
+                    data=dict(source=source | dict(split="test"), packing=packing, batch_size=16, cache=True),
+                    every=every,
+                )
+            ),
+        )
+    )
+
+
+def corpus(length: int) -> ConfigDict:
+    """Documents of one's own: about 0.5M tokens a step, 100 billion in all."""
+    tokenizer = dict(kind="tokenizer_file", path="data/tokenizer.json")
+    packing = dict(length=length, tokenizer=tokenizer)
+    batch_size = 2**19 // length
+    return ConfigDict(
+        dict(
+            data=dict(
+                source=dict(kind="jsonl", path="data/train.jsonl"),
+                packing=packing,
+                batch_size=batch_size,
+                threads=8,
+            ),
+            optimizer=dict(
+                kind="adamw",
+                lr=3e-4,
+                b2=0.95,
+                weight_decay=0.1,
+                clip=1.0,
+                schedule=dict(kind="cosine", warmup="2000 steps", end=0.1),
+            ),
+            train=dict(
+                steps="200k steps",
+                precision=dict(compute="bfloat16"),
+                log_every="100 steps",
+                checkpoint_every="2000 steps",
+            ),
+            evaluators=dict(
+                validation=dict(
+                    kind="metrics",
+                    data=dict(
+                        source=dict(kind="jsonl", path="data/validation.jsonl"),
+                        packing=packing,
+                        batch_size=batch_size,
+                        threads=8,
+                    ),
+                    every="2000 steps",
+                )
+            ),
+        )
+    )
