@@ -60,7 +60,7 @@ class Optimizer:
     """
 
     lr: float
-    schedule: Any = part(SCHEDULES, default=Constant())  # noqa: RUF009
+    schedule: Any = part(SCHEDULES, default=Constant())
     clip: float | None = None
     weight_decay: float = 0.0
     decay: Multipliers = ()

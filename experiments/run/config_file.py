@@ -4,6 +4,7 @@ A config file has `get_config(variant="...")`, which returns a ConfigDict. Where
 strings that it takes, a misspelt one is answered with the nearest.
 """
 
+import ast
 import difflib
 import importlib.util
 import inspect
@@ -175,30 +176,40 @@ def _blame(error: Exception, file: Path, shown: str) -> str:
 
 
 def _check_override(config: ConfigDict, key: str, value: str | None) -> None:
-    """Refuses a key that the config does not have, or a value that is not of the type it has there."""
+    """Makes room for a key that the file leaves at its default, and refuses a value of another type.
+
+    Whether a key exists is not for the file to say: the dataclasses that the config is resolved into know all
+    names, and refuse the others with the nearest.
+    """
     try:
         parts = config_path.split(key)
     except (ValueError, SyntaxError):
         raise UsageError(f"--config.{key} is no key. Write it like --config.optimizer.lr=1e-3.") from None
     here: Any = config
     for index, part in enumerate(parts):
+        last = index == len(parts) - 1
+        if isinstance(here, ConfigDict) and (part not in here or (last and here[part] is None)):
+            here[part] = _literal(value) if last else ConfigDict()
         if not _has(here, part):
-            raise UsageError(_unknown_key(config, key, here, parts[:index], part))
+            raise UsageError(_unknown_key(key, here, parts[:index]))
         here = here[part]
-    # A placeholder is None and has a type; a list has one that the flag cannot write.
     known_type = config_path.get_type(key, config)
-    if known_type in (type(None), list):
-        kind = "None" if here is None else "a list"
-        raise UsageError(
-            f"--config.{key} is {kind} in the config file, so its type is not known here: set it in the "
-            "file, or give it a type there (a number, a string, a tuple, config_dict.placeholder(int))."
-        )
+    if known_type is list:
+        raise UsageError(f"--config.{key} is a list in the config file; make it a tuple there to set it here.")
     if value is not None and known_type in (int, float):
         try:
             known_type(value)
         except ValueError:
             said = f"of type {known_type.__name__} ({here!r} in the file)"
             raise UsageError(f"--config.{key} is {said}; '{value}' is not.") from None
+
+
+def _literal(value: str | None) -> Any:
+    """What a value means where the file gives it no type: a Python literal, or else a string."""
+    try:
+        return ast.literal_eval(value or "True")
+    except (ValueError, SyntaxError):
+        return value
 
 
 def _has(section: Any, part: Any) -> bool:
@@ -209,31 +220,12 @@ def _has(section: Any, part: Any) -> bool:
     )
 
 
-def _unknown_key(config: ConfigDict, key: str, section: Any, parents: tuple[Any, ...], part: Any) -> str:
+def _unknown_key(key: str, section: Any, parents: tuple[Any, ...]) -> str:
     said = f"--config.{key} is no key of this config"
     above = _join("config", parents)
     if isinstance(section, list | tuple):
         return f"{said}: {above} holds {len(section)} values, from [0] to [{len(section) - 1}]."
-    if not isinstance(section, ConfigDict | dict):
-        return f"{said}: {above} is {section!r}, not a section."
-    here = difflib.get_close_matches(str(part), list(section), n=3)
-    near = [_join(above, (name,)) for name in here]
-    last = re.split(r"[.\[]", key)[-1]
-    near += [p for p in _paths(config, "config") if p.rsplit(".")[-1] == last and p not in near][:3]
-    if near:
-        return f"{said}. Did you mean {' or '.join(f'--{name}' for name in near)}?"
-    return f"{said}: {above} has {', '.join(section)}."
-
-
-def _paths(value: Any, path: str) -> list[str]:
-    """Every key beneath `path`, sections included."""
-    if isinstance(value, ConfigDict | dict):
-        items = [(value[key], f"{path}.{key}") for key in value]
-    elif isinstance(value, list | tuple):
-        items = [(item, f"{path}[{index}]") for index, item in enumerate(value)]
-    else:
-        return []
-    return [found for item, name in items for found in (name, *_paths(item, name))]
+    return f"{said}: {above} is {section!r}, not a section."
 
 
 def _join(path: str, parts: tuple[Any, ...]) -> str:
