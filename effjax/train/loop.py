@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from effjax.train.program import Program
 from effjax.train.state import TrainState, examples_seen
 
 
+@runtime_checkable
 class Observer(Protocol):
     """Whom the loop tells; the drivers write files and draw progress, tests collect."""
 
@@ -39,6 +40,7 @@ class Observer(Protocol):
         """Keeps what a replay of a bad step needs; returns the command that replays it."""
 
 
+@runtime_checkable
 class Checkpoints(Protocol):
     """What the loop asks of `effjax.train.checkpoint`."""
 

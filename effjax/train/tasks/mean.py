@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 
 @flax.struct.dataclass
@@ -16,7 +16,7 @@ class Mean:
     count: Float[Array, ""]
 
     @classmethod
-    def of(cls, values: Float[Array, "*shape"], weights: Float[Array, "*shape"] | None = None) -> "Mean":
+    def of(cls, values: Shaped[Array, "*shape"], weights: Float[Array, "*shape"] | None = None) -> "Mean":
         """Weighted average of `values`, in float32."""
         values = values.astype(jnp.float32)
         if weights is None:

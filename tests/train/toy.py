@@ -1,0 +1,71 @@
+"""The smallest real experiment of each family, for tests of the loop: digits and docs, a few thousand parameters."""
+
+import importlib
+
+from effjax.experiment import resolve
+from effjax.train.program import build_program
+
+FAMILIES = {
+    "vision": "configs.vision.vit",
+    "diffusion": "configs.diffusion.dit",
+    "language": "configs.language.lm",
+}
+
+
+def smoke(family, **changes):
+    """The smoke config of a family; `changes` are dotted keys with `__` for dots: `train__steps="4 steps"`."""
+    config = importlib.import_module(FAMILIES[family]).get_config("smoke")
+    config.unlock()
+    for key, value in changes.items():
+        *sections, last = key.split("__")
+        section = config
+        for name in sections:
+            if name not in section:
+                section[name] = {}
+            section = section[name]
+        section[last] = value
+    return config
+
+
+def program_of(family, devices=None, **changes):
+    """A program ready to run."""
+    experiment = resolve(smoke(family, **changes))
+    return build_program(experiment, experiment.data.open(), devices)
+
+
+class Recorder:
+    """An observer that remembers."""
+
+    def __init__(self):
+        self.written, self.said, self.steps, self.kept = [], [], [], []
+
+    def progress(self, step, total, values):
+        self.steps.append(step)
+
+    def write(self, step, split, values):
+        self.written.append((step, split, dict(values)))
+
+    def say(self, message):
+        self.said.append(message)
+
+    def evidence(self, diagnosis, batch):
+        self.kept.append((diagnosis, batch))
+        return "replay it"
+
+    def losses(self):
+        return [values["loss"] for _, split, values in self.written if split == "train"]
+
+
+class Memory:
+    """Checkpoints that live in memory."""
+
+    def __init__(self):
+        self.saved = {}
+
+    def save(self, step, state, extra):
+        import jax
+
+        self.saved[step] = (jax.tree.map(lambda x: x.copy(), state), extra)
+
+    def wait(self):
+        pass
