@@ -60,7 +60,7 @@ class Checkpoints:
 
     Args:
       directory: made when missing, unless `read_only`.
-      keep: how many of the newest steps stay; two or more, so that a damaged one leaves another.
+      keep: how many of the newest steps stay; with two or more, a damaged one leaves another.
       keep_period: steps that are a multiple of this stay for good.
       async_: whether `save` returns when the arrays are copied, and the writing goes on behind.
       read_only: for an evaluator beside a living run: nothing is cleaned, renamed or made.
@@ -83,6 +83,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._report = report
         self._read_only = read_only
+        self._async = async_
         self._writing: int | None = None
         if not read_only:
             self._clean()
@@ -143,6 +144,8 @@ class Checkpoints:
             )
         except Exception as error:
             raise self._failed(error) from error
+        if not self._async:
+            self.wait()
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises its RunError otherwise."""
@@ -305,8 +308,7 @@ def _manifest(leaves: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
             for path, x in leaves.items()
         },
         "versions": {"effjax": effjax.__version__, **{name: metadata.version(name) for name in _LIBRARIES}},
-        # As it will be read back: JSON turns tuples to lists and keys to strings, and the digest must not
-        # notice.
+        # As it will be read back: JSON makes tuples lists and keys strings, and the digest must not notice.
         "extra": json.loads(json.dumps(extra)),
     }
     return {**manifest, "digest": _digest(manifest)}

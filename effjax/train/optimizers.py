@@ -29,11 +29,12 @@ from effjax.train.durations import Budget
 from effjax.train.schedules import KINDS as SCHEDULES
 from effjax.train.schedules import Constant
 
-# What multiplies features is named `kernel`; biases, norms, position, token and class tables are not.
-DECAY: tuple[tuple[str, float], ...] = ((r"(.*/)?kernel", 1.0), (r".*", 0.0))
+Multipliers = tuple[tuple[str, float], ...]
 
-# Which parameters Muon takes as matrices, and how: their trailing axes, each `in` or `out`; "" leaves one to
-# Adam.
+# What multiplies features is named `kernel`; biases, norms, position, token and class tables are not.
+DECAY: Multipliers = ((r"(.*/)?kernel", 1.0), (r".*", 0.0))
+
+# What Muon takes as a matrix, and how: the trailing axes, each `in` or `out`; "" leaves a parameter to Adam.
 MATRICES: tuple[tuple[str, str], ...] = (
     (r"(.*/)?([^/]*embed[^/]*|head|logits|modulation)/kernel", ""),
     (r"(.*/)?(query|key|value)/kernel", "in out out"),
@@ -41,8 +42,6 @@ MATRICES: tuple[tuple[str, str], ...] = (
     (r"(.*/)?kernel", "in out"),
     (r".*", ""),
 )
-
-Multipliers = tuple[tuple[str, float], ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,9 +115,9 @@ class Optimizer:
 
     def _rules(self, params: Any) -> tuple[Any, Any, Any]:
         frozen = match([(p, True) for p in self.freeze], params, default=False, where="freeze")
-        match(
-            self.decay, params, default=0.0, where="decay"
-        )  # refuses a rule of the user's that is of no use
+        # Called for its error alone: a rule of the user's that matches nothing is refused, one of ours is
+        # not.
+        match(self.decay, params, default=0.0, where="decay")
         decay = match((*self.decay, *DECAY), params, default=0.0, where="decay", unused="allow")
         rate = match(self.learning_rate, params, default=1.0, where="learning_rate")
         return frozen, decay, rate
@@ -179,10 +178,10 @@ class Lion(Optimizer):
 class Adafactor(Optimizer):
     """Second moments as row and column means: memory of n + m for an n x m kernel. arXiv:1804.04235.
 
-    The two largest axes are factored, where both reach `min_size`; the `layers` axis of stacked blocks stays
-    whole, so every layer has its own factors. The update is clipped by its root mean square, over all layers
-    of a stack together. The learning rate is absolute (no scaling by the parameter's size), as in the use for
-    vision transformers (arXiv:2106.04560).
+    The two largest axes are factored, where both reach `min_size`; the `layers` axis of stacked blocks is
+    shorter than that and stays whole, so every layer has its own factors. The update is clipped by its root
+    mean square, over all layers of a stack together. The learning rate is absolute (no scaling by the
+    parameter's size), as in the use for vision transformers (arXiv:2106.04560).
     """
 
     decay_rate: float = 0.8
@@ -207,8 +206,8 @@ class Muon(Optimizer):
         update = s * NewtonSchulz(m),   s = consistent_rms * sqrt(max(n_in, n_out))
 
     Jordan, "Muon", 2024; the scale `s` is that of arXiv:2502.16982: with 0.2 an update has the root mean
-    square of AdamW's, so that one learning rate and one decay serve both halves. Without it `s = sqrt(max(1,
-    out / in))`.
+    square of AdamW's, so that one learning rate and one decay serve both halves. With None it is Jordan's,
+    `s = sqrt(max(1, n_out / n_in))`.
 
     What counts as a matrix is said by name in `MATRICES`: a rule gives the trailing axes of a parameter, each
     contracted by the layer (`in`) or produced by it (`out`); axes of one role are flattened together, and
@@ -263,7 +262,7 @@ class Muon(Optimizer):
 
     def matrix_axes(self, params: Any) -> dict[str, str]:
         """`{path: axes}`: what the rules make of each parameter; "" is Adam's."""
-        match(self.matrices, params, default="", where="matrices")  # refuses a rule of the user's of no use
+        match(self.matrices, params, default="", where="matrices")  # for its error alone, as in `_rules`
         return explain((*self.matrices, *MATRICES), params, default="", where="matrices")
 
     def _scale(self, update: Array, numbers: contrib.MuonDimensionNumbers) -> Array:

@@ -4,8 +4,7 @@
     w <= s <= T:   peak * (end + (1 - end) f(u))        u = (s - w) / (T - w), f from 1 to 0
 
 `s` counts the optimiser steps done, so the first step of a run with a warm-up has the learning rate 0, as in
-optax. `end` is a fraction of the peak. Each kind makes an `optax.Schedule`, from optax's own where it has
-one.
+optax. `end` is a fraction of the peak. Each kind makes an `optax.Schedule`, from optax's where it has one.
 """
 
 import dataclasses
@@ -139,18 +138,17 @@ class UnifiedBudgetAware:
 
         f(u) = 1 / (1 + (phi / 2) tan^2(pi u / 2)),   f / (1 - f) = (2 / phi) cot^2(pi u / 2)
 
-    which shows everything the tests hold it to: it falls from 1 to 0 for every phi, the odds are those of the
-    cosine times 2 / phi, so a larger phi decays faster, phi -> 0 is constant, and phi and 4 / phi are each
-    other
-    turned by half a turn: f(u; phi) = 1 - f(1 - u; 4 / phi).
+    which shows everything the tests hold it to: it falls from 1 to 0 for every phi; the odds are those of the
+    cosine times 2 / phi, so a larger phi decays faster; phi -> 0 is constant; and the curve of 4 / phi is the
+    one of phi turned by half a turn: f(u; phi) = 1 - f(1 - u; 4 / phi).
 
     Source: Tang et al., "Stepsize anything: A unified learning rate schedule for budgeted-iteration
     training", arXiv:2505.24452. The equation was checked against an independent public implementation and
     against the identities above, not against the paper's own text. The paper ties phi to the condition number
-    of the problem. Measured on a noisy quadratic (100 steps, peak 1 / largest eigenvalue, noise proportional
-    to the Hessian) the best phi falls as the condition number grows, 32, 5.7, 1.4 at 5, 30, 300: slow
-    directions need the rate held up for longer. At 30 steps the best phi ends at 0.3 to 0.7 of the loss of
-    step decay.
+    of the problem. Measured on a noisy quadratic (100 steps, peak 1 / largest eigenvalue, noise with a tenth
+    of the Hessian as its covariance) the best phi falls as the condition number grows, 32, 5.7, 1.4 at 5, 30,
+    300: slow directions need the rate held up for longer. At 30 steps the best phi ends at 0.4 to 0.7 of the
+    loss of step decay.
 
     Attributes:
       phi: positive; about 0.25 to 10.

@@ -15,8 +15,7 @@ class TrainState:
 
     Two runs whose states are equal go on identically: the batch and the random numbers of the next step
     follow from the state alone. The fields are annotated `Any` because the same class also carries what
-    describes a
-    state: shapes, shardings, partition specs.
+    describes a state: shapes, shardings, partition specs.
 
     Attributes:
       step: `[] int32`, the optimiser steps done.
@@ -96,8 +95,7 @@ def advance(old: TrainState, new: TrainState, finite: Bool[Array, ""]) -> TrainS
         finite and not old.halted:  new
         otherwise:                  old, with halted set
 
-    A select on each array, no branch: it costs nothing beside the update it is fused with, and donation
-      holds.
+    A select on each array, no branch: it is fused with the update, and the old state can still be donated.
     """
     go = jnp.logical_and(finite, jnp.logical_not(old.halted))
     kept = jax.tree.map(lambda n, o: jnp.where(go, n, o), new, old)

@@ -156,7 +156,7 @@ def test_muon_orthogonalises_each_layer_of_a_stack():
         for layer in range(3):
             one = {"w": jnp.asarray(leaf[layer])}
             alone, _ = moved(Muon(lr=1.0, matrices=(("w", axes),)), one, one)
-            np.testing.assert_allclose(stacked[f"blocks/attention/{path}"][layer], alone["w"], atol=1e-5)
+            np.testing.assert_allclose(stacked[f"blocks/attention/{path}"][layer], alone["w"], atol=1e-4)
     # One layer of `query` is a matrix of 8 x (2 * 4); Newton-Schulz leaves singular values around one.
     update = stacked["blocks/attention/query/kernel"][1].reshape(8, 8) / (0.2 * np.sqrt(8))
     singular = np.linalg.svd(update, compute_uv=False)
@@ -172,7 +172,7 @@ def test_muon_on_plain_matrices_is_the_muon_of_optax():
     theirs = contrib.muon(0.1, consistent_rms=0.2)
     expected, _ = theirs.update(grads, theirs.init(params), params)
     moves, _ = moved(Muon(lr=0.1), params, grads)
-    np.testing.assert_allclose(moves["w/kernel"], expected["w"]["kernel"], atol=1e-5)
+    np.testing.assert_allclose(moves["w/kernel"], expected["w"]["kernel"], atol=1e-4)
 
 
 def test_muon_says_which_parameters_are_matrices():
