@@ -40,7 +40,7 @@ class Diffusion:
     """
 
     model: nn.Module
-    process: Process = part(PROCESSES)  # noqa: RUF009
+    process: Process = part(PROCESSES)
     label_dropout: float = 0.1
 
     unit = "images"
