@@ -20,12 +20,11 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
+
 from effjax.errors import UsageError, did_you_mean
 
 Kinds = Mapping[str, Any]
-
-# Linen adds these two fields to every module; they are no part of a definition.
-_LINEN_FIELDS = {"parent", "name"}
 
 
 def part(kinds: Kinds, default: Any = dataclasses.MISSING) -> Any:
@@ -64,7 +63,7 @@ def build(schema: type, section: Any, path: str, given: Mapping[str, Any] | None
     if not section_of(section):
         raise UsageError(f"{path} must be a section like dict(...), not {section!r}.")
     section = {key: section[key] for key in section}
-    fields = {f.name: f for f in dataclasses.fields(schema) if f.init and f.name not in _LINEN_FIELDS}
+    fields = {f.name: f for f in dataclasses.fields(schema) if f.init and not _of_linen(schema, f.name)}
     open_keys = sorted(set(fields) - set(given))
     for key in section:
         if key not in open_keys:
@@ -100,6 +99,11 @@ def build_kind(kinds: Kinds, section: Any, path: str, given: Mapping[str, Any] |
     if kind not in kinds:
         raise UsageError(f"{path}.kind is {kind!r}, which is no kind. {did_you_mean(str(kind), kinds)}")
     return build(kinds[kind], section, path, given)
+
+
+def _of_linen(schema: type, field: str) -> bool:
+    """Linen adds two fields to every module that are no part of its definition."""
+    return issubclass(schema, nn.Module) and field in ("parent", "name")
 
 
 def _convert(hint: Any, metadata: Mapping[str, Any], value: Any, path: str) -> Any:
@@ -168,7 +172,7 @@ def describe(thing: Any) -> Any:
         shown = {
             f.name: describe(getattr(thing, f.name))
             for f in dataclasses.fields(thing)
-            if f.name not in _LINEN_FIELDS and f.init
+            if f.init and not _of_linen(type(thing), f.name)
         }
         return {"class": type(thing).__name__, **shown}
     if isinstance(thing, Mapping):

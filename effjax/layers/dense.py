@@ -7,10 +7,15 @@ Parameters are float32 at rest; the training step casts them, and a projection c
 parameters and input promote to.
 """
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from flax.linen.initializers import Initializer
+from jaxtyping import Array, Float
 
 xavier = nn.initializers.xavier_uniform()
 zeros = nn.initializers.zeros_init()
@@ -26,32 +31,47 @@ def named(init: Initializer, axes: Sequence[str | None]) -> Initializer:
     return nn.with_logical_partitioning(init, tuple(axes))
 
 
-def dense(
-    features: int | Sequence[int],
-    axes: Sequence[str | None],
-    *,
-    inputs: int = 1,
-    use_bias: bool = True,
-    kernel_init: Initializer = xavier,
-    bias_init: Initializer = zeros,
-    name: str | None = None,
-) -> nn.DenseGeneral:
+class Dense(nn.Module):
     """A projection of the last `inputs` axes onto `features`.
 
-    Args:
+    Attributes:
       features: size of the output axis, or sizes of several.
       axes: logical names of the kernel's axes, input axes first.
       inputs: how many trailing axes of the input are contracted.
       use_bias: whether to add a bias over the output axes.
       kernel_init: initialiser; fan-in and fan-out are those of the flattened matrix.
       bias_init: initialiser of the bias.
-      name: Linen name; by default the attribute or a counter.
     """
-    return nn.DenseGeneral(
-        features=features,
-        axis=tuple(range(-inputs, 0)),
-        use_bias=use_bias,
-        kernel_init=named(kernel_init, axes),
-        bias_init=named(bias_init, axes[inputs:]),
-        name=name,
-    )
+
+    features: int | tuple[int, ...]
+    axes: tuple[str | None, ...]
+    inputs: int = 1
+    use_bias: bool = True
+    kernel_init: Initializer = xavier
+    bias_init: Initializer = zeros
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Maps `[..., *inputs]` to `[..., *features]`."""
+        outs = (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        ins = x.shape[x.ndim - self.inputs :]
+        kernel = self.param("kernel", named(_flattened(self.kernel_init, ins, outs), self.axes))
+        contracted = tuple(range(x.ndim - self.inputs, x.ndim)), tuple(range(self.inputs))
+        x, kernel = nn.dtypes.promote_dtype(x, kernel)
+        y = jax.lax.dot_general(x, kernel, (contracted, ((), ())))  # [..., *features]
+        if self.use_bias:
+            bias = self.param("bias", named(self.bias_init, self.axes[self.inputs :]), outs, jnp.float32)
+            y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - len(outs)) + outs)
+        return y
+
+
+def _flattened(init: Initializer, ins: tuple[int, ...], outs: tuple[int, ...]) -> Any:
+    """Initialises the matrix `[prod(ins), prod(outs)]` and gives it its shape."""
+
+    def kernel(key: Array) -> Array:
+        return init(key, (math.prod(ins), math.prod(outs)), jnp.float32).reshape(ins + outs)
+
+    return kernel
+
+
+dense = Dense

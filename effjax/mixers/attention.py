@@ -9,13 +9,19 @@ al. 2023. Rotary positions (`rotary_base`): channels `i` and `i + d/2` of q and 
 base^(-2i/d)`, Su et al. 2021. Query-key normalisation (`qk_norm`): RMS norm of q and k over each head,
 Henry et al. 2020. Proportional attention (`Context.size`): a token that stands for s tokens counts s times,
 Bolya et al. 2023.
+
+One method computes both views of a sequence: `__call__` sees it whole, `step` sees the next tokens of it and
+a cache of those before.
 """
+
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
+from effjax.decoding.cache import Cache, append, init_cache, visible
 from effjax.errors import UsageError
 from effjax.layers.dense import dense
 from effjax.layers.norms import rms_norm
@@ -57,33 +63,80 @@ class Attention(nn.Module):
     rotary_base: float | None = None
     causal: bool = False
 
-    @nn.compact
     def __call__(
         self, x: Float[Array, "b n c"], context: Context, train: bool = False
     ) -> Float[Array, "b n c"]:
-        """Mixes the tokens of each sequence."""
-        q, k, v = self.project(x, context.positions)
-        bias = None  # proportional attention: + log size of the key
-        if context.size is not None:
-            bias = jnp.log(context.size).astype(q.dtype)[:, None, None, :]  # [B, 1, 1, N]
-        y = jax.nn.dot_product_attention(
-            q, k, v, bias=bias, mask=context.mask(), is_causal=self.causal
-        )  # [B, N, H, D]
-        return self.output(y, x.shape[-1])
+        """Mixes the tokens of whole sequences."""
+        y, _ = self.attend(x, context, None)
+        return y
+
+    def step(
+        self, x: Float[Array, "b n c"], cache: Cache, context: Context
+    ) -> tuple[Float[Array, "b n c"], Cache]:
+        """Mixes the next `n` tokens of each sequence with those in the cache, and adds them to it.
+
+        Args:
+          x: one token or a whole prompt; the same code serves both.
+          cache: what `init_cache` made and earlier steps filled.
+          context: only `positions` may be given: where the new tokens stand, negative for padding. By default
+            they follow what is in the cache.
+
+        Raises:
+          UsageError: for a context with more than positions, or more tokens than the cache has slots.
+        """
+        if not (context.segments is context.valid is context.size is None):
+            raise UsageError(
+                "a cached step knows its tokens by position alone: give no segments, valid or size."
+            )
+        return self.attend(x, context, cache)
 
     @nn.nowrap
-    def project(
-        self, x: Float[Array, "b n c"], positions: Int[Array, "b n"] | None
-    ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n g d"], Float[Array, "b n g d"]]:
-        """Returns queries `[B, N, H, D]`, keys and values `[B, N, G, D]`."""
-        width = x.shape[-1]
+    def init_cache(self, batch: int, slots: int, width: int, dtype: DTypeLike = jnp.float32) -> Cache:
+        """Makes an empty cache for sequences of up to `slots` tokens of `width` channels."""
+        groups, size = self.sizes(width)
+        return init_cache(batch, slots, groups, size, dtype)
+
+    @nn.compact
+    def attend(
+        self, x: Float[Array, "b n c"], context: Context, cache: Cache | None
+    ) -> tuple[Float[Array, "b n c"], Any]:
+        """Attends among the tokens of `x` (no cache), or from them to the cache they are added to."""
+        positions = context.positions
+        if positions is None:
+            following = jnp.arange(x.shape[1]) + (0 if cache is None else cache.written)
+            positions = jnp.broadcast_to(following[None], x.shape[:2])
+        q, k, v = self.project(x, positions)
+        if cache is None:
+            bias = None  # proportional attention: + log size of the key
+            if context.size is not None:
+                bias = jnp.log(context.size).astype(q.dtype)[:, None, None, :]  # [B, 1, 1, N]
+            mask, causal = context.mask(), self.causal
+        else:
+            cache = append(cache, k, v, positions)
+            k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)  # [B, S, G, D]
+            bias, mask, causal = None, visible(cache, positions, self.causal), False
+        y = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, is_causal=causal)  # [B, N, H, D]
+        return self.output(y, x.shape[-1]), cache
+
+    @nn.nowrap
+    def sizes(self, width: int) -> tuple[int, int]:
+        """Returns how many key/value heads there are, and the channels of a head."""
         groups = self.heads if self.kv_heads is None else self.kv_heads
         if self.heads % groups:
             raise UsageError(f"kv_heads={groups} does not divide heads={self.heads}.")
         if self.head_dim is None and width % self.heads:
             raise UsageError(f"heads={self.heads} does not divide the width {width}: set head_dim.")
         size = self.head_dim or width // self.heads
+        if self.rotary_base is not None and size % 2:
+            raise UsageError(f"rotary positions turn pairs of channels: a head of {size} has an odd one.")
+        return groups, size
 
+    @nn.nowrap
+    def project(
+        self, x: Float[Array, "b n c"], positions: Int[Array, "b n"]
+    ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n g d"], Float[Array, "b n g d"]]:
+        """Returns queries `[B, N, H, D]`, keys and values `[B, N, G, D]`."""
+        groups, size = self.sizes(x.shape[-1])
         q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
         q = dense((self.heads, size), q_axes, use_bias=self.qkv_bias, name="query")(x)  # [B, N, H, D]
         k = dense((groups, size), kv_axes, use_bias=self.qkv_bias, name="key")(x)  # [B, N, G, D]
@@ -91,8 +144,6 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = rms_norm(name="query_norm")(q), rms_norm(name="key_norm")(k)
         if self.rotary_base is not None:
-            if positions is None:
-                positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
             q, k = rotate(q, positions, self.rotary_base), rotate(k, positions, self.rotary_base)
         q = nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim"))
         k = nn.with_logical_constraint(k, ("batch", "length", "kv_heads", "head_dim"))

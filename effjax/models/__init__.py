@@ -1,6 +1,7 @@
 """The skeletons that compose parts into networks."""
 
 from effjax.models.dit import DiT
+from effjax.models.lm import LM
 from effjax.models.vit import ViT
 
-KINDS = {"vit": ViT, "dit": DiT}
+KINDS = {"vit": ViT, "dit": DiT, "lm": LM}

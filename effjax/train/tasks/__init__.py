@@ -20,5 +20,6 @@ the figures of one large batch.
 
 from effjax.train.tasks.classification import Classification
 from effjax.train.tasks.diffusion import Diffusion
+from effjax.train.tasks.language import Language
 
-KINDS = {"classification": Classification, "diffusion": Diffusion}
+KINDS = {"classification": Classification, "diffusion": Diffusion, "language": Language}

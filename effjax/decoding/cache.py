@@ -1,0 +1,89 @@
+"""The key/value cache of one attention layer.
+
+A token written once is never projected again: step t attends with the queries of its new tokens to the keys
+and values of all tokens so far, so that n tokens cost O(n^2) multiplications instead of O(n^3).
+
+Every slot knows the position of its token, and a query at position p sees the slots of positions 0 to p.
+Where a slot lies says nothing, so a policy that evicts, merges or reorders slots is a pure update of these
+arrays.
+"""
+
+from typing import no_type_check
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from effjax.errors import UsageError
+
+
+# JAX builds trees of this class around things that are no arrays (shapes, shardings) and around the caches of
+# all layers at once: the shapes below hold inside a layer and cannot be checked wherever one is made.
+@no_type_check
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of up to `slots` tokens; the caches of all layers are one tree with depth in front.
+
+    Attributes:
+      keys: after normalisation and rotation.
+      values: as projected.
+      positions: place of each slot's token in its sequence; negative where a slot holds nothing, or padding.
+      written: slots in use, the same for all sequences: where the next tokens go.
+    """
+
+    keys: Float[Array, "b slots groups d"]
+    values: Float[Array, "b slots groups d"]
+    positions: Int[Array, "b slots"]
+    written: Int[Array, ""]
+
+
+def init_cache(batch: int, slots: int, groups: int, head_dim: int, dtype: DTypeLike = jnp.float32) -> Cache:
+    """Makes an empty cache for `slots` tokens of `groups` key/value heads."""
+    shape = (batch, slots, groups, head_dim)
+    return Cache(
+        keys=jnp.zeros(shape, dtype),
+        values=jnp.zeros(shape, dtype),
+        positions=jnp.full((batch, slots), -1, jnp.int32),
+        written=jnp.zeros((), jnp.int32),
+    )
+
+
+def append(
+    cache: Cache,
+    keys: Float[Array, "b n groups d"],
+    values: Float[Array, "b n groups d"],
+    positions: Int[Array, "b n"],
+) -> Cache:
+    """Writes `n` tokens into the next slots.
+
+    Args:
+      cache: with at least `n` free slots; how many are free is known only at run time, so more tokens than
+        that overwrite the last slots. `generate` makes its caches large enough.
+      keys: stored in the cache's dtype.
+      values: stored in the cache's dtype.
+      positions: negative for padding, which is stored and never seen.
+
+    Raises:
+      UsageError: for more tokens than the cache has slots.
+    """
+    count, slots = keys.shape[1], cache.keys.shape[1]
+    if count > slots:
+        raise UsageError(f"{count} tokens do not fit a cache of {slots} slots: make it larger.")
+
+    def write(held: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(held, new.astype(held.dtype), cache.written, axis=1)
+
+    return Cache(
+        keys=write(cache.keys, keys),
+        values=write(cache.values, values),
+        positions=write(cache.positions, positions),
+        written=cache.written + count,
+    )
+
+
+def visible(cache: Cache, positions: Int[Array, "b n"], causal: bool = True) -> Bool[Array, "b 1 _ slots"]:
+    """Which slots (last axis) queries at these positions may see: what is held and, if causal, no later."""
+    held = cache.positions[:, None, None, :]  # [B, 1, 1, S]
+    allowed = held >= 0
+    return allowed & (held <= positions[:, None, :, None]) if causal else allowed

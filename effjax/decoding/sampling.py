@@ -1,0 +1,74 @@
+"""From logits to one token: temperature, top-k, top-p.
+
+    p = softmax(logits / temperature)                       temperature 0 takes the largest logit
+    top-k keeps the k most likely tokens                    Fan et al. 2018
+    top-p keeps the smallest set of most likely tokens      Holtzman et al. 2020, section 3.1
+          whose probabilities add up to at least p
+
+Filters set what they drop to -inf. They are applied in this order, each on what the one before it left.
+Ties go to the smaller token number, so that a filter keeps exactly the number it promises.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+
+from effjax.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+      temperature: divides the logits; 0 is greedy decoding.
+      top_k: most likely tokens that are kept; None keeps all.
+      top_p: mass of most likely tokens that is kept; 1 keeps all.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise UsageError(f"temperature is {self.temperature}: give 0 (greedy) or a positive number.")
+        if self.top_k is not None and self.top_k < 1:
+            raise UsageError(f"top_k is {self.top_k}: keep at least 1 token, or leave it out to keep all.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UsageError(f"top_p is {self.top_p}: give a number above 0 and at most 1 (keeps all).")
+
+
+def top_k(logits: Float[Array, "*batch v"], k: int) -> Float[Array, "*batch v"]:
+    """Keeps the `k` largest logits; all of them where there are fewer."""
+    return jnp.where(_rank(logits) < k, logits, -jnp.inf)
+
+
+def top_p(logits: Float[Array, "*batch v"], p: float) -> Float[Array, "*batch v"]:
+    """Keeps the most likely tokens until their mass reaches `p`; the first is always kept."""
+    falling = jax.nn.softmax(jnp.sort(logits, axis=-1, descending=True), axis=-1)
+    # A token stays if the mass of those before it has not reached p.
+    before = jnp.roll(jnp.cumsum(falling, axis=-1), 1, axis=-1).at[..., 0].set(0.0)
+    return jnp.where(jnp.take_along_axis(before < p, _rank(logits), axis=-1), logits, -jnp.inf)
+
+
+def _rank(logits: Float[Array, "*batch v"]) -> Int[Array, "*batch v"]:
+    """The place of each token in falling order of its logit, from 0."""
+    order = jnp.argsort(logits, axis=-1, stable=True, descending=True)
+    return jnp.argsort(order, axis=-1)
+
+
+def sample(
+    logits: Float[Array, " v"], key: PRNGKeyArray | Key[Array, ""], sampling: Sampling
+) -> Int[Array, ""]:
+    """Draws one token from one sequence's logits."""
+    if sampling.temperature == 0.0:
+        return jnp.argmax(logits)
+    logits = logits.astype(jnp.float32) / sampling.temperature
+    if sampling.top_k is not None:
+        logits = top_k(logits, sampling.top_k)
+    if sampling.top_p < 1.0:
+        logits = top_p(logits, sampling.top_p)
+    return jax.random.categorical(key, logits)

@@ -1,0 +1,79 @@
+"""A config, resolved: what a run is, as frozen dataclasses and Linen modules."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from effjax import models
+from effjax.config import build, build_kind, part
+from effjax.data import Data
+from effjax.parallel.mesh import MeshShape
+from effjax.train import evaluators, optimizers, tasks
+from effjax.train.ema import Ema
+from effjax.train.step import Precision
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """How long, how exact, and how often the loop looks up. Durations are such as `"90 epochs"`.
+
+    Attributes:
+      steps: the length of the run.
+      seed: of parameters, dropout and everything else random on device.
+      precision: of the forward and backward pass.
+      accumulate: micro-batches a step.
+      ema: moving average of the parameters; None keeps none.
+      log_every: how often training metrics are written.
+      checkpoint_every: how often the state is saved.
+      keep: how many checkpoints stay.
+    """
+
+    steps: str
+    seed: int = 0
+    precision: Precision = dataclasses.field(default_factory=Precision)
+    accumulate: int = 1
+    ema: Ema | None = None
+    log_every: str = "50 steps"
+    checkpoint_every: str = "10%"
+    keep: int = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything a config says.
+
+    Attributes:
+      model: the network.
+      task: what it is trained to do; holds the model.
+      data: training data.
+      optimizer: update rule, learning rate, and rules by parameter name.
+      train: length, precision, and the intervals of the loop.
+      evaluators: what is measured while training, by name.
+      mesh: devices along each axis.
+      sharding: logical axis names mapped otherwise than by default.
+    """
+
+    model: nn.Module = part(models.KINDS)
+    task: Any = part(tasks.KINDS)
+    data: Data
+    optimizer: Any = part(optimizers.KINDS)
+    train: Train
+    evaluators: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict, metadata={"kinds": evaluators.KINDS}
+    )
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
+    sharding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def resolve(config: Any) -> Experiment:
+    """Turns a config into an experiment, or says what is wrong with it.
+
+    Raises:
+      UsageError: naming the full path of the first key that is unknown, missing or of the wrong type.
+    """
+    section = {key: config[key] for key in config}
+    model = build_kind(models.KINDS, section.pop("model", None), "config.model")
+    task = build_kind(tasks.KINDS, section.pop("task", None), "config.task", given={"model": model})
+    return build(Experiment, section, "config", given={"model": model, "task": task})

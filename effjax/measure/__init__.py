@@ -1,0 +1,20 @@
+"""What things cost: parameters and multiply-accumulates from the jaxpr, time from the clock."""
+
+from effjax.measure.cost import Cost, count, count_bytes, count_parameters
+from effjax.measure.latency import Comparison, Timing, compare, time_function
+from effjax.measure.tree import Module, short, table, tree
+
+__all__ = [
+    "Comparison",
+    "Cost",
+    "Module",
+    "Timing",
+    "compare",
+    "count",
+    "count_bytes",
+    "count_parameters",
+    "short",
+    "table",
+    "time_function",
+    "tree",
+]

@@ -1,0 +1,67 @@
+"""Multiply-accumulates of one equation of a jaxpr, from its shapes alone.
+
+A multiply-accumulate (MAC) is one multiplication whose product is added to a sum. Published tables count
+these and often print them under the name FLOPs; XLA counts the multiplication and the addition, hence twice
+as many.
+"""
+
+import math
+from typing import Any
+
+# Work that no shape reveals: a call out of the program, or an iterative or library factorisation.
+_CALLED_OUT = {"ffi_call", "io_callback", "pure_callback", "scaled_matmul_wrapper"}
+_FACTORISED = {"cholesky", "eig", "eigh", "hessenberg", "householder_product", "lu", "qr", "schur", "svd"}
+_SOLVED = {"triangular_solve", "tridiagonal", "tridiagonal_solve"}
+OPAQUE = frozenset(_CALLED_OUT | _FACTORISED | _SOLVED)
+
+
+def is_opaque(name: str) -> bool:
+    """Whether a primitive hides its work: `OPAQUE`, or cuDNN's fused attention, forward or backward."""
+    return name in OPAQUE or name.startswith("dot_product_attention")
+
+
+def dot_macs(equation: Any) -> int:
+    """`dot_general`: every output element sums over the contracted dimensions."""
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    lhs, out = equation.invars[0].aval, equation.outvars[0].aval
+    return math.prod(out.shape) * math.prod(lhs.shape[d] for d in contracted)
+
+
+def ragged_dot_macs(equation: Any) -> int:
+    """`ragged_dot_general`: every row meets the matrix of its own group, once.
+
+    The group sizes are values, so this is what full groups cost: rows beyond the last group count too.
+    """
+    dimensions = equation.params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batched) = dimensions.dot_dimension_numbers
+    lhs, rhs = equation.invars[0].aval, equation.invars[1].aval
+    shared = {*contracted, *batched, *dimensions.rhs_group_dimensions}
+    return math.prod(lhs.shape) * math.prod(size for d, size in enumerate(rhs.shape) if d not in shared)
+
+
+def convolution_macs(equation: Any) -> int:
+    """`conv_general_dilated`: output positions x kernel positions x input channels of a group.
+
+    Padding counts as if it were data, as published tables do. Along a dimension with fewer inputs than
+    outputs (a transposed convolution, or the input gradient of one that strides or shrinks) the extra outputs
+    come from zeros put between or around the inputs: there each *input* position meets each kernel position
+    once. So either gradient of a convolution costs exactly what the convolution does.
+    """
+    dimensions = equation.params["dimension_numbers"]
+    lhs, rhs = equation.invars[0].aval, equation.invars[1].aval
+    out = equation.outvars[0].aval
+    places = zip(dimensions.lhs_spec[2:], dimensions.out_spec[2:], strict=True)
+    positions = math.prod(min(lhs.shape[i], out.shape[o]) for i, o in places)
+    return out.shape[dimensions.out_spec[0]] * positions * math.prod(rhs.shape)
+
+
+def kind_of_dot(equation: Any, weights: list[bool]) -> str:
+    """`"attention"` where both operands are activations and a batch dimension pairs them, else `"dense"`.
+
+    An operand is a weight where it depends on parameters and constants alone. The batch dimension is what
+    tells attention from a weight gradient, which also multiplies two activations but contracts the batch.
+    Called attention by this rule although they are not: the weight gradient of *stacked* matrices written as
+    one batched dot (experts without `ragged_dot`), and Muon's orthogonalisation of such a stack.
+    """
+    _, (batched, _) = equation.params["dimension_numbers"]
+    return "attention" if batched and not any(weights) else "dense"

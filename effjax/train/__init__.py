@@ -1,0 +1,1 @@
+"""How training spends its budget: state, checkpoints, optimisers, schedules, objectives and the loop."""

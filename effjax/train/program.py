@@ -1,0 +1,197 @@
+"""The compiled side of a run: how the state lies on the mesh, how it is made, and the functions that move it.
+
+A plan, a benchmark, an evaluation and the training loop all start from the same program.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.core import meta
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from effjax.data import OpenData
+from effjax.errors import UsageError
+from effjax.experiment import Experiment
+from effjax.parallel.mesh import make_mesh
+from effjax.parallel.sharding import (
+    AxisRules,
+    activate,
+    batch_parts,
+    batch_sharding,
+    like_parameters,
+    merge_rules,
+    parameter_shardings,
+)
+from effjax.train.durations import Budget
+from effjax.train.state import TrainState
+from effjax.train.step import make_step
+from effjax.train.tasks.mean import Means
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """Everything about a run that follows from its config and the devices.
+
+    Attributes:
+      experiment: the resolved config.
+      data: the training data, open.
+      budget: the length of the run in steps.
+      mesh: the devices.
+      rules: logical axis names to mesh axes.
+      optimizer: the optax transformation.
+      learning_rate: the schedule, for the log.
+      shapes: a `TrainState` of shapes, dtypes and shardings: what a checkpoint is restored onto.
+      batch_sharding: how input batches lie.
+    """
+
+    experiment: Experiment
+    data: OpenData
+    budget: Budget
+    mesh: Mesh
+    rules: AxisRules
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    shapes: TrainState
+    batch_sharding: NamedSharding
+
+    @property
+    def task(self) -> Any:
+        """The task of the experiment."""
+        return self.experiment.task
+
+    @property
+    def shardings(self) -> TrainState:
+        """Where each array of the state lies."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
+
+    def init(self) -> TrainState:
+        """The state before the first step, made where it will lie."""
+        with activate(self.mesh, self.rules):
+            return jax.jit(self._make_state, out_shardings=self.shardings)()
+
+    def _make_state(self) -> TrainState:
+        variables = _init_variables(self.experiment, self.data)
+        return _state(self.experiment, self.optimizer, meta.unbox(variables))
+
+    @functools.cached_property
+    def step(self) -> Any:
+        """`(state, batch) -> (state, metrics)`, compiled for this state and batch; the state is donated."""
+        train = self.experiment.train
+        step = make_step(
+            self.task,
+            self.optimizer,
+            precision=train.precision,
+            accumulate=train.accumulate,
+            ema=train.ema,
+        )
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        jitted = jax.jit(
+            step,
+            in_shardings=(self.shardings, self.batch_sharding),
+            out_shardings=(self.shardings, replicated),
+            donate_argnums=0,
+        )
+        with activate(self.mesh, self.rules):
+            return jitted.lower(self.shapes, self.batch_shapes()).compile()
+
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of one global batch."""
+        size = self.experiment.data.batch_size
+
+        def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype, sharding=self.batch_sharding)
+
+        return jax.tree.map(shape, dict(self.data.example_batch(1)))
+
+    def metrics(self, variables: Any, batch: Mapping[str, Array]) -> Means:
+        """The task's metrics in evaluation, in the compute dtype of the run."""
+        with activate(self.mesh, self.rules):
+            return self._metrics(variables, batch)
+
+    @functools.cached_property
+    def _metrics(self) -> Any:
+        precision = self.experiment.train.precision
+        return jax.jit(lambda variables, batch: self.task.metrics(precision.cast(variables), batch))
+
+    def variables(self, state: TrainState, ema: bool) -> dict[str, Any]:
+        """The weights to evaluate: the averaged ones where asked and kept, with the other collections."""
+        if ema and state.ema is None:
+            raise UsageError("averaged weights were asked for and the run keeps none: set config.train.ema.")
+        return {"params": state.ema if ema else state.params, **state.collections}
+
+
+def _init_variables(experiment: Experiment, data: OpenData) -> Any:
+    """Freshly initialised variables, with their axis names."""
+    batch = jax.tree.map(jnp.asarray, dict(data.example_batch(1)))
+    return experiment.task.init(jax.random.key(experiment.train.seed), batch)
+
+
+def _state(experiment: Experiment, optimizer: optax.GradientTransformation, variables: Any) -> TrainState:
+    params = variables["params"]
+    ema = experiment.train.ema
+    return TrainState.create(
+        params=params,
+        opt_state=optimizer.init(params),
+        # The run's key is apart from the one that initialised the parameters.
+        key=jax.random.fold_in(jax.random.key(experiment.train.seed), 1),
+        ema=None if ema is None else ema.init(params),
+        collections={name: value for name, value in variables.items() if name != "params"},
+    )
+
+
+def build_program(
+    experiment: Experiment, data: OpenData, devices: Sequence[jax.Device] | None = None
+) -> Program:
+    """Lays an experiment out on devices; compiles nothing yet.
+
+    Raises:
+      UsageError: where the mesh does not fit the devices, the batch does not divide, a parameter cannot be
+        cut, or a rule matches no parameter.
+    """
+    train, batch_size = experiment.train, experiment.data.batch_size
+    mesh = make_mesh(experiment.mesh, devices)
+    rules = merge_rules(experiment.sharding)
+    parts = batch_parts(mesh, rules) * train.accumulate
+    if batch_size % parts:
+        raise UsageError(
+            f"config.data.batch_size is {batch_size}, which does not divide into {parts} parts "
+            f"(data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} x accumulate={train.accumulate}): "
+            f"choose a multiple of {parts}."
+        )
+    budget = Budget.of(train.steps, batch_size, data.num_examples)
+    boxed = jax.eval_shape(lambda: _init_variables(experiment, data))
+    variables = meta.unbox(boxed)
+    optimizer = experiment.optimizer.transformation(variables["params"], budget)
+    shapes = jax.eval_shape(
+        lambda: _state(experiment, optimizer, meta.unbox(_init_variables(experiment, data)))
+    )
+    laid_out = parameter_shardings(boxed, mesh, rules)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shardings = jax.tree.map(lambda _: replicated, shapes).replace(
+        params=laid_out["params"],
+        ema=None if shapes.ema is None else laid_out["params"],
+        collections={name: laid_out[name] for name in shapes.collections},
+        opt_state=like_parameters(shapes.opt_state, variables["params"], laid_out["params"], mesh),
+    )
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+    return Program(
+        experiment=experiment,
+        data=data,
+        budget=budget,
+        mesh=mesh,
+        rules=rules,
+        optimizer=optimizer,
+        learning_rate=experiment.optimizer.learning_rates(budget),
+        shapes=placed,
+        batch_sharding=batch_sharding(mesh, rules),
+    )

@@ -1,0 +1,104 @@
+"""Next-token prediction on packed documents.
+
+    loss = sum_i w_i (-log p(target_i) + z_loss log^2 Z_i) / sum_i w_i,      Z_i = sum_v exp(logit_iv)
+
+in nats a token. The second term keeps the normaliser Z near 1: Chowdhery et al. 2022, section 5, with
+z_loss = 1e-4.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from effjax.train.tasks.mean import Mean, Means
+
+Batch = Mapping[str, Array]
+
+
+def cross_entropy(
+    logits: Float[Array, "b n vocab"], targets: Int[Array, "b n"]
+) -> tuple[Float[Array, "b n"], Float[Array, "b n"]]:
+    """Returns `-log p(target)` and `log Z` at each place, in float32.
+
+    The target's logit is a masked sum and not a gather: it fuses with the sum of exponentials, needs no
+    second array of the logits' size, and stays local where the vocabulary is sharded.
+    """
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.arange(logits.shape[-1])[None, None, :] == targets[:, :, None]  # [B, N, V]
+    picked = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)  # [B, N]
+    log_z = jax.nn.logsumexp(logits, axis=-1)  # [B, N]
+    return log_z - picked, log_z
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """Predicts each next token.
+
+    A batch holds integers `tokens`, `targets`, `segments` and `positions`, each `[B, N]`, and `weights`
+    `[B, N]`: 0 where the target is padding or lies in another document. In evaluation `mask` `[B]` is 0 on
+    rows that do not count.
+
+    Attributes:
+      model: maps tokens, positions and segments to logits `[B, N, V]`.
+      z_loss: factor of the squared log normaliser in training; 0 leaves it out.
+    """
+
+    model: nn.Module
+    z_loss: float = 0.0
+
+    unit = "tokens"
+
+    def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
+        """Makes the variables from a batch of which only shapes matter."""
+        return self.model.init(key, batch["tokens"], batch["positions"], batch["segments"])
+
+    def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
+        """Nothing is drawn across examples."""
+        return batch
+
+    def loss(self, variables: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Means, Any]:
+        """Cross-entropy with the z-loss, whose share also stands by itself, and accuracy."""
+        mutable = [name for name in variables if name != "params"]
+        logits, collections = self.model.apply(
+            variables,
+            batch["tokens"],
+            batch["positions"],
+            batch["segments"],
+            train=True,
+            rngs={"dropout": key},
+            mutable=mutable,
+        )
+        means, log_z = self._means(logits, batch, batch["weights"])
+        if self.z_loss:
+            penalty = Mean.of(self.z_loss * log_z**2, batch["weights"])
+            total = dataclasses.replace(means["loss"], total=means["loss"].total + penalty.total)
+            means = {**means, "loss": total, "z_loss": penalty}
+        return means, collections
+
+    def metrics(self, variables: Any, batch: Batch) -> Means:
+        """Cross-entropy and accuracy."""
+        logits: Array = self.model.apply(  # type: ignore[assignment]
+            variables, batch["tokens"], batch["positions"], batch["segments"]
+        )
+        means, _ = self._means(logits, batch, batch["weights"] * batch["mask"][:, None])
+        return means
+
+    def finish(self, values: dict[str, float]) -> dict[str, float]:
+        """Adds the perplexity and the bits a token, which are bits a byte where tokens are bytes."""
+        nats = values["loss"] - values.get("z_loss", 0.0)
+        # Past e^700 a double overflows and the figure says nothing anyway.
+        return {**values, "perplexity": math.exp(min(nats, 700.0)), "bits_per_token": nats / math.log(2.0)}
+
+    @staticmethod
+    def _means(
+        logits: Float[Array, "b n vocab"], batch: Batch, weights: Float[Array, "b n"]
+    ) -> tuple[Means, Float[Array, "b n"]]:
+        losses, log_z = cross_entropy(logits, batch["targets"])
+        right = (jnp.argmax(logits, axis=-1) == batch["targets"]).astype(jnp.float32)  # [B, N]
+        return {"loss": Mean.of(losses, weights), "accuracy": Mean.of(right, weights)}, log_z

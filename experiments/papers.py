@@ -1,0 +1,82 @@
+"""Lists the catalogue: what works here, and how that is known.
+
+python -m experiments.papers                      one line a system
+python -m experiments.papers --room=diffusion     one room; also --find=WORD, --status=works
+python -m experiments.papers vit dit              whole entries
+python -m experiments.papers --markdown           the text of CATALOG.md
+"""
+
+import sys
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from effjax import catalog
+from effjax.errors import UsageError
+from experiments.cli import run
+
+ROOM = flags.DEFINE_string("room", None, "only this room: models, train, diffusion, ...")
+FIND = flags.DEFINE_string("find", None, "only entries whose text holds this word")
+STATUS = flags.DEFINE_string("status", None, f"only entries of this status: {', '.join(catalog.STATUSES)}")
+MARKDOWN = flags.DEFINE_boolean("markdown", False, "print the whole catalogue as Markdown")
+
+_COLOURS = {"works": "green", "unmeasured": "yellow", "planned": "dim"}
+
+
+def main(argv: list[str]) -> None:
+    """Prints what was asked for."""
+    entries = catalog.load()
+    slugs = argv[1:]
+    filtered = (ROOM.value, FIND.value, STATUS.value) != (None, None, None)
+    if (bool(slugs) + filtered + MARKDOWN.value) > 1:
+        raise UsageError("Give names of systems, or filters, or --markdown: one of the three.")
+    if MARKDOWN.value:
+        sys.stdout.write(catalog.render_markdown(entries))
+        return
+    # A pipe has no width: there every row keeps its whole line.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    if slugs:
+        for entry in [catalog.get(slug, entries) for slug in slugs]:
+            console.print(_whole(entry))
+        return
+    found = catalog.find(entries, room=ROOM.value, word=FIND.value, status=STATUS.value)
+    console.print(_overview(found))
+    console.print(f"{len(found)} of {len(entries)} systems")
+
+
+def _overview(entries: tuple[catalog.Entry, ...]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("system", "room", "year", "status"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("title", no_wrap=True, overflow="ellipsis", ratio=1)
+    for entry in entries:
+        status = Text(entry.status, style=_COLOURS[entry.status])
+        table.add_row(entry.slug, entry.room, str(entry.year), status, Text(entry.title))
+    return table
+
+
+def _whole(entry: catalog.Entry) -> Table:
+    table = Table(title=Text(f"{entry.title} ({entry.year})"), show_header=False, min_width=60)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = {
+        "system": entry.slug,
+        "room": entry.room,
+        "status": entry.status,
+        "paper": entry.paper,
+        "mechanism": "\n".join(entry.files),
+        "configs": "\n".join(entry.configs),
+        "tests": "\n".join(entry.tests),
+        "claimed": entry.claim,
+        "measured": entry.measured,
+        "differences": entry.differences,
+    }
+    for name, value in rows.items():
+        table.add_row(name, Text(value, style=_COLOURS[value] if name == "status" else ""))
+    return table
+
+
+if __name__ == "__main__":
+    run(main, positional="Names of systems, each shown whole.")

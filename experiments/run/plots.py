@@ -1,0 +1,142 @@
+"""Plots of a run as PNG bytes; the caller writes them under `plots/`.
+
+Figures are made through matplotlib's objects, never through pyplot, whose hidden current figure would be
+shared by everything in the process.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+_COLOURS = ("#2f6fdb", "#d9622b", "#2a9d6f", "#9a52c7", "#b8860b", "#c23b5a")
+_SMOOTHED_FROM = 20  # points; fewer are drawn as they are
+
+
+def curve_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The metrics that `rows` of a `metrics.jsonl` hold, in order of appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row if name not in ("step", "split")))
+
+
+def curve(rows: Sequence[Mapping[str, Any]], name: str, *, smoothing: float = 0.01) -> bytes:
+    """Draws one metric over steps, a line for every split that has it.
+
+    A training curve of many points is drawn faintly, with its smoothed course above it (see `smooth`).
+    Values that are not finite leave gaps.
+
+    Args:
+      rows: lines of `metrics.jsonl`.
+      name: the metric.
+      smoothing: width of the average as a share of the curve.
+
+    Raises:
+      KeyError: if no row has the metric.
+    """
+    splits = list(dict.fromkeys(row["split"] for row in rows if name in row))
+    if not splits:
+        raise KeyError(name)
+    figure, axes = _figure()
+    for split, colour in zip(splits, _COLOURS * (len(splits) // len(_COLOURS) + 1), strict=False):
+        points = [(row["step"], row[name]) for row in rows if row["split"] == split and name in row]
+        steps, values = np.array(points, np.float64).T
+        if split == "train" and len(points) >= _SMOOTHED_FROM and name != "learning_rate":
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
+            axes.plot(
+                steps,
+                smooth(values, max(1.0, smoothing * len(values))),
+                color=colour,
+                linewidth=1.8,
+                label=split,
+            )
+        else:
+            marker = "o" if len(points) < _SMOOTHED_FROM else None
+            axes.plot(steps, values, color=colour, linewidth=1.8, marker=marker, markersize=4, label=split)
+    axes.set_title(name.replace("_", " "), loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    if len(splits) > 1:
+        axes.legend(frameon=False)
+    return _png(figure)
+
+
+def smooth(values: Float[np.ndarray, " n"], width: float) -> Float[np.ndarray, " n"]:
+    """Average under a bell: m_i = sum_j w(i-j) x_j / sum_j w(i-j), w(d) = exp(-d^2 / 2 width^2).
+
+    It looks both ways, so a falling loss is not shown later than it fell, as a running average would. Values
+    that are not finite have no weight, and stay gaps.
+    """
+    reach = math.ceil(3 * width)
+    bell = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    finite = np.isfinite(values)
+    total = np.convolve(np.where(finite, values, 0.0), bell)[reach:-reach]
+    mass = np.convolve(finite.astype(np.float64), bell)[reach:-reach]
+    return np.divide(total, mass, out=np.full(len(values), np.nan), where=finite)
+
+
+def confusion(counts: Float[np.ndarray, "k k"], labels: Sequence[str]) -> bytes:
+    """Draws how often class (row) was taken for class (column), each row as shares of its sum."""
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure, axes = _figure(width=5.0, height=4.6)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    axes.grid(False)
+    if len(labels) <= 12:
+        for row, column in np.argwhere(counts > 0):
+            colour = "white" if shares[row, column] > 0.5 else "#222222"
+            axes.text(
+                column, row, f"{counts[row, column]:g}", ha="center", va="center", fontsize=8, color=colour
+            )
+    return _png(figure)
+
+
+def image_grid(images: UInt8[np.ndarray, "n h w c"], columns: int, *, least_pixels: int = 64) -> bytes:
+    """Puts pictures side by side, row by row.
+
+    Args:
+      images: grey (c = 1) or coloured (c = 3).
+      columns: pictures in a row.
+      least_pixels: smaller pictures are enlarged to at least this height, by a whole factor and without blur,
+        so that their pixels can be seen.
+
+    Returns:
+      A PNG; places left over in the last row are white.
+    """
+    number, height, width, channels = images.shape
+    if channels not in (1, 3):
+        raise ValueError(f"A picture has 1 or 3 channels, not {channels}.")
+    columns = min(columns, number)
+    rows, factor, gap = -(-number // columns), max(1, -(-least_pixels // height)), 4
+    cell_height, cell_width = height * factor + gap, width * factor + gap
+    sheet = np.full((rows * cell_height + gap, columns * cell_width + gap, channels), 255, np.uint8)
+    for index, picture in enumerate(images.repeat(factor, axis=1).repeat(factor, axis=2)):
+        top, left = index // columns * cell_height + gap, index % columns * cell_width + gap
+        sheet[top : top + height * factor, left : left + width * factor] = picture
+    buffer = io.BytesIO()
+    Image.fromarray(sheet if channels == 3 else sheet[..., 0]).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _figure(width: float = 6.4, height: float = 3.6) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), dpi=140, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    # Without the default metadata: the same numbers then give the same bytes.
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

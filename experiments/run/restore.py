@@ -1,0 +1,55 @@
+"""From a run folder back to a model with its weights."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from effjax.errors import RunError, UsageError
+from effjax.experiment import resolve
+from effjax.train.checkpoint import Checkpoints
+from effjax.train.program import Program, build_program
+from effjax.train.state import TrainState
+from experiments.run.files import naming
+
+
+def load_config_of(workdir: str | Path) -> ConfigDict:
+    """The config that a run was started with."""
+    file = Path(workdir) / "config.json"
+    if not file.is_file():
+        raise UsageError(f"--workdir='{workdir}' holds no run. Train one first: python -m experiments.train.")
+    with naming(file):
+        text = file.read_text()
+    try:
+        return ConfigDict(json.loads(text)["config"])
+    except (ValueError, KeyError) as error:
+        raise RunError(f"'{file}' is damaged ({error}).") from None
+
+
+def load_program(workdir: str | Path) -> Program:
+    """The program of a run, on the devices that are here."""
+    experiment = resolve(load_config_of(workdir))
+    return build_program(experiment, experiment.data.open())
+
+
+def load_state(workdir: str | Path, step: int | None = None) -> tuple[Program, TrainState]:
+    """The program of a run and its state at a step, by default the newest."""
+    program = load_program(workdir)
+    with contextlib.closing(Checkpoints(Path(workdir) / "checkpoints", read_only=True)) as checkpoints:
+        return program, checkpoints.restore(program.shapes, step).state
+
+
+def load_run(
+    workdir: str | Path, step: int | None = None, ema: bool | None = None
+) -> tuple[Program, dict[str, Any]]:
+    """The program of a run and the weights to use it with.
+
+    Args:
+      workdir: the run folder.
+      step: None for the newest.
+      ema: whether to take the averaged weights; None takes them where the run keeps them.
+    """
+    program, state = load_state(workdir, step)
+    return program, program.variables(state, state.ema is not None if ema is None else ema)

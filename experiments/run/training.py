@@ -1,0 +1,179 @@
+"""A training run from start to report: the loop of the library, with files, progress and signals around it."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from effjax.errors import Preempted, RunError
+from effjax.experiment import resolve
+from effjax.train.checkpoint import Checkpoints
+from effjax.train.loop import Outcome, fit
+from effjax.train.nonfinite import Diagnosis
+from effjax.train.program import Program, build_program
+from effjax.train.state import TrainState
+from experiments import cli
+from experiments.run import replay
+from experiments.run.closing import closing_table
+from experiments.run.cost import cost_of
+from experiments.run.formatting import count, duration, measurement
+from experiments.run.metrics import MetricsWriter
+from experiments.run.progress import Progress
+from experiments.run.run_report import of_run, write_plots, write_report
+from experiments.run.signals import StopFlag
+from experiments.run.workdir import Workdir
+
+# What may differ when a run goes on: none of these changes what is computed.
+RESUMABLE = ("config.mesh", "config.sharding", "config.train.log_every", "config.train.checkpoint_every",
+             "config.train.keep", "config.data.threads", "config.data.prefetch")  # fmt: skip
+
+
+def run(loaded: cli.LoadedConfig, workdir: str, *, stop: StopFlag, profile_steps: int = 0) -> int:
+    """Trains to the end of the config's budget; returns the exit code.
+
+    Raises:
+      UsageError: for a config or workdir that cannot be used; before anything is compiled.
+      Preempted: where SIGTERM arrived; the state is saved.
+      RunError: for a number that is not finite, a full disk, too many broken records.
+    """
+    experiment = resolve(loaded.config)
+    data = experiment.data.open()
+    program = build_program(experiment, data)
+    devices = [f"{d.platform}:{d.device_kind}" for d in program.mesh.devices.flat]
+    with Workdir.create_or_resume(
+        workdir,
+        loaded.config,
+        command=cli.command_line(),
+        config_file=loaded.name,
+        devices=devices,
+        allowed=RESUMABLE,
+    ) as folder:
+        with (
+            contextlib.closing(Checkpoints(folder.path / "checkpoints", keep=experiment.train.keep)) as saved,
+            contextlib.ExitStack() as stack,
+        ):
+            state = _start(program, saved, stop)
+            writer = stack.enter_context(MetricsWriter(folder.path, restored_step=int(state.step)))
+            progress = stack.enter_context(_progress(program, state))
+            observer = RunObserver(folder.path, writer, progress)
+            stack.enter_context(_profile(folder.path, observer, profile_steps))
+            outcome = fit(
+                program, state, checkpoints=saved, observer=observer, stop_requested=lambda: stop.requested
+            )
+        return _finish(folder.path, program, outcome, data.bad_records)
+
+
+def _start(program: Program, checkpoints: Checkpoints, stop: StopFlag) -> TrainState:
+    """The newest sound checkpoint, or the state before the first step."""
+    if stop.requested:
+        raise Preempted("told to stop before the first step. Run the same command again to start.")
+    if not checkpoints.steps():
+        return program.init()
+    restored = checkpoints.restore(program.shapes)
+    print(f"resuming at step {restored.step}", flush=True)
+    # A run that halted on a bad number tries the step again: the cause may have been mended meanwhile.
+    return restored.state.replace(halted=jax.numpy.zeros_like(restored.state.halted))
+
+
+def _progress(program: Program, state: TrainState) -> Progress:
+    data = program.experiment.data
+    tokens = data.packing.length if data.packing else 1
+    return Progress(
+        program.budget.total_steps,
+        start=int(state.step),
+        units_per_step=data.batch_size * tokens,
+        unit=program.task.unit,
+    )
+
+
+@dataclasses.dataclass
+class RunObserver:
+    """Writes what the loop says to the files of the run and the terminal."""
+
+    path: Path
+    writer: MetricsWriter
+    progress_line: Progress
+    on_step: Any = None
+
+    def progress(self, step: int, total: int, values: Mapping[str, float]) -> None:
+        """Moves the progress line."""
+        self.progress_line.update(step, values)
+        if self.on_step is not None:
+            self.on_step(step)
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Appends to the metric files; evaluations are shown too."""
+        self.writer.write(step, split, values)
+        if split != "train":
+            shown = "  ".join(f"{name} {measurement(value)}" for name, value in values.items())
+            self.say(f"step {step}  {split}: {shown}")
+
+    def say(self, message: str) -> None:
+        """Shows a line of its own."""
+        self.progress_line.message(message)
+
+    def pause(self, label: str) -> contextlib.AbstractContextManager[None]:
+        """Names what the loop does between steps."""
+        return self.progress_line.pause(label)
+
+    def evidence(self, diagnosis: Diagnosis, batch: Mapping[str, np.ndarray]) -> str:
+        """Keeps the bad step under `replay/`; returns the command that repeats it."""
+        return replay.keep(self.path, diagnosis, batch)
+
+
+@contextlib.contextmanager
+def _profile(path: Path, observer: RunObserver, steps: int) -> Iterator[None]:
+    """Traces some steps for TensorBoard's profiler, once the first ones have warmed up."""
+    if steps <= 0:
+        yield
+        return
+    seen, running = 0, False
+
+    def on_step(step: int) -> None:
+        nonlocal seen, running
+        seen += 1
+        if seen == 10:
+            jax.profiler.start_trace(str(path / "profile"))
+            running = True
+        elif running and seen == 10 + steps:
+            jax.profiler.stop_trace()
+            running = False
+            observer.say(f"profile of {steps} steps: {path / 'profile'}")
+
+    observer.on_step = on_step
+    try:
+        yield
+    finally:
+        if running:
+            jax.profiler.stop_trace()
+
+
+def _finish(path: Path, program: Program, outcome: Outcome, bad_records: Mapping[int, str]) -> int:
+    """Plots, report and closing table; 1 where an evaluator failed."""
+    cost = cost_of(program)
+    summary = {"parameters": count(cost.parameters), "MACs": f"{count(cost.macs)} an example"}
+    for name, values in outcome.evaluations.items():
+        summary |= {f"{name} {metric}": measurement(value) for metric, value in values.items()}
+    if np.isfinite(outcome.step_seconds):
+        summary["step time"] = duration(outcome.step_seconds)
+    notes = [f"Evaluator {name!r} failed: {reason}" for name, reason in outcome.failures.items()]
+    if bad_records:
+        notes.append(
+            f"{len(bad_records)} records could not be read and were replaced by the next readable one."
+        )
+    write_plots(path)
+    title = f"{type(program.experiment.model).__name__}, {type(program.task).__name__.lower()}"
+    report = of_run(
+        path, title=title, summary=summary, cost_columns=cost.columns, cost=cost.rows, notes=notes
+    )
+    where = write_report(path, report)
+    closing_table(title, summary | {"report": str(where)})
+    for note in notes:
+        print(note)
+    if outcome.failures:
+        raise RunError(f"training is complete, but evaluators failed: {', '.join(outcome.failures)}.")
+    return 0

@@ -1,0 +1,14 @@
+"""These tests run in a process of their own with eight fake CPU devices: `pytest tests/eight`."""
+
+import os
+
+import pytest
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _eight_devices():
+    assert jax.device_count() == 8, "jax started before this file: run `pytest tests/eight` by itself"

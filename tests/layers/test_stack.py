@@ -1,0 +1,91 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import meta
+
+from effjax.errors import UsageError
+from effjax.layers.dense import dense
+from effjax.layers.stack import Stack
+
+
+class Layer(nn.Module):
+    """x <- x + each * dense(x) + shared, and the input's mean as its output."""
+
+    @nn.compact
+    def __call__(self, x, each, shared, train=False):
+        h = dense(x.shape[-1], ("embed", "mlp"), name="dense")(x)
+        if train:
+            h = nn.Dropout(0.5, deterministic=False)(h)
+        return x + each * h + shared[None], jnp.mean(x)
+
+
+DEPTH = 4
+EACH = jnp.arange(1.0, DEPTH + 1)
+SHARED = jnp.array([0.1, 0.2, 0.3])
+X = jax.random.normal(jax.random.key(1), (2, 3))
+
+
+def variables(stack):
+    return stack.init(jax.random.key(0), X, SHARED, each=EACH)
+
+
+@pytest.mark.parametrize("options", [{}, {"remat": "full"}, {"remat": "dots"}, {"unroll": 4}, {"unroll": 3}])
+def test_equals_its_blocks_one_after_another(options):
+    stack = Stack(Layer(), DEPTH, **options)
+    params = meta.unbox(variables(stack))
+
+    def one_by_one(params):
+        x, means = X, []
+        for i in range(DEPTH):
+            layer = jax.tree.map(lambda p, i=i: p[i], params["params"])
+            x, mean = Layer().apply({"params": layer}, x, EACH[i], SHARED)
+            means.append(mean)
+        return x, jnp.stack(means)
+
+    def scanned(params):
+        return stack.apply(params, X, SHARED, each=EACH)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one_by_one(params), scanned(params)
+    )
+    loss = lambda f: jax.grad(lambda p: jnp.sum(f(p)[0] ** 2))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), loss(one_by_one), loss(scanned))
+
+
+def test_parameters_are_stacked_under_the_paths_of_one_block_and_named():
+    boxed = variables(Stack(Layer(), DEPTH))["params"]["dense"]
+    assert boxed["kernel"].names == ("layers", "embed", "mlp")
+    assert boxed["kernel"].value.shape == (DEPTH, 3, 3)
+    kernels = boxed["kernel"].value
+    assert not np.allclose(kernels[0], kernels[1]), "every layer is initialised by its own key"
+
+
+def test_every_layer_drops_its_own_units():
+    stack = Stack(Layer(), DEPTH)
+    params = meta.unbox(variables(stack))
+    same = jax.tree.map(lambda p: jnp.broadcast_to(p[:1], p.shape), params)
+
+    def run(seed):
+        return stack.apply(
+            same, X, SHARED * 0, each=EACH * 0 + 1, train=True, rngs={"dropout": jax.random.key(seed)}
+        )[0]
+
+    assert not np.allclose(run(0), run(1))
+    np.testing.assert_array_equal(run(0), run(0))
+
+
+def test_an_unknown_policy_is_named():
+    with pytest.raises(UsageError, match=r"remat is 'ful'\. Did you mean 'full'\?"):
+        variables(Stack(Layer(), DEPTH, remat="ful"))
+
+
+def test_remat_saves_memory():
+    def residuals(remat):
+        stack = Stack(Layer(), DEPTH, remat=remat)
+        params = meta.unbox(variables(stack))
+        grad = jax.jit(jax.grad(lambda p: jnp.sum(stack.apply(p, X, SHARED, each=EACH)[0] ** 2)))
+        return grad.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    assert residuals("full") <= residuals("none")
