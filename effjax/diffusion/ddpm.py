@@ -118,9 +118,9 @@ class DDPM:
     def log_variance(
         self,
         share: Float[Array, "b *rest"] | None,
-        at: Mapping[str, Float[Array, "*ones"]],
+        at: Mapping[str, Array],
     ) -> Float[Array, "*out"]:
-        """Log variance of a step back; `at` holds the fields of `Posterior` at that step."""
+        """Log variance of a step back; `at` has the fields of `Posterior` at that step."""
         if share is None:
             return at["log_small"] if self.sigma == "small" else at["log_fixed_large"]
         return (share + 1) / 2 * at["log_large"] + (1 - share) / 2 * at["log_small"]

@@ -1,0 +1,158 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import meta
+
+from configs.diffusion.dit import SIZES, get_config
+from effjax import models
+from effjax.config import build_kind
+from effjax.diffusion.ddpm import DDPM
+from effjax.diffusion.rectified_flow import RectifiedFlow
+from effjax.errors import UsageError
+from effjax.train import tasks
+from effjax.train.tasks.diffusion import Diffusion
+from effjax.train.tasks.mean import add, values
+
+CLASSES = 3
+
+
+class Linear(nn.Module):
+    """The smallest denoiser that listens to everything."""
+
+    classes: int = CLASSES
+    null_class: bool = True
+    learned_sigma: bool = False
+
+    @nn.compact
+    def __call__(self, x_t, t, label, train=False):
+        steer = nn.Embed(self.classes + self.null_class, 1)(label) + 1e-3 * t[:, None]  # [B, 1]
+        out = nn.Dense(x_t.shape[-1] * (1 + self.learned_sigma))(x_t) + steer[:, None, None, :]
+        return out.astype(x_t.dtype)
+
+
+def batch(count=6, seed=0):
+    draw = np.random.default_rng(seed)
+    return {
+        "image": jnp.asarray(draw.uniform(-1, 1, size=(count, 4, 4, 1)), jnp.float32),
+        "label": jnp.asarray(np.arange(count) % CLASSES),
+        "mask": jnp.ones(count),
+    }
+
+
+def task(**changes):
+    fields = {"model": Linear(), "process": DDPM(sigma="large")}
+    return Diffusion(**{**fields, **changes})
+
+
+@pytest.mark.parametrize("variant", [size + end for size in SIZES for end in ("", "-flow")])
+def test_every_variant_builds_its_task(variant):
+    config = get_config(variant)
+    model = build_kind(models.KINDS, config.model, "config.model")
+    built = build_kind(tasks.KINDS, config.task, "config.task", given={"model": model})
+    assert isinstance(built.process, RectifiedFlow if variant.endswith("-flow") else DDPM)
+    assert built.null == model.classes
+
+
+def test_unknown_variant_names_the_nearest():
+    with pytest.raises(UsageError, match=r"no variant 'digit'. Did you mean 'digits'"):
+        get_config("digit")
+
+
+@pytest.mark.parametrize("variant", ["smoke", "smoke-flow"])
+def test_a_step_of_the_real_model_is_finite_and_reaches_the_loss_of_its_zero_output(variant):
+    config = get_config(variant)
+    model = build_kind(models.KINDS, config.model, "config.model")
+    built = build_kind(tasks.KINDS, config.task, "config.task", given={"model": model})
+    key = jax.random.key(0)
+    variables = meta.unbox(jax.jit(built.init)(key, batch()))
+
+    @jax.jit
+    def step(variables, batch):
+        prepared = built.prepare(batch, key)
+
+        def loss(params):
+            means, _ = built.loss({"params": params}, prepared, key)
+            return means["loss"].value(), means
+
+        (_, means), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        return prepared, means, grads
+
+    prepared, means, grads = step(variables, batch())
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grads))
+    assert np.any(grads["output"]["kernel"])
+    target = built.process.target(prepared["image"], prepared["noise"], prepared["time"])
+    assert float(means["mse"].value()) == pytest.approx(float(jnp.mean(target**2)), rel=1e-5)
+    assert ("vlb" in means) == (variant == "smoke")
+
+
+def test_prepare_draws_for_each_example():
+    many = batch(3000)
+    prepared = task(label_dropout=0.3).prepare(many, jax.random.key(1))
+    assert float(jnp.mean(prepared["label"] == CLASSES)) == pytest.approx(0.3, abs=0.03)
+    kept = prepared["label"] != CLASSES
+    np.testing.assert_array_equal(prepared["label"][kept], many["label"][kept])
+    assert float(jnp.mean(prepared["time"])) == pytest.approx(499.5, rel=0.05)
+    noise = np.asarray(prepared["noise"]).reshape(3000, -1)
+    assert noise.std() == pytest.approx(1.0, rel=0.02)
+    assert abs(np.corrcoef(noise[:1500, 0], noise[1500:, 0])[0, 1]) < 0.1
+    np.testing.assert_array_equal(prepared["image"], many["image"])
+    assert np.all(task(label_dropout=0.0).prepare(many, jax.random.key(1))["label"] == many["label"])
+
+
+def test_loss_is_a_function_of_the_prepared_batch_and_adds_up_over_pieces():
+    built = task()
+    variables = built.init(jax.random.key(0), batch())
+    prepared = built.prepare(batch(), jax.random.key(1))
+    whole, _ = built.loss(variables, prepared, jax.random.key(2))
+    other, _ = built.loss(variables, prepared, jax.random.key(3))
+    np.testing.assert_array_equal(whole["loss"].total, other["loss"].total)
+
+    def piece(start):
+        part = {name: value[start : start + 3] for name, value in prepared.items()}
+        return built.loss(variables, part, jax.random.key(2))[0]
+
+    pooled = values(add(piece(0), piece(3)))
+    assert float(pooled["loss"]) == pytest.approx(float(whole["loss"].value()), rel=1e-6)
+
+
+def test_metrics_are_fixed_and_ignore_masked_rows():
+    built = task()
+    variables = built.init(jax.random.key(0), batch())
+    full = batch(8)
+    full["mask"] = jnp.array([1.0] * 6 + [0.0] * 2)
+    garbage = dict(full, image=full["image"].at[6:].set(jnp.nan))
+    first, second = built.metrics(variables, full), built.metrics(variables, garbage)
+    assert float(first["loss"].count) == 6
+    np.testing.assert_array_equal(first["loss"].total, second["loss"].total)
+    np.testing.assert_array_equal(first["loss"].total, built.metrics(variables, full)["loss"].total)
+
+
+def test_network_computes_in_the_dtype_of_its_parameters_and_the_process_in_float32():
+    seen = []
+
+    class Spy(Linear):
+        @nn.compact
+        def __call__(self, x_t, t, label, train=False):
+            seen.append((x_t.dtype, t.dtype))
+            return super().__call__(x_t, t, label, train)
+
+    built = task(model=Spy())
+    variables = built.init(jax.random.key(0), batch())
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)
+    means, _ = built.loss(half, built.prepare(batch(), jax.random.key(1)), jax.random.key(2))
+    assert seen[-1] == (jnp.bfloat16, jnp.float32)
+    assert means["loss"].total.dtype == jnp.float32
+    x, label = batch()["image"], batch()["label"]
+    assert built.denoiser(half)(x, jnp.zeros(6, jnp.int32), label).dtype == jnp.float32
+
+
+def test_what_does_not_fit_together():
+    with pytest.raises(UsageError, match="needs a null class"):
+        task(model=Linear(null_class=False))
+    with pytest.raises(UsageError, match="learned_sigma=False and its process True"):
+        task(process=DDPM())
+    with pytest.raises(UsageError, match="below 1"):
+        task(label_dropout=1.0)
+    assert task(model=Linear(null_class=False), label_dropout=0.0).null is None
