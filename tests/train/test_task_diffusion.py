@@ -129,6 +129,22 @@ def test_metrics_are_fixed_and_ignore_masked_rows():
     np.testing.assert_array_equal(first["loss"].total, built.metrics(variables, full)["loss"].total)
 
 
+def test_metrics_cover_all_times_evenly():
+    seen = []
+
+    class Spy(Linear):
+        @nn.compact
+        def __call__(self, x_t, t, label, train=False):
+            seen.append(t)
+            return super().__call__(x_t, t, label, train)
+
+    built = task(model=Spy())
+    built.metrics(built.init(jax.random.key(0), batch()), batch(50))
+    gaps = np.diff(np.sort(np.concatenate([[0], np.asarray(seen[-1]), [1000]])))
+    assert len(gaps) == 51
+    assert gaps.max() < 2.7 * 1000 / 50  # three lengths of gaps, none long: no cluster and no hole
+
+
 def test_network_computes_in_the_dtype_of_its_parameters_and_the_process_in_float32():
     seen = []
 
