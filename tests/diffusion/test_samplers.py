@@ -184,12 +184,12 @@ def test_clipped_step_by_hand():
     """A clipped estimate takes along the noise that fits it, here for some values and not for others."""
 
     def denoise(x_t, t, label):
-        return 0.995 * x_t
+        return 0.99 * x_t
 
     a, x = PLAIN.alpha_bar()[[999, 0]], np.asarray(example_noise(KEYS, 0, SHAPE), np.float64)
     clipped = 0
     for now, after in ((a[0], a[1]), (a[1], 1.0)):
-        estimate = x * (1 - 0.995 * np.sqrt(1 - now)) / np.sqrt(now)
+        estimate = x * (1 - 0.99 * np.sqrt(1 - now)) / np.sqrt(now)
         x0 = np.clip(estimate, -1, 1)
         clipped += np.sum(x0 != estimate)
         x = np.sqrt(after) * x0 + np.sqrt(1 - after) * (x - np.sqrt(now) * x0) / np.sqrt(1 - now)

@@ -55,11 +55,6 @@ def test_every_variant_builds_its_task(variant):
     assert built.null == model.classes
 
 
-def test_unknown_variant_names_the_nearest():
-    with pytest.raises(UsageError, match=r"no variant 'digit'. Did you mean 'digits'"):
-        get_config("digit")
-
-
 @pytest.mark.parametrize("variant", ["smoke", "smoke-flow"])
 def test_a_step_of_the_real_model_is_finite_and_reaches_the_loss_of_its_zero_output(variant):
     config = get_config(variant)
