@@ -180,6 +180,24 @@ def test_clip_bounds_every_estimate():
         assert float(jnp.max(jnp.abs(loose))) > 1.5
 
 
+def test_clipped_step_by_hand():
+    """A clipped estimate takes along the noise that fits it, here for some values and not for others."""
+
+    def denoise(x_t, t, label):
+        return 0.99 * x_t
+
+    a, x = PLAIN.alpha_bar()[[999, 0]], np.asarray(example_noise(KEYS, 0, SHAPE), np.float64)
+    clipped = 0
+    for now, after in ((a[0], a[1]), (a[1], 1.0)):
+        estimate = x * (1 - 0.99 * np.sqrt(1 - now)) / np.sqrt(now)
+        x0 = np.clip(estimate, -1, 1)
+        clipped += np.sum(x0 != estimate)
+        x = np.sqrt(after) * x0 + np.sqrt(1 - after) * (x - np.sqrt(now) * x0) / np.sqrt(1 - now)
+    assert 0 < clipped < x.size
+    got = sample(DDIMSampler(2, clip=1.0), denoise, PLAIN, LABEL, SHAPE, KEYS)
+    np.testing.assert_allclose(got, x, atol=1e-4)
+
+
 def test_trajectory_ends_at_the_sample():
     steps = trajectory(DDIMSampler(4), knowing(PLAIN), PLAIN, LABEL, SHAPE, KEYS)
     assert steps.shape == (4, 3, *SHAPE)

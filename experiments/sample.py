@@ -1,0 +1,54 @@
+"""Draws pictures of asked-for classes from a trained diffusion run, as a PNG grid with one row a class.
+
+    python -m experiments.sample --workdir=runs/dit --out=digits.png --guidance=2
+    python -m experiments.sample --workdir=runs/dit --out=threes.png --classes=3 --sampler=ddpm --steps=250
+
+The same seed gives the same picture in every place of the grid, whatever the batch and the devices.
+"""
+
+from absl import flags
+
+from experiments import cli
+
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
+OUT = flags.DEFINE_string("out", None, "PNG to write")
+CLASSES = flags.DEFINE_list("classes", None, "class numbers, one row each; by default the first ten")
+PER_CLASS = flags.DEFINE_integer("per_class", 8, "pictures in a row")
+GUIDANCE = flags.DEFINE_float("guidance", 1.0, "scale of classifier-free guidance; 1 is none")
+SAMPLER = flags.DEFINE_string(
+    "sampler", None, "ddpm or ddim for a DDPM run, euler or heun for a flow; by default ddim or euler"
+)
+STEPS = flags.DEFINE_integer("steps", None, "steps of the sampler; by default its own number")
+SEED = flags.DEFINE_integer("seed", 0, "decides all noise")
+STEP = flags.DEFINE_integer("step", None, "checkpoint to take; by default the newest")
+USE_EMA = flags.DEFINE_boolean("use_ema", None, "take averaged weights; by default where the run keeps them")
+
+
+def main(argv: list[str]) -> int:
+    """Writes the grid; returns the exit code."""
+    del argv
+    # Imported here, so that --help and a wrong flag answer at once.
+    from effjax.errors import UsageError
+    from experiments.run import sampling
+
+    if WORKDIR.value is None or OUT.value is None:
+        missing = "workdir" if WORKDIR.value is None else "out"
+        raise UsageError(f"--{missing} is missing. Example: --workdir=runs/dit --out=pictures.png.")
+    return sampling.run(
+        WORKDIR.value,
+        OUT.value,
+        sampling.Request(
+            classes=None if CLASSES.value is None else sampling.class_numbers(CLASSES.value),
+            per_class=PER_CLASS.value,
+            guidance=GUIDANCE.value,
+            sampler=SAMPLER.value,
+            steps=STEPS.value,
+            seed=SEED.value,
+        ),
+        step=STEP.value,
+        ema=USE_EMA.value,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,42 @@
+"""The same pictures on eight devices as on one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+
+from effjax.diffusion.ddpm import DDPM
+from effjax.diffusion.examples import example_keys
+from effjax.diffusion.generate import sample_classes
+from effjax.diffusion.samplers import DDPMSampler
+from effjax.ffn.mlp import MLP
+from effjax.mixers.attention import Attention
+from effjax.models.dit import DiT, DiTBlock
+from effjax.parallel.mesh import MeshShape, make_mesh
+from effjax.parallel.sharding import activate, batch_sharding, merge_rules
+from effjax.train.tasks.diffusion import Diffusion
+
+SHAPE = (4, 4, 1)
+
+
+def test_sampling_does_not_depend_on_devices():
+    block = DiTBlock(mixer=Attention(heads=2), ffn=MLP(activation="gelu_tanh"))
+    model = DiT(block, patch=2, dim=8, depth=1, classes=3, frequencies=8)
+    task = Diffusion(model=model, process=DDPM())
+    batch = {"image": jnp.zeros((1, *SHAPE)), "label": jnp.zeros(1, jnp.int32)}
+    shapes = meta.unbox(jax.eval_shape(task.init, jax.random.key(0), batch))
+    draw = np.random.default_rng(0)
+    variables = jax.tree.map(lambda s: jnp.asarray(0.3 * draw.normal(size=s.shape), s.dtype), shapes)
+
+    @jax.jit
+    def run(variables, label, index):
+        keys = example_keys(jax.random.key(3), index)
+        return sample_classes(task, variables, label, SHAPE, DDPMSampler(3, clip=1.0), 2.0, keys)
+
+    index = jnp.arange(16)
+    alone = run(variables, index % 3, index)
+    mesh, rules = make_mesh(MeshShape(data=4, tensor=2)), merge_rules({})
+    with activate(mesh, rules):
+        spread = run(variables, *jax.device_put((index % 3, index), batch_sharding(mesh, rules)))
+    assert spread.sharding.shard_shape(spread.shape)[0] == 4
+    np.testing.assert_allclose(spread, alone, rtol=1e-4, atol=1e-5)
