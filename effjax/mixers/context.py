@@ -1,25 +1,29 @@
 """What a mixer may know about its tokens besides their values."""
 
+from typing import Any
+
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool
 
 
 @flax.struct.dataclass
 class Context:
     """Facts about a sequence of `n` tokens, each optional.
 
+    The fields are annotated `Any` because the same class also carries their shapes and shardings.
+
     Attributes:
-      positions: place of each token in its document or image, for rotary positions.
-      segments: tokens attend only within the same segment number (packed documents); 0 marks padding.
-      valid: tokens that exist; the others are never attended to.
-      size: how many original tokens each stands for; proportional attention adds its logarithm to the logits.
+      positions: `[B, N]` int, place of each token in its document or image, for rotary positions.
+      segments: `[B, N]` int, tokens attend only within the same segment number (packed documents); 0 marks padding.
+      valid: `[B, N]` bool, tokens that exist; the others are never attended to.
+      size: `[B, N]` float, how many original tokens each stands for; proportional attention adds its logarithm to the logits.
     """
 
-    positions: Int[Array, "b n"] | None = None
-    segments: Int[Array, "b n"] | None = None
-    valid: Bool[Array, "b n"] | None = None
-    size: Float[Array, "b n"] | None = None
+    positions: Any = None
+    segments: Any = None
+    valid: Any = None
+    size: Any = None
 
     def mask(self) -> Bool[Array, "b 1 n n"] | None:
         """Which keys (last axis) each query may see, by segments and validity; None where all may see all."""

@@ -38,7 +38,7 @@ DECAY: Multipliers = ((r"(.*/)?kernel", 1.0), (r".*", 0.0))
 MATRICES: tuple[tuple[str, str], ...] = (
     (r"(.*/)?([^/]*embed[^/]*|head|logits|modulation)/kernel", ""),
     (r"(.*/)?(query|key|value)/kernel", "in out out"),
-    (r"(.*/)?out/kernel", "in in out"),
+    (r"(.*/)?output/kernel", "in in out"),
     (r"(.*/)?kernel", "in out"),
     (r".*", ""),
 )

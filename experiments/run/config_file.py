@@ -195,7 +195,9 @@ def _check_override(config: ConfigDict, key: str, value: str | None) -> None:
         here = here[part]
     known_type = config_path.get_type(key, config)
     if known_type is list:
-        raise UsageError(f"--config.{key} is a list in the config file; make it a tuple there to set it here.")
+        raise UsageError(
+            f"--config.{key} is a list in the config file; make it a tuple there to set it here."
+        )
     if value is not None and known_type in (int, float):
         try:
             known_type(value)

@@ -79,7 +79,12 @@ def test_the_config_is_loaded_with_its_variant_and_overrides(drive):
 
 
 def test_a_key_that_the_file_leaves_at_its_default_can_be_set(drive):
-    new = ["--config.optimizer.b2=0.95", "--config.mesh.fsdp=2", "--config.table=(1, 2)", "--config.note=words"]
+    new = [
+        "--config.optimizer.b2=0.95",
+        "--config.mesh.fsdp=2",
+        "--config.table=(1, 2)",
+        "--config.note=words",
+    ]
     code, out, err = drive([VIT, *new])
     assert (code, err) == (0, "")
     for said in ("'b2': 0.95", "'mesh': {'fsdp': 2}", "'table': (1, 2)", "'note': 'words'"):

@@ -27,7 +27,7 @@ def model_params(seed=0):
         "blocks": {
             "attention": {
                 "query": {"kernel": (3, 8, 2, 4), "bias": (3, 2, 4)},
-                "out": {"kernel": (3, 2, 4, 8)},
+                "output": {"kernel": (3, 2, 4, 8)},
             },
             "ffn": {"up": {"kernel": (3, 8, 16), "bias": (3, 16)}},
             "norm": {"scale": (3, 8)},
@@ -151,7 +151,7 @@ def test_adamw_is_the_adamw_of_optax():
 def test_muon_orthogonalises_each_layer_of_a_stack():
     params, grads = model_params(), model_params(1)
     stacked, _ = moved(Muon(lr=1.0), params, grads)
-    for path, axes in (("query/kernel", "in out out"), ("out/kernel", "in in out")):
+    for path, axes in (("query/kernel", "in out out"), ("output/kernel", "in in out")):
         leaf = np.asarray(named_leaves(grads["blocks"]["attention"])[path])
         for layer in range(3):
             one = {"w": jnp.asarray(leaf[layer])}
@@ -179,7 +179,7 @@ def test_muon_says_which_parameters_are_matrices():
     shown = {path: row["matrix"] for path, row in Muon(lr=1.0).explain(model_params()).items()}
     assert {path for path, axes in shown.items() if axes} == {
         "blocks/attention/query/kernel",
-        "blocks/attention/out/kernel",
+        "blocks/attention/output/kernel",
         "blocks/ffn/up/kernel",
     }
 

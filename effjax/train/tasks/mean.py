@@ -1,6 +1,7 @@
 """Averages that add up across micro-batches, evaluation batches and hosts."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.struct
 import jax
@@ -10,10 +11,11 @@ from jaxtyping import Array, Float, Shaped
 
 @flax.struct.dataclass
 class Mean:
-    """A sum and how many items it is over; their quotient is the average."""
+    """A sum and how many items it is over, both scalars; their quotient is the average."""
 
-    total: Float[Array, ""]
-    count: Float[Array, ""]
+    # Not annotated as arrays, because the same class also carries their shapes and shardings.
+    total: Any
+    count: Any
 
     @classmethod
     def of(cls, values: Shaped[Array, "*shape"], weights: Float[Array, "*shape"] | None = None) -> "Mean":

@@ -1,0 +1,164 @@
+"""Data: what a config's `data` section resolves to, and how a loop reads it.
+
+data = build(Data, config.data, "config.data").open()
+for batch in data.train(start=state.examples, process_index=jax.process_index(), ...): ...
+for batch in data.evaluate(): ...       # batch["mask"] says which rows are real
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from effjax.config import part
+from effjax.data import images, pipeline, sources, text
+from effjax.data.records import Batch, Cached, Examples, Metadata, Readable
+from effjax.errors import UsageError
+
+__all__ = ["Data", "Metadata", "OpenData", "Packing"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How documents become rows.
+
+    Args:
+      length: tokens a row.
+      tokenizer: a kind of `effjax.data.text.KINDS`.
+    """
+
+    length: int
+    tokenizer: Any = part(text.KINDS, default=text.Bytes())
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The schema of a config's `data` section.
+
+    Args:
+      batch_size: rows of the global batch, over all processes.
+      source: a kind of `effjax.data.sources.KINDS`.
+      transforms: kinds of `effjax.data.images.KINDS`, applied in turn.
+      packing: for text: the rows that documents are packed into.
+      seed: of order and augmentation.
+      threads: how many batches are made at the same time; 0 makes them in the caller's thread.
+      prefetch: how many batches are kept ready.
+      max_bad_share: the share of broken records above which the run fails.
+      cache: whether decoded examples stay in memory; for small data sets.
+      cache_limit: the most bytes that may take.
+    """
+
+    batch_size: int
+    source: Any = part(sources.KINDS)
+    transforms: tuple[Any, ...] = part(images.KINDS, default=())
+    packing: Packing | None = None
+    seed: int = 0
+    threads: int = 2
+    prefetch: int = 4
+    max_bad_share: float = 0.01
+    cache: bool = False
+    cache_limit: int = 2**30
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.max_bad_share <= 1.0:
+            raise UsageError(f"max_bad_share={self.max_bad_share} must be a share between 0 and 1.")
+        for name, least in (("batch_size", 1), ("prefetch", 1), ("threads", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name}={getattr(self, name)} must be at least {least}.")
+
+    def open(self) -> "OpenData":
+        """Opens the source: prepares an embedded data set, indexes files, measures documents."""
+        return OpenData(self)
+
+
+class OpenData:
+    """Data that can be read. Both ways of reading come from the same files and share what was indexed."""
+
+    def __init__(self, data: Data):
+        self.definition = data
+        reader = data.source.open()
+        self.metadata: Metadata = reader.metadata
+        self._readable = Readable(reader, data.max_bad_share)
+        self._examples: Examples = self._readable
+        if data.cache:
+            self._examples = Cached(self._readable, data.cache_limit)
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of one epoch of training; rows, where text is packed."""
+        return len(self._rows) if self._rows else len(self._examples)
+
+    @property
+    def bad_records(self) -> Mapping[int, str]:
+        """The broken records met so far, each with what is wrong with it."""
+        return self._readable.bad
+
+    @property
+    def tokenizer(self) -> text.Tokenizer | None:
+        """The tokenizer of packed text, None for other data."""
+        return self.definition.packing.tokenizer if self.definition.packing else None
+
+    def train(self, *, start: int = 0, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
+        """Endless shuffled batches, this process's rows of each, from global example number `start` on.
+
+        Raises:
+          UsageError: if an epoch is smaller than a batch, or the processes do not divide the batch.
+        """
+        data = self.definition
+        if self.num_examples < data.batch_size:
+            raise UsageError(
+                f"batch_size={data.batch_size} is more than the {self.num_examples} examples of an epoch. "
+                f"Take at most {self.num_examples}."
+            )
+        return pipeline.train_batches(
+            self._rows.row if self._rows else pipeline.Shuffled(self._examples, data.seed),
+            data.transforms,
+            batch_size=data.batch_size,
+            seed=data.seed,
+            start=start,
+            process_index=process_index,
+            process_count=process_count,
+            threads=data.threads,
+            prefetch=data.prefetch,
+        )
+
+    def evaluate(self, *, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
+        """One pass in order, this process's rows of each batch; `mask` `[rows]` is 1 for those that are real."""
+        data = self.definition
+        examples = self._examples
+        if self._documents and data.packing:
+            examples = text.PackedRows(self._documents, data.packing.length, seed=None)
+        return pipeline.eval_batches(
+            examples,
+            data.transforms,
+            batch_size=data.batch_size,
+            process_index=process_index,
+            process_count=process_count,
+            threads=data.threads,
+            prefetch=data.prefetch,
+        )
+
+    def example_batch(self, rows: int | None = None) -> Batch:
+        """Zeros with the shapes and types of a training batch; `rows` is `batch_size` by default."""
+        data = self.definition
+        example = self._rows[0] if self._rows else self._examples[0]
+        rng = np.random.Generator(np.random.Philox(0))
+        for transform in data.transforms:
+            example = transform(example, rng)
+        one = pipeline.stack([example])
+        count = data.batch_size if rows is None else rows
+        return {name: np.zeros((count, *value.shape[1:]), value.dtype) for name, value in one.items()}
+
+    @functools.cached_property
+    def _documents(self) -> text.Documents | None:
+        packing = self.definition.packing
+        return text.index_documents(self._examples, packing.tokenizer) if packing else None
+
+    @functools.cached_property
+    def _rows(self) -> text.PackedRows | None:
+        packing = self.definition.packing
+        if not self._documents or not packing:
+            return None
+        return text.PackedRows(self._documents, packing.length, self.definition.seed)
