@@ -69,7 +69,7 @@ def build(schema: type, section: Any, path: str, given: Mapping[str, Any] | None
         if key not in open_keys:
             raise UsageError(
                 f"{path}.{key} is read by nobody: {schema.__name__} has no such field. "
-                f"{did_you_mean(key, open_keys)}"
+                f"{did_you_mean(key, fields)}"
             )
     hints = typing.get_type_hints(schema)
     values = dict(given)

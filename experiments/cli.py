@@ -28,7 +28,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-from absl import flags
+from absl import flags, logging
 from rich.console import Console
 from rich.text import Text
 
@@ -62,6 +62,9 @@ def run(
     """
     arguments = sys.argv[1:]
     debug = not _DEBUG.isdisjoint(arguments)
+    if not debug:
+        # What libraries note through absl's log is for those who debug them.
+        logging.set_verbosity(logging.ERROR)
     try:
         if "debug" not in flag_values:
             flags.DEFINE_boolean("debug", False, "show the traceback of an error", flag_values=flag_values)

@@ -3,8 +3,8 @@
     python -m experiments.evaluate --workdir=runs/vit
     python -m experiments.evaluate --workdir=runs/vit --step=1000 --noema
 
-Prints a line of metrics for each evaluator. `--ema` and `--noema` choose between the averaged and the last weights;
-by default each evaluator's own setting holds.
+Prints a line of metrics for each evaluator. `--ema` and `--noema` choose between the averaged and the last
+weights; by default each evaluator's own setting holds.
 """
 
 from absl import flags
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     program, state = load_state(WORKDIR.value, STEP.value)
     if not program.experiment.evaluators:
         raise UsageError("this run's config has no evaluators.")
-    shown = {}
+    shown: dict[str, str] = {}
     for name, evaluator in program.experiment.evaluators.items():
         variables = program.variables(state, evaluator.ema if EMA.value is None else EMA.value)
         values = evaluator.run(program, evaluator.data.open(), variables, lambda: None)

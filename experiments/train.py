@@ -1,13 +1,15 @@
 """Trains what a config describes, or resumes where the run in the workdir stopped.
 
     python -m experiments.train --config=configs/vision/vit.py:digits --workdir=runs/vit
-    python -m experiments.train --config=configs/vision/vit.py:digits --config.optimizer.lr=1e-3 --workdir=runs/lr
+    python -m experiments.train --config=configs/vision/vit.py:digits --config.optimizer.lr=3e-4 --workdir=runs/b
     python -m experiments.train --replay=runs/vit/replay/step_120
 
-Leaves config.json, environment.json, metrics.jsonl, events/, checkpoints/, plots/ and report.html in the workdir.
-Exit codes: 0 done, 1 failed (also where an evaluator failed), 2 asked wrongly, 75 stopped by SIGTERM and resumable.
+Leaves config.json, environment.json, metrics.jsonl, events/, checkpoints/, plots/ and report.html in the
+workdir. Exit codes: 0 done, 1 failed (also where an evaluator failed), 2 asked wrongly, 75 stopped by SIGTERM
+and resumable.
 """
 
+# ruff: noqa: E402  the order of the imports is the point
 from experiments.run.signals import StopFlag
 
 # Before anything heavy is imported: a SIGTERM during start-up must not look like a crash.

@@ -8,9 +8,9 @@
 `digits`
     TODO_DIGITS
 `s2`, `b2`, `l2`, `xl2`
-    The paper's models on 32 x 32 x 4 latents of ImageNet, which lie on disk as a TFDS data set `imagenet_latents`
-    (fields `image` [32, 32, 4] float32 and `label`). Not run here; the paper reports an FID of 9.62 for XL/2 after
-    7M steps without guidance, 2.27 with a guidance scale of 1.5.
+    The paper's models on 32 x 32 x 4 latents of ImageNet, which lie on disk as a TFDS data set
+    `imagenet_latents` (fields `image` [32, 32, 4] float32 and `label`). Not run here; the paper reports an FID
+    of 9.62 for XL/2 after 7M steps without guidance, 2.27 with a guidance scale of 1.5.
 
 With `-flow` behind the name (`digits-flow`) the process is a rectified flow instead of DDPM.
 """
@@ -86,7 +86,7 @@ def digits(smoke: bool) -> ConfigDict:
 
 
 def latents() -> ConfigDict:
-    """The paper's recipe: AdamW at a constant 1e-4, batch 256, no decay, no warm-up, EMA 0.9999, 400k steps."""
+    """The paper's recipe: AdamW at a constant 1e-4, batch 256, no decay, no warm-up, EMA 0.9999."""
     source = dict(kind="tfds", name="imagenet_latents")
     return ConfigDict(
         dict(

@@ -15,9 +15,10 @@ class Context:
 
     Attributes:
       positions: `[B, N]` int, place of each token in its document or image, for rotary positions.
-      segments: `[B, N]` int, tokens attend only within the same segment number (packed documents); 0 marks padding.
+      segments: `[B, N]` int, tokens attend only within the same segment (packed documents); 0 marks padding.
       valid: `[B, N]` bool, tokens that exist; the others are never attended to.
-      size: `[B, N]` float, how many original tokens each stands for; proportional attention adds its logarithm to the logits.
+      size: `[B, N]` float, how many original tokens each stands for; proportional attention adds its
+        logarithm to the logits.
     """
 
     positions: Any = None

@@ -25,7 +25,7 @@ def keep(workdir: Path, diagnosis: Diagnosis, batch: Mapping[str, np.ndarray]) -
     """Writes the evidence beside the checkpoints; returns the command that repeats the step."""
     folder = workdir / "replay" / f"step_{diagnosis.step}"
     packed = io.BytesIO()
-    np.savez(packed, **batch)
+    np.savez(packed, allow_pickle=False, **batch)
     write_atomic(folder / "batch.npz", packed.getvalue())
     record = {
         "step": diagnosis.step,
@@ -38,7 +38,7 @@ def keep(workdir: Path, diagnosis: Diagnosis, batch: Mapping[str, np.ndarray]) -
 
 
 def run(folder: str) -> int:
-    """Repeats the forward and backward pass of a kept step and prints every array's size; 1 if it is bad again."""
+    """Repeats a kept step and prints the size of every array; returns 1 if it is bad again."""
     path = Path(folder)
     if not (path / "record.json").is_file() or not (path / "batch.npz").is_file():
         raise UsageError(f"--replay='{path}' holds no bad step. Give the folder that the failed run named.")

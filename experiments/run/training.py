@@ -1,4 +1,4 @@
-"""A training run from start to report: the loop of the library, with files, progress and signals around it."""
+"""A training run from start to report: the library's loop, with files, progress and signals around it."""
 
 import contextlib
 import dataclasses

@@ -2,11 +2,10 @@
 
 import os
 
-import pytest
-
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
+import pytest
 
 
 @pytest.fixture(autouse=True, scope="session")

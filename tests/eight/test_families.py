@@ -1,0 +1,80 @@
+"""Every family under every parallelism gives the losses of one device."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from effjax.errors import UsageError
+from effjax.matching import named_leaves
+from effjax.train.loop import fit
+from tests.train.toy import FAMILIES, Memory, Recorder, program_of
+
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"data": 1, "fsdp": 8},
+    "tensor": {"data": 4, "tensor": 2},
+    "all": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+CHANGES = {"train__steps": "20 steps", "train__log_every": "1 steps", "evaluators": {}}
+
+
+def run(program):
+    recorder = Recorder()
+    fit(
+        program,
+        program.init(),
+        checkpoints=Memory(),
+        observer=recorder,
+        stop_requested=lambda: False,
+    )
+    return np.array(recorder.losses())
+
+
+@functools.cache
+def losses_on_one_device(family):
+    return run(program_of(family, devices=jax.devices()[:1], **CHANGES))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_losses_are_those_of_one_device(family, mesh):
+    program = program_of(family, mesh=MESHES[mesh], **CHANGES)
+    losses = run(program)
+    assert len(losses) == 20
+    assert losses[-1] < losses[0]
+    np.testing.assert_allclose(losses, losses_on_one_device(family), rtol=1e-5)
+
+
+def test_parameters_and_moments_are_cut_as_the_rules_say():
+    program = program_of("vision", mesh={"data": 2, "fsdp": 2, "tensor": 2})
+    spec = {path: leaf.sharding.spec for path, leaf in named_leaves(program.shapes).items()}
+    kernel = PartitionSpec(None, "fsdp", "tensor")
+    assert spec["params/blocks/ffn/expand/kernel"] == kernel
+    assert [s for path, s in spec.items() if path.endswith("mu/blocks/ffn/expand/kernel")] == [kernel]
+    assert spec["ema/blocks/ffn/expand/kernel"] == kernel
+    assert spec["step"] == PartitionSpec()
+    state = program.init()
+    shard = state.params["blocks"]["ffn"]["expand"]["kernel"].addressable_shards[0].data
+    assert shard.shape == (2, 8, 32), "an eighth of [2, 16, 64] but for the two copies along data"
+
+
+def test_heads_that_the_tensor_axis_does_not_divide_are_refused():
+    with pytest.raises(
+        UsageError, match=r"blocks/mixer/key/bias has shape .* mesh axis tensor=8 does not divide"
+    ):
+        program_of("vision", mesh={"data": 1, "tensor": 8})
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(UsageError, match=r"batch_size is 12, which does not divide into 8 parts \(data=8"):
+        program_of("vision", data__batch_size=12)
+
+
+def test_a_rule_can_be_changed_from_the_config():
+    program = program_of("vision", mesh={"data": 4, "tensor": 2}, sharding={"mlp": None})
+    assert program.shapes.params["blocks"]["ffn"]["expand"]["kernel"].sharding.spec == PartitionSpec(
+        None, "fsdp", None
+    )

@@ -1,0 +1,148 @@
+"""Every config file, in its smoke variant, through the drivers a person runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.experiments.driver import ROOT, drive, metric_rows
+
+CONFIGS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "configs").rglob("*.py")
+    if path.name != "__init__.py"
+)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """Trains a smoke config once a session; returns its workdir."""
+    runs = {}
+
+    def get(config):
+        if config not in runs:
+            workdir = tmp_path_factory.mktemp(Path(config).stem)
+            out, _ = drive("train", f"--config={config}:smoke", f"--workdir={workdir}")
+            runs[config] = workdir, out
+        return runs[config]
+
+    return get
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_config_trains_and_leaves_what_a_run_leaves(config, trained):
+    workdir, out = trained(config)
+    for name in ("config.json", "environment.json", "metrics.jsonl", "report.html", "plots/loss.png"):
+        assert (workdir / name).stat().st_size > 0, name
+    assert list((workdir / "events").iterdir())
+    assert list((workdir / "checkpoints" / "20").iterdir())
+    assert "20/20" in out
+    for said in ("parameters", "MACs", "step time", str(workdir / "report.html")):
+        assert said in out
+    rows = metric_rows(workdir)
+    losses = [row["loss"] for row in rows if row["split"] == "train"]
+    assert losses[-1] < losses[0]
+    assert rows[-1]["step"] == 20
+    page = (workdir / "report.html").read_text()
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_run_is_evaluated_again_to_the_same_figures(config, trained):
+    workdir, _ = trained(config)
+    out, _ = drive("evaluate", f"--workdir={workdir}")
+    last = [row for row in metric_rows(workdir) if row["split"] != "train"][-1]
+    assert f"{last['loss']:.4g}" in out
+
+
+def test_a_complete_run_says_so_and_trains_no_further(trained):
+    workdir, _ = trained("configs/vision/vit.py")
+    before = metric_rows(workdir)
+    out, _ = drive("train", "--config=configs/vision/vit.py:smoke", f"--workdir={workdir}")
+    assert "resuming at step 20" in out
+    assert [row for row in metric_rows(workdir) if row["split"] == "train"] == [
+        row for row in before if row["split"] == "train"
+    ]
+
+
+def test_another_config_in_the_same_workdir_is_refused(trained):
+    workdir, _ = trained("configs/vision/vit.py")
+    _, err = drive(
+        "train",
+        "--config=configs/vision/vit.py:smoke",
+        "--config.optimizer.lr=0.5",
+        f"--workdir={workdir}",
+        code=2,
+    )
+    assert "config.optimizer.lr: 0.002 -> 0.5" in err
+    assert "--workdir=" in err
+
+
+VIT = "--config=configs/vision/vit.py:smoke"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([VIT], "--workdir is missing"),
+        ([VIT, "--config.optimizer.lrr=1"], "config.optimizer.lrr is read by nobody: AdamW has no such field. Did"),
+        ([VIT, "--config.modle.dim=1"], "config.modle is read by nobody: Experiment has no such field. Did you me"),
+        ([VIT, "--config.model.kind=vti"], "config.model.kind is 'vti', which is no kind. Did you mean 'vit'?"),
+        ([VIT, "--config.model.block.mixer.kind=atention"], "config.model.block.mixer.kind is 'atention'"),
+        ([VIT, "--config.model.dim=big"], "--config.model.dim is of type int"),
+        ([VIT, "--config.train.precision.compute=float16"], "config.train.precision.compute is 'float16'. Did you mean 'bfloat16'"),
+        ([VIT, "--config.train.steps=20"], "'20' is no duration"),
+        ([VIT, "--config.data.batch_size=0"], "batch_size=0 must be at least 1"),
+        ([VIT, "--config.data.batch_size=5000"], "batch_size=5000 is more than the 1437 examples"),
+        ([VIT, "--config.mesh.data=3"], "does not multiply to the 1 devices"),
+        ([VIT, "--config.data.source.name=digitz"], "digitz"),
+        ([VIT, "--config.data.source.split=trian"], "trian"),
+        ([VIT, "--config.model.patch=3"], "cannot be cut into patches of 3 x 3"),
+        ([VIT, "--config.optimizer.freeze=('nothing/.*',)"], "'nothing/.*' matches no parameter"),
+        (["--replay=nowhere"], "--replay='nowhere' holds no bad step"),
+    ],
+)  # fmt: skip
+def test_a_wrong_request_is_one_message_and_exit_code_2(arguments, said, tmp_path):
+    workdir = [] if arguments == [VIT] or "--replay" in arguments[0] else [f"--workdir={tmp_path / 'run'}"]
+    out, err = drive("train", *arguments, *workdir, code=2)
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert said in err
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_missing_data_set_says_how_to_prepare_it(tmp_path):
+    _, err = drive("train", "--config=configs/vision/vit.py:ti16", f"--workdir={tmp_path / 'run'}", code=2)
+    assert "imagenet2012" in err
+    assert "prepare" in err
+
+
+def test_two_runs_in_one_workdir_are_refused(tmp_path):
+    from experiments.run.workdir import Workdir
+
+    workdir = tmp_path / "run"
+    with Workdir.create_or_resume(workdir, {}, command="", config_file=""):
+        _, err = drive("train", VIT, f"--workdir={workdir}", code=2)
+    assert "is running in" in err
+
+
+def test_the_record_of_a_run_tells_what_was_run(trained):
+    workdir, _ = trained("configs/vision/vit.py")
+    record = json.loads((workdir / "config.json").read_text())
+    assert record["command"].startswith("python -m experiments.train --config=configs/vision/vit.py:smoke")
+    assert record["config"]["model"]["dim"] == 16
+    environment = json.loads((workdir / "environment.json").read_text())
+    assert environment["devices"] == ["cpu:cpu"]
+    assert environment["versions"]["jax"]
+
+
+DRIVERS = sorted(p.stem for p in (ROOT / "experiments").glob("*.py") if p.stem not in ("__init__", "cli"))
+
+
+@pytest.mark.parametrize("name", DRIVERS)
+def test_every_driver_explains_itself(name):
+    out, err = drive(name, "--help")
+    assert f"python -m experiments.{name}" in out
+    assert "--[no]debug" in out
+    assert err == ""
