@@ -9,8 +9,8 @@
     TODO_DIGITS
 `s2`, `b2`, `l2`, `xl2`
     The paper's models on 32 x 32 x 4 latents of ImageNet, which lie on disk as a TFDS data set
-    `imagenet_latents` (fields `image` [32, 32, 4] float32 and `label`). Not run here; the paper reports an FID
-    of 9.62 for XL/2 after 7M steps without guidance, 2.27 with a guidance scale of 1.5.
+    `imagenet_latents` (fields `image` [32, 32, 4] float32 and `label`). Not run here; the paper reports an
+    FID of 9.62 for XL/2 after 7M steps without guidance, 2.27 with a guidance scale of 1.5.
 
 With `-flow` behind the name (`digits-flow`) the process is a rectified flow instead of DDPM.
 """

@@ -1,4 +1,4 @@
-"""Vision transformers: ViT (Dosovitskiy et al. 2021), in the sizes and with the recipe of DeiT (Touvron et al. 2021).
+"""Vision transformers: ViT (Dosovitskiy et al. 2021) with the sizes and recipe of DeiT (Touvron et al. 2021).
 
     python -m experiments.train --config=configs/vision/vit.py:VARIANT --workdir=runs/vit
 

@@ -86,12 +86,12 @@ VIT = "--config=configs/vision/vit.py:smoke"
     ("arguments", "said"),
     [
         ([VIT], "--workdir is missing"),
-        ([VIT, "--config.optimizer.lrr=1"], "config.optimizer.lrr is read by nobody: AdamW has no such field. Did"),
-        ([VIT, "--config.modle.dim=1"], "config.modle is read by nobody: Experiment has no such field. Did you me"),
-        ([VIT, "--config.model.kind=vti"], "config.model.kind is 'vti', which is no kind. Did you mean 'vit'?"),
+        ([VIT, "--config.optimizer.lrr=1"], "optimizer.lrr is read by nobody: AdamW has no such field. Did you"),
+        ([VIT, "--config.modle.dim=1"], "config.modle is read by nobody: Experiment has no such field. Did"),
+        ([VIT, "--config.model.kind=vti"], "config.model.kind is 'vti', which is no kind. Did you mean 'vit'"),
         ([VIT, "--config.model.block.mixer.kind=atention"], "config.model.block.mixer.kind is 'atention'"),
         ([VIT, "--config.model.dim=big"], "--config.model.dim is of type int"),
-        ([VIT, "--config.train.precision.compute=float16"], "config.train.precision.compute is 'float16'. Did you mean 'bfloat16'"),
+        ([VIT, "--config.train.precision.compute=float16"], "'float16'. Did you mean 'bfloat16'"),
         ([VIT, "--config.train.steps=20"], "'20' is no duration"),
         ([VIT, "--config.data.batch_size=0"], "batch_size=0 must be at least 1"),
         ([VIT, "--config.data.batch_size=5000"], "batch_size=5000 is more than the 1437 examples"),
@@ -105,7 +105,7 @@ VIT = "--config=configs/vision/vit.py:smoke"
 )  # fmt: skip
 def test_a_wrong_request_is_one_message_and_exit_code_2(arguments, said, tmp_path):
     workdir = [] if arguments == [VIT] or "--replay" in arguments[0] else [f"--workdir={tmp_path / 'run'}"]
-    out, err = drive("train", *arguments, *workdir, code=2)
+    _, err = drive("train", *arguments, *workdir, code=2)
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert said in err

@@ -1,4 +1,4 @@
-"""The smallest real experiment of each family, for tests of the loop: digits and docs, a few thousand parameters."""
+"""The smallest real experiment of each family, for tests of the loop."""
 
 import importlib
 
@@ -13,7 +13,7 @@ FAMILIES = {
 
 
 def smoke(family, **changes):
-    """The smoke config of a family; `changes` are dotted keys with `__` for dots: `train__steps="4 steps"`."""
+    """The smoke config of a family; `changes` are keys with `__` for dots: `train__steps="4 steps"`."""
     config = importlib.import_module(FAMILIES[family]).get_config("smoke")
     config.unlock()
     for key, value in changes.items():
