@@ -139,7 +139,7 @@ class TfdsReader:
 
 
 def _metadata(features: Any) -> Metadata:
-    label, image = (features[n] if n in list(features) else None for n in ("label", "image"))
+    label, image = (features[n] if n in features else None for n in ("label", "image"))
     names = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
     shape = tuple(image.shape) if isinstance(image, tfds.features.Image) else (None,)
     return Metadata(names, None if None in shape else shape)
