@@ -125,7 +125,7 @@ class OpenData:
         )
 
     def evaluate(self, *, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
-        """One pass in order, this process's rows of each batch; `mask` `[rows]` is 1 for those that are real."""
+        """One pass in order, this process's rows of each batch; `mask` `[rows]` is 1 where a row is real."""
         data = self.definition
         examples = self._examples
         if self._documents and data.packing:

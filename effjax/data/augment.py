@@ -70,10 +70,14 @@ OPERATIONS: dict[str, Operation] = {
     "contrast": _enhance(ImageEnhance.Contrast),
     "brightness": _enhance(ImageEnhance.Brightness),
     "sharpness": _enhance(ImageEnhance.Sharpness),
-    "shear_x": lambda image, s, canvas: canvas.affine(image, (1, 0.3 * s, 0, 0, 1, 0)),
-    "shear_y": lambda image, s, canvas: canvas.affine(image, (1, 0, 0, 0.3 * s, 1, 0)),
-    "translate_x": lambda image, s, canvas: canvas.affine(image, (1, 0, 0.45 * s * image.width, 0, 1, 0)),
-    "translate_y": lambda image, s, canvas: canvas.affine(image, (1, 0, 0, 0, 1, 0.45 * s * image.height)),
+    "shear_x": lambda image, s, canvas: canvas.affine(image, (1.0, 0.3 * s, 0.0, 0.0, 1.0, 0.0)),
+    "shear_y": lambda image, s, canvas: canvas.affine(image, (1.0, 0.0, 0.0, 0.3 * s, 1.0, 0.0)),
+    "translate_x": lambda image, s, canvas: canvas.affine(
+        image, (1.0, 0.0, 0.45 * s * image.width, 0.0, 1.0, 0.0)
+    ),
+    "translate_y": lambda image, s, canvas: canvas.affine(
+        image, (1.0, 0.0, 0.0, 0.0, 1.0, 0.45 * s * image.height)
+    ),
 }
 
 

@@ -150,8 +150,8 @@ def stack(examples: Sequence[Example]) -> Batch:
         if column.dtype.kind not in "biuf":
             raise UsageError(
                 f"The field {name!r} holds {type(values[0]).__name__}, no numbers, and cannot go into a "
-                "batch. Name the fields to read in the source, such as fields=('image', 'label'), or pack text "
-                "by `packing`."
+                "batch. Name the fields to read in the source, such as fields=('image', 'label'), or pack "
+                "text by `packing`."
             )
         if column.dtype in (np.int64, np.uint64, np.uint32):
             column = column.astype(np.int32)

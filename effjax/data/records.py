@@ -124,7 +124,8 @@ class Cached:
             if expected > limit and index >= min(100, len(source) - 1):
                 raise UsageError(
                     f"cache=True would keep about {expected / 2**20:,.0f} MiB of examples in memory, more "
-                    f"than cache_limit allows ({limit / 2**20:,.0f} MiB). Set cache=False, or raise cache_limit."
+                    f"than cache_limit allows ({limit / 2**20:,.0f} MiB). Set cache=False, or raise "
+                    "cache_limit."
                 )
             self._examples.append(example)
 

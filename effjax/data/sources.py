@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tensorflow_datasets.core import read_only_builder
 
 from effjax.data import builders
@@ -58,8 +58,15 @@ def decode_image(data: bytes, mode: str | None) -> UInt8[np.ndarray, "height wid
     Args:
       data: the file's bytes.
       mode: "RGB" or "L" to convert to; None keeps one channel where the file has one, and is RGB otherwise.
+
+    Raises:
+      One of `_UNDECODABLE`: for what is no picture, or only a part of one.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    try:
+        opened = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:  # its own message is the address of an object
+        raise ValueError("this is not a picture that Pillow can read") from None
+    with opened as image:
         mode = mode or ("L" if image.mode in ("1", "L") else "RGB")
         pixels = np.array(image if image.mode == mode else image.convert(mode))
     return pixels[..., None] if pixels.ndim == 2 else pixels
@@ -117,11 +124,11 @@ class TfdsReader:
         }
         try:
             self._records: Any = builder.as_data_source(split=split, decoders=skipped or None)
-        except (ValueError, KeyError) as error:
-            known = did_you_mean(split, builder.info.splits)
-            raise UsageError(f"{builder.info.full_name} has no split {split!r} ({error}). {known}") from None
-        if not len(self._records):
-            raise UsageError(f"The split {split!r} of {builder.info.full_name} is empty.")
+        except (ValueError, KeyError) as error:  # KeyError's own text is a quoted representation
+            raise UsageError(
+                f"{builder.info.full_name} has no split {split!r}, or nothing in it: {error.args[0]} "
+                f"Its splits, which may be sliced as in 'train[:90%]': {', '.join(builder.info.splits)}."
+            ) from None
         self.metadata = _metadata(features)
 
     def __len__(self) -> int:
