@@ -19,6 +19,7 @@ Exit codes: 0 done, 1 failed, 2 asked wrongly, 75 stopped and can be resumed, 13
 '''
 
 import errno
+import logging
 import os
 import shlex
 import shutil
@@ -28,7 +29,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-from absl import flags, logging
+from absl import flags
 from rich.console import Console
 from rich.text import Text
 
@@ -63,8 +64,9 @@ def run(
     arguments = sys.argv[1:]
     debug = not _DEBUG.isdisjoint(arguments)
     if not debug:
-        # What libraries note through absl's log is for those who debug them.
-        logging.set_verbosity(logging.ERROR)
+        # What orbax and asyncio log about an error reaches the user once, as the error of the run.
+        for library in ("absl", "asyncio"):
+            logging.getLogger(library).setLevel(logging.CRITICAL + 1)
     try:
         if "debug" not in flag_values:
             flags.DEFINE_boolean("debug", False, "show the traceback of an error", flag_values=flag_values)

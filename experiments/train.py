@@ -1,7 +1,7 @@
 """Trains what a config describes, or resumes where the run in the workdir stopped.
 
     python -m experiments.train --config=configs/vision/vit.py:digits --workdir=runs/vit
-    python -m experiments.train --config=configs/vision/vit.py:digits --workdir=runs/b --config.optimizer.lr=3e-4
+    python -m experiments.train --config=configs/vision/vit.py:digits --workdir=runs/b --config.train.seed=1
     python -m experiments.train --replay=runs/vit/replay/step_120
 
 Leaves config.json, environment.json, metrics.jsonl, events/, checkpoints/, plots/ and report.html in the

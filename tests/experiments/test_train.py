@@ -86,9 +86,9 @@ VIT = "--config=configs/vision/vit.py:smoke"
     ("arguments", "said"),
     [
         ([VIT], "--workdir is missing"),
-        ([VIT, "--config.optimizer.lrr=1"], "optimizer.lrr is read by nobody: AdamW has no such field. Did you"),
-        ([VIT, "--config.modle.dim=1"], "config.modle is read by nobody: Experiment has no such field. Did"),
-        ([VIT, "--config.model.kind=vti"], "config.model.kind is 'vti', which is no kind. Did you mean 'vit'"),
+        ([VIT, "--config.optimizer.lrr=1"], "optimizer.lrr is read by nobody: AdamW has no such field."),
+        ([VIT, "--config.modle.dim=1"], "config.modle is read by nobody: Experiment has no such field."),
+        ([VIT, "--config.model.kind=vti"], "config.model.kind is 'vti', which is no kind."),
         ([VIT, "--config.model.block.mixer.kind=atention"], "config.model.block.mixer.kind is 'atention'"),
         ([VIT, "--config.model.dim=big"], "--config.model.dim is of type int"),
         ([VIT, "--config.train.precision.compute=float16"], "'float16'. Did you mean 'bfloat16'"),

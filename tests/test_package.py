@@ -1,0 +1,53 @@
+"""What importing the library may and may not do, and how long it takes."""
+
+import subprocess
+import sys
+import tomllib
+
+from tests.experiments.driver import ROOT
+
+CODE = """
+import os, socket, sys, time
+before = dict(os.environ)
+def refuse(*arguments, **keywords):
+    raise AssertionError("a network connection at import")
+socket.socket.connect = refuse
+began = time.perf_counter()
+import effjax.experiment, effjax.train.loop, effjax.measure, effjax.catalog
+took = time.perf_counter() - began
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized(), "a device was touched"
+assert dict(os.environ) == before, "the environment was changed"
+heavy = {"tensorflow", "torch", "matplotlib", "sklearn", "tokenizers", "beartype"} & set(sys.modules)
+assert not heavy, heavy
+print(took)
+"""
+
+
+def test_import_touches_nothing_and_is_quick():
+    # The fastest of three: a busy machine may be slow, but a slow import is never fast.
+    took = min(
+        float(
+            subprocess.run(
+                [sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for _ in range(3)
+    )
+    assert took < 3.0
+
+
+def test_files_are_of_one_concept():
+    """No file of the library or the drivers is longer than 500 lines, most are far shorter."""
+    files = [f for room in ("effjax", "experiments", "configs") for f in (ROOT / room).rglob("*.py")]
+    lengths = {f.relative_to(ROOT): len(f.read_text().splitlines()) for f in files}
+    assert {name: n for name, n in lengths.items() if n > 500} == {}
+
+
+def test_dependencies_are_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = [d for group in (project["dependencies"], project["optional-dependencies"]["dev"]) for d in group]
+    pins = (ROOT / ".ci" / "constraints.txt").read_text().lower().replace("_", "-")
+    for requirement in names:
+        name = requirement.split(">=")[0].strip().lower().replace("_", "-")
+        assert f"\n{name}==" in pins, name
