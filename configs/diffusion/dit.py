@@ -34,7 +34,7 @@ VARIANTS = tuple(name + ending for name in SIZES for ending in ("", "-flow"))
 def get_config(variant: str = "digits") -> ConfigDict:
     """Returns the experiment of one variant, with `-flow` behind its name for a rectified flow."""
     size, _, process = variant.partition("-")
-    flow = process == "flow"
+    flow, small = process == "flow", size in ("smoke", "digits")
 
     config = latents() if size in ("s2", "b2", "l2", "xl2") else digits(smoke=size == "smoke")
     config.model = model(size, learned_sigma=not flow)
@@ -43,7 +43,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
             "kind": "diffusion",
             "process": {"kind": "rectified_flow"}
             if flow
-            else {"kind": "ddpm", "schedule": "linear", "steps": 1000},
+            else {"kind": "ddpm", "schedule": "linear", "steps": 1000, "prediction": "v" if small else "epsilon"},
             "label_dropout": 0.1,
         }
     )

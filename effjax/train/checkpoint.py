@@ -85,6 +85,7 @@ class Checkpoints:
         self._read_only = read_only
         self._async = async_
         self._writing: int | None = None
+        self._patience = contextlib.ExitStack()  # entered while a write goes on behind
         if not read_only:
             self._clean()
         newest = policies.LatestN(keep)
@@ -132,6 +133,7 @@ class Checkpoints:
         if step in self.steps():
             self._rename(step, _REPLACED)
         self._writing = step
+        self._patience.enter_context(_patient_event_loops())
         try:
             self._manager.save(
                 step,
@@ -156,6 +158,7 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(error) from error
         self._writing = None
+        self._patience.close()
         self._clean()
 
     def close(self) -> None:
@@ -241,6 +244,7 @@ class Checkpoints:
     def _failed(self, error: Exception) -> RunError:
         """Puts things back as they were before the save that failed, and says what happened."""
         step, self._writing = self._writing, None
+        self._patience.close()
         self._clean()
         self._manager.reload()
         return RunError(
@@ -280,8 +284,8 @@ class Checkpoints:
 class _PatientLoop(asyncio.SelectorEventLoop):
     """An event loop that lets its tasks end before it closes.
 
-    Orbax reads all arrays at once and closes its loop at the first that fails. What the others still had in
-    flight would then end in a closed loop, each with a traceback of its own on the terminal.
+    Orbax reads or writes all arrays at once and closes its loop at the first that fails. What the others
+    still had in flight would then end in a closed loop, each with a traceback of its own on the terminal.
     """
 
     def close(self) -> None:

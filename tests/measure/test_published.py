@@ -11,14 +11,9 @@ from effjax.config import build_kind
 from effjax.measure import count
 from effjax.models import KINDS
 
-# Parameters and MACs: timm's and DeiT's tables at 224 pixels and 1000 classes; DiT, tables 1 and 4 (MACs there
-# are called Gflops), without the fixed position table; the language models' own counts.
+# Parameters and MACs: timm's and DeiT's tables at 224 pixels and 1000 classes; DiT, tables 1 and 4 (where
+# MACs are called Gflops), without the fixed position table; the language models' own counts.
 VIT = {
-    "ti16": (5.72e6, 1.26e9),
-    "s16": (22.05e6, 4.61e9),
-    "b16": (86.57e6, 17.58e9),
-    "l16": (304.33e6, 61.60e9),
-}
     "ti16": (5.72e6, 1.26e9),
     "s16": (22.05e6, 4.61e9),
     "b16": (86.57e6, 17.58e9),

@@ -1,0 +1,119 @@
+"""Benchmarks of the machinery, as ratios within one run.
+
+    python -m experiments.bench loop --config=configs/vision/vit.py:digits
+
+`loop`: the time of a step inside the training loop over that of the bare compiled step (target: at most 1.05),
+and the rate at which the input pipeline makes batches over that at which the step consumes them (target: at
+least 3).
+"""
+
+import itertools
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+
+from experiments import cli
+
+cli.define_config("configs/vision/vit.py:digits")
+STEPS = flags.DEFINE_integer("steps", 100, "steps of one measurement")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "measurements of each candidate, taken in turn")
+
+
+class Silent:
+    """An observer and checkpoints that cost nothing, so that what is left is the loop."""
+
+    def progress(self, step: int, total: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def say(self, message: str) -> None:
+        """Nothing."""
+
+    def evidence(self, diagnosis: Any, batch: Any) -> str:
+        """Nothing."""
+        return ""
+
+    def save(self, step: int, state: Any, extra: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def wait(self) -> None:
+        """Nothing."""
+
+
+def bench_loop(loaded: cli.LoadedConfig, steps: int, rounds: int) -> dict[str, float]:
+    """Times the bare step, the loop around it and the input pipeline in turn; returns medians and ratios."""
+    import dataclasses
+
+    import jax
+    import numpy as np
+
+    from effjax.experiment import resolve
+    from effjax.parallel.sharding import to_global
+    from effjax.train.loop import fit
+    from effjax.train.program import build_program
+
+    experiment = resolve(loaded.config)
+    # Log as often as the config says; evaluation and checkpoints are not the loop's own time.
+    train = dataclasses.replace(experiment.train, steps=f"{steps} steps", checkpoint_every=f"{steps} steps")
+    experiment = dataclasses.replace(experiment, train=train, evaluators={})
+    data = experiment.data.open()
+    program = build_program(experiment, data)
+    step = program.step
+    batches = data.train()
+    fixed = to_global(next(batches), program.batch_sharding)
+
+    def bare() -> float:
+        state = jax.block_until_ready(program.init())
+        began = time.perf_counter()
+        for _ in range(steps):
+            state, metrics = step(state, fixed)
+        jax.block_until_ready(metrics)
+        return (time.perf_counter() - began) / steps
+
+    def loop() -> float:
+        state = jax.block_until_ready(program.init())
+        began = time.perf_counter()
+        fit(program, state, checkpoints=Silent(), observer=Silent(), stop_requested=lambda: False)
+        return (time.perf_counter() - began) / steps
+
+    def inputs() -> float:
+        # What was prefetched during the other measurements must not be counted as made in this one.
+        for _ in itertools.islice(batches, experiment.data.prefetch + experiment.data.threads):
+            pass
+        began = time.perf_counter()
+        for _ in itertools.islice(batches, steps):
+            pass
+        return (time.perf_counter() - began) / steps
+
+    bare(), loop()
+    times = np.array([(bare(), loop(), inputs()) for _ in range(rounds)])
+    bare_time, loop_time, input_time = np.median(times, axis=0)
+    return {
+        "bare step, ms": 1e3 * bare_time,
+        "step in the loop, ms": 1e3 * loop_time,
+        "loop / bare": float(np.median(times[:, 1] / times[:, 0])),
+        "input batch, ms": 1e3 * input_time,
+        "input rate / consumption": float(np.median(times[:, 0] / times[:, 2])),
+    }
+
+
+def main(argv: list[str]) -> None:
+    """Runs the benchmark that is named."""
+    from effjax.errors import UsageError, did_you_mean
+    from experiments.run.closing import closing_table
+    from experiments.run.formatting import measurement
+
+    known = {"loop": bench_loop}
+    if len(argv) != 2 or argv[1] not in known:
+        raise UsageError(f"name one benchmark, such as `loop`. {did_you_mean(' '.join(argv[1:]), known)}")
+    loaded = cli.load_config()
+    figures = known[argv[1]](loaded, STEPS.value, ROUNDS.value)
+    closing_table(f"{argv[1]}: {loaded.name}", {name: measurement(value) for name, value in figures.items()})
+
+
+if __name__ == "__main__":
+    cli.run(main, positional="loop: the training loop against its bare step, and the input pipeline")
