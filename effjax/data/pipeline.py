@@ -134,7 +134,8 @@ def stack(examples: Sequence[Example]) -> Batch:
     """Stacks examples to a batch, in JAX's default widths: int32 and float32.
 
     Raises:
-      UsageError: for a field that is no array of numbers, or whose shape varies between examples.
+      UsageError: for a field that is no array of numbers, whose shape varies between examples, or whose
+        integers need more than 32 bits.
     """
     batch = {}
     for name in examples[0]:
@@ -150,11 +151,17 @@ def stack(examples: Sequence[Example]) -> Batch:
         if column.dtype.kind not in "biuf":
             raise UsageError(
                 f"The field {name!r} holds {type(values[0]).__name__}, no numbers, and cannot go into a "
-                "batch. Name the fields to read in the source, such as fields=('image', 'label'), or pack text "
-                "by `packing`."
+                "batch. Name the fields to read in the source, such as fields=('image', 'label'), or pack "
+                "text by `packing`."
             )
         if column.dtype in (np.int64, np.uint64, np.uint32):
-            column = column.astype(np.int32)
+            narrow = column.astype(np.int32)
+            if not np.array_equal(narrow, column):
+                raise UsageError(
+                    f"The field {name!r} holds numbers that int32 cannot, such as {column.max()}. Leave it "
+                    "out: name the fields to read in the source, such as fields=('image', 'label')."
+                )
+            column = narrow
         elif column.dtype == np.float64:
             column = column.astype(np.float32)
         batch[name] = column
