@@ -110,7 +110,7 @@ class TfdsReader:
         self._images = {
             field: _MODES.get(features[field].shape[-1], "RGB")
             for field in fields
-            if isinstance(features[field], tfds.features.Image) and features[field].dtype == np.uint8
+            if isinstance(features[field], tfds.features.Image) and features[field].np_dtype == np.uint8
         }
         self._plain = [f for f in fields if f not in self._images]
         self._where = f"{builder.info.full_name}, split {split}"

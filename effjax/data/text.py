@@ -151,8 +151,8 @@ def index_documents(
 ) -> Documents:
     """Measures every document; only the lengths are kept, in memory and, where it took long, on disk.
 
-    A million documents of 400 bytes take about one minute as bytes and six minutes through a byte-level BPE on
-    one core, once; then 8 MB are read at each start.
+    A million documents of 400 bytes take about one minute as bytes and six minutes through a byte-level BPE
+    on one core, once; then 8 MB are read at each start.
 
     Args:
       source: examples with a field `text`.
