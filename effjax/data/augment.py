@@ -24,7 +24,7 @@ class Canvas:
     interpolation: Image.Resampling
     fill: tuple[int, ...]
 
-    def affine(self, image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
+    def affine(self, image: Image.Image, matrix: tuple[int | float, ...]) -> Image.Image:
         """Output (x, y) is read at `(a x + b y + c, d x + e y + f)`."""
         fill = self.fill if image.mode == "RGB" else round(sum(self.fill) / len(self.fill))
         transform = Image.Transform.AFFINE

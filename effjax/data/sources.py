@@ -120,11 +120,12 @@ class TfdsReader:
             if name in self._images or name not in fields
         }
         try:
-            self._records: Any = builder.as_data_source(split=split, decoders=skipped or None)
+            count = builder.info.splits[split].num_examples
+            self._records: Any = builder.as_data_source(split, decoders=skipped or None) if count else ()
         except (ValueError, KeyError) as error:
             known = did_you_mean(split, builder.info.splits)
             raise UsageError(f"{builder.info.full_name} has no split {split!r} ({error}). {known}") from None
-        if not len(self._records):
+        if not count:
             raise UsageError(f"The split {split!r} of {builder.info.full_name} is empty.")
         self.metadata = _metadata(builder, split)
 
@@ -274,7 +275,7 @@ class JsonLinesReader:
         number, offset, length = self._lines[index].tolist()
         with self._path.open("rb") as file:
             file.seek(offset)
-            line = file.read(length)
+            line = file.read(length).rstrip(b"\r\n")
         try:
             record = json.loads(line)
         except ValueError as error:  # also bytes that are not UTF-8
