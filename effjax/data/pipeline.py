@@ -184,9 +184,9 @@ def seek(rng: np.random.Generator, number: int) -> None:
 def _rows_per_process(batch_size: int, process_index: int, process_count: int) -> int:
     if batch_size < 1 or batch_size % process_count:
         below = batch_size - batch_size % process_count
+        near = (f"{below} or " if below > 0 else "") + str(max(below, 0) + process_count)
         raise UsageError(
-            f"batch_size={batch_size} does not divide over {process_count} processes. "
-            f"Take {below or process_count} or {below + process_count}."
+            f"batch_size={batch_size} does not divide over {process_count} processes. Take {near}."
         )
     if not 0 <= process_index < process_count:
         raise UsageError(f"process_index={process_index} is not one of {process_count} processes.")
