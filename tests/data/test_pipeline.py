@@ -94,11 +94,11 @@ def test_a_transform_draws_only_what_belongs_to_its_example():
     draws = {}
     for number in (0, 1, 2):
         seek(rng, number)
-        draws[number] = rng.random(5)
+        draws[number] = rng.integers(0, 2**32, 5, dtype=np.uint32)
     for used in (0, 1, 3, 7):
         rng.integers(0, 10, used, dtype=np.uint32)
         seek(rng, 1)
-        np.testing.assert_array_equal(rng.random(5), draws[1])
+        np.testing.assert_array_equal(rng.integers(0, 2**32, 5, dtype=np.uint32), draws[1])
     assert not set(draws[0]) & set(draws[1])
 
 
