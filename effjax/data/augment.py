@@ -24,7 +24,7 @@ class Canvas:
     interpolation: Image.Resampling
     fill: tuple[int, ...]
 
-    def affine(self, image: Image.Image, matrix: tuple[int | float, ...]) -> Image.Image:
+    def affine(self, image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
         """Output (x, y) is read at `(a x + b y + c, d x + e y + f)`."""
         fill = self.fill if image.mode == "RGB" else round(sum(self.fill) / len(self.fill))
         transform = Image.Transform.AFFINE
@@ -70,10 +70,14 @@ OPERATIONS: dict[str, Operation] = {
     "contrast": _enhance(ImageEnhance.Contrast),
     "brightness": _enhance(ImageEnhance.Brightness),
     "sharpness": _enhance(ImageEnhance.Sharpness),
-    "shear_x": lambda image, s, canvas: canvas.affine(image, (1, 0.3 * s, 0, 0, 1, 0)),
-    "shear_y": lambda image, s, canvas: canvas.affine(image, (1, 0, 0, 0.3 * s, 1, 0)),
-    "translate_x": lambda image, s, canvas: canvas.affine(image, (1, 0, 0.45 * s * image.width, 0, 1, 0)),
-    "translate_y": lambda image, s, canvas: canvas.affine(image, (1, 0, 0, 0, 1, 0.45 * s * image.height)),
+    "shear_x": lambda image, s, canvas: canvas.affine(image, (1.0, 0.3 * s, 0.0, 0.0, 1.0, 0.0)),
+    "shear_y": lambda image, s, canvas: canvas.affine(image, (1.0, 0.0, 0.0, 0.3 * s, 1.0, 0.0)),
+    "translate_x": lambda image, s, canvas: canvas.affine(
+        image, (1.0, 0.0, 0.45 * s * image.width, 0.0, 1.0, 0.0)
+    ),
+    "translate_y": lambda image, s, canvas: canvas.affine(
+        image, (1.0, 0.0, 0.0, 0.0, 1.0, 0.45 * s * image.height)
+    ),
 }
 
 

@@ -41,7 +41,7 @@ class Metadata:
 
     class_names: tuple[str, ...] = ()
     image_shape: tuple[int, int, int] | None = None
-    identity: str = ""
+    identity: str = dataclasses.field(default="", compare=False, repr=False)
 
     @property
     def num_classes(self) -> int | None:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int64, UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tensorflow_datasets.core import read_only_builder
 
 from effjax.data import builders
@@ -58,8 +58,16 @@ class Source(Protocol):
 
 
 def decode_image(data: bytes, mode: str) -> UInt8[np.ndarray, "height width channels"]:
-    """Decodes a picture file to `mode`: "L", "RGB" or "RGBA", whatever the file has."""
-    with Image.open(io.BytesIO(data)) as image:
+    """Decodes a picture file to `mode`: "L", "RGB" or "RGBA", whatever the file has.
+
+    Raises:
+      One of `_UNDECODABLE`: for what is no picture, or only a part of one.
+    """
+    try:
+        opened = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:  # its own message is the address of an object
+        raise ValueError("this is not a picture that Pillow can read") from None
+    with opened as image:
         pixels = np.array(image if image.mode == mode else image.convert(mode))
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
@@ -122,9 +130,11 @@ class TfdsReader:
         try:
             count = builder.info.splits[split].num_examples
             self._records: Any = builder.as_data_source(split, decoders=skipped or None) if count else ()
-        except (ValueError, KeyError) as error:
-            known = did_you_mean(split, builder.info.splits)
-            raise UsageError(f"{builder.info.full_name} has no split {split!r} ({error}). {known}") from None
+        except (ValueError, KeyError) as error:  # KeyError's own text is a quoted representation
+            raise UsageError(
+                f"{builder.info.full_name} has no split {split!r}: {error.args[0]} "
+                f"Its splits, which may be sliced as in 'train[:90%]': {', '.join(builder.info.splits)}."
+            ) from None
         if not count:
             raise UsageError(f"The split {split!r} of {builder.info.full_name} is empty.")
         self.metadata = _metadata(builder, split)

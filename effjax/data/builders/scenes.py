@@ -87,7 +87,7 @@ def draw(number: int) -> dict[str, np.ndarray]:
     for frame in range(FRAMES):
         picture, owner = ground.copy(), np.zeros((SIZE, SIZE), np.int64)
         for i in range(count):
-            inside = _inside(int(kinds[i]), centres[i] + frame * velocities[i], radii[i])
+            inside = _inside(int(kinds[i]), centres[i] + frame * velocities[i], float(radii[i]))
             picture[inside], owner[inside] = colours[i], i + 1
         frames.append(picture)
         instances = owner if frame == 0 else instances
