@@ -2,9 +2,8 @@
 
     python -m experiments.bench loop --config=configs/vision/vit.py:digits
 
-`loop`: the time of a step inside the training loop over that of the bare compiled step (target: at most 1.05),
-and the rate at which the input pipeline makes batches over that at which the step consumes them (target: at
-least 3).
+`loop`: the time of a step in the training loop over that of the bare compiled step (target: at most 1.05), and
+the rate at which the input pipeline makes batches over that at which the step takes them (target: at least 3).
 """
 
 import itertools

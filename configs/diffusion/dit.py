@@ -43,7 +43,12 @@ def get_config(variant: str = "digits") -> ConfigDict:
             "kind": "diffusion",
             "process": {"kind": "rectified_flow"}
             if flow
-            else {"kind": "ddpm", "schedule": "linear", "steps": 1000, "prediction": "v" if small else "epsilon"},
+            else {
+                "kind": "ddpm",
+                "schedule": "linear",
+                "steps": 1000,
+                "prediction": "v" if small else "epsilon",
+            },
             "label_dropout": 0.1,
         }
     )

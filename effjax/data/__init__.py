@@ -32,6 +32,10 @@ class Packing:
     length: int
     tokenizer: Any = part(text.KINDS, default=text.Bytes())
 
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise UsageError(f"length={self.length} must be at least 1 token.")
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -125,7 +129,7 @@ class OpenData:
         )
 
     def evaluate(self, *, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
-        """One pass in order, this process's rows of each batch; `mask` `[rows]` is 1 where a row is real."""
+        """One pass in order, this process's rows of each batch; `mask` `[rows]` is 1 for real ones."""
         data = self.definition
         examples = self._examples
         if self._documents and data.packing:
@@ -154,7 +158,9 @@ class OpenData:
     @functools.cached_property
     def _documents(self) -> text.Documents | None:
         packing = self.definition.packing
-        return text.index_documents(self._examples, packing.tokenizer) if packing else None
+        if not packing:
+            return None
+        return text.index_documents(self._examples, packing.tokenizer, self.metadata.identity)
 
     @functools.cached_property
     def _rows(self) -> text.PackedRows | None:

@@ -9,7 +9,7 @@ import math
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Shaped
 
 from effjax.data.augment import RandAugment
 from effjax.data.pil import Interpolation, from_pil, resample, to_pil
@@ -46,6 +46,10 @@ class CenterCrop:
     crop: float = 0.875
     interpolation: Interpolation = "bicubic"
     random: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.crop <= 1.0:
+            raise UsageError(f"crop={self.crop} must be a share above 0 and at most 1.")
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Returns the example with `image` `[size, size, C]`."""
@@ -210,9 +214,13 @@ class ToFloat:
 
 
 def resize(
-    image: UInt8[np.ndarray, "height width channels"], size: tuple[int, int], interpolation: Interpolation
-) -> UInt8[np.ndarray, "new_height new_width channels"]:
-    """Resizes by Pillow; `size` is (height, width)."""
+    image: Shaped[np.ndarray, "height width channels"], size: tuple[int, int], interpolation: Interpolation
+) -> Shaped[np.ndarray, "new_height new_width channels"]:
+    """Resizes by Pillow; `size` is (height, width).
+
+    Raises:
+      UsageError: for what Pillow cannot hold: other than uint8 with one channel or three.
+    """
     if image.shape[:2] == size:
         return image
     return from_pil(to_pil(image).resize(size[::-1], resample(interpolation)))
@@ -223,6 +231,7 @@ def shift(
 ) -> Shaped[np.ndarray, "height width channels"]:
     """Moves an image by whole pixels (up and left where negative) and fills with zeros."""
     height, width = image.shape[:2]
+    down, right = max(-height, min(down, height)), max(-width, min(right, width))
     moved = np.zeros_like(image)
     moved[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = image[
         max(-down, 0) : height + min(-down, 0), max(-right, 0) : width + min(-right, 0)

@@ -9,8 +9,8 @@ from jaxtyping import Int
 class EpochOrder:
     """Which example stands at which place of an epoch.
 
-    The two epochs used last are kept, since the batches in flight straddle at most one border; anything else
-    is computed again. A permutation takes 8 bytes an example.
+    The two epochs made last are kept, since the batches in flight straddle at most one border; anything else
+    is computed again. A permutation takes 8 bytes an example, and the starts as many where there are lengths.
 
     Args:
       lengths: how long each example is, where places are counted in something smaller than examples (the
@@ -31,7 +31,10 @@ class EpochOrder:
         return self._get(epoch)[0]
 
     def starts(self, epoch: int) -> Int[np.ndarray, "examples_and_end"]:
-        """Returns where the example at each place starts, in units of `lengths`, and where the last ends."""
+        """Returns where the example at each place starts, in units of `lengths`, and where the last ends.
+
+        Needs `lengths`: without them the place is the start.
+        """
         return self._get(epoch)[1]
 
     def _get(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,5 +51,5 @@ class EpochOrder:
         else:
             order = np.random.Generator(np.random.PCG64([self._seed, epoch])).permutation(self._count)
         if self._lengths is None:
-            return order, np.arange(self._count + 1)
+            return order, order[:0]
         return order, np.concatenate([[0], np.cumsum(self._lengths[order])])

@@ -134,7 +134,8 @@ def stack(examples: Sequence[Example]) -> Batch:
     """Stacks examples to a batch, in JAX's default widths: int32 and float32.
 
     Raises:
-      UsageError: for a field that is no array of numbers, or whose shape varies between examples.
+      UsageError: for a field that is no array of numbers, whose shape varies between examples, or whose
+        integers need more than 32 bits.
     """
     batch = {}
     for name in examples[0]:
@@ -154,7 +155,13 @@ def stack(examples: Sequence[Example]) -> Batch:
                 "text by `packing`."
             )
         if column.dtype in (np.int64, np.uint64, np.uint32):
-            column = column.astype(np.int32)
+            narrow = column.astype(np.int32)
+            if not np.array_equal(narrow, column):
+                raise UsageError(
+                    f"The field {name!r} holds numbers that int32 cannot, such as {column.max()}. Leave it "
+                    "out: name the fields to read in the source, such as fields=('image', 'label')."
+                )
+            column = narrow
         elif column.dtype == np.float64:
             column = column.astype(np.float32)
         batch[name] = column
@@ -177,9 +184,9 @@ def seek(rng: np.random.Generator, number: int) -> None:
 def _rows_per_process(batch_size: int, process_index: int, process_count: int) -> int:
     if batch_size < 1 or batch_size % process_count:
         below = batch_size - batch_size % process_count
+        near = (f"{below} or " if below > 0 else "") + str(max(below, 0) + process_count)
         raise UsageError(
-            f"batch_size={batch_size} does not divide over {process_count} processes. "
-            f"Take {below or process_count} or {below + process_count}."
+            f"batch_size={batch_size} does not divide over {process_count} processes. Take {near}."
         )
     if not 0 <= process_index < process_count:
         raise UsageError(f"process_index={process_index} is not one of {process_count} processes.")

@@ -34,12 +34,14 @@ class Examples(Protocol):
 class Metadata:
     """What a task may want to know of a data set before it reads any of it.
 
-    Fields: `class_names` of the field `label` (empty where there are no classes), and the `image_shape`
-    `(height, width, channels)` before any transform (None where it varies).
+    Fields: `class_names` of the field `label` (empty where there are no classes), the `image_shape`
+    `(height, width, channels)` before any transform (None where it varies), and the `identity`, a text that
+    changes when the data do (empty where nobody can tell).
     """
 
     class_names: tuple[str, ...] = ()
     image_shape: tuple[int, int, int] | None = None
+    identity: str = dataclasses.field(default="", compare=False, repr=False)
 
     @property
     def num_classes(self) -> int | None:
@@ -94,11 +96,11 @@ class Readable:
 
     def _note(self, index: int, error: BadRecord) -> None:
         with self._lock:
-            if index in self._bad:
-                return
+            met_before = index in self._bad
             self._bad[index] = str(error)
             bad = list(self._bad.values())
-        logging.warning("Broken record %d, stepped over: %s", index, error)
+        if not met_before:
+            logging.warning("Broken record %d, stepped over: %s", index, error)
         if len(bad) > self._max_bad_share * len(self):
             named = "\n".join(f"  {fault}" for fault in bad[:10]) + ("\n  ..." if len(bad) > 10 else "")
             raise RunError(
@@ -124,8 +126,8 @@ class Cached:
             if expected > limit and index >= min(100, len(source) - 1):
                 raise UsageError(
                     f"cache=True would keep about {expected / 2**20:,.0f} MiB of examples in memory, more "
-                    f"than cache_limit allows ({limit / 2**20:,.0f} MiB). Set cache=False, or raise "
-                    "cache_limit."
+                    f"than cache_limit allows ({limit / 2**20:,.0f} MiB). Set cache=False, "
+                    "or raise cache_limit."
                 )
             self._examples.append(example)
 

@@ -3,6 +3,7 @@
 A definition (a frozen dataclass, what a config names) is opened into a reader (random access by number).
 """
 
+import array
 import dataclasses
 import io
 import json
@@ -13,15 +14,19 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from PIL import Image, UnidentifiedImageError
 from tensorflow_datasets.core import read_only_builder
 
 from effjax.data import builders
+from effjax.data.kept import kept
 from effjax.data.records import BadRecord, Example, Examples, Metadata
 from effjax.errors import UsageError, did_you_mean
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+# Pillow's names by number of channels.
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 # What Pillow may raise for a file that is not the picture its name claims.
 _UNDECODABLE = (
@@ -52,12 +57,8 @@ class Source(Protocol):
         """Raises UsageError for what is not there."""
 
 
-def decode_image(data: bytes, mode: str | None) -> UInt8[np.ndarray, "height width channels"]:
-    """Decodes a picture file.
-
-    Args:
-      data: the file's bytes.
-      mode: "RGB" or "L" to convert to; None keeps one channel where the file has one, and is RGB otherwise.
+def decode_image(data: bytes, mode: str) -> UInt8[np.ndarray, "height width channels"]:
+    """Decodes a picture file to `mode`: "L", "RGB" or "RGBA", whatever the file has.
 
     Raises:
       One of `_UNDECODABLE`: for what is no picture, or only a part of one.
@@ -67,7 +68,6 @@ def decode_image(data: bytes, mode: str | None) -> UInt8[np.ndarray, "height wid
     except UnidentifiedImageError:  # its own message is the address of an object
         raise ValueError("this is not a picture that Pillow can read") from None
     with opened as image:
-        mode = mode or ("L" if image.mode in ("1", "L") else "RGB")
         pixels = np.array(image if image.mode == mode else image.convert(mode))
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
@@ -114,7 +114,12 @@ class TfdsReader:
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, fields: tuple[str, ...]):
         features = builder.info.features
-        self._images = [f for f in fields if isinstance(features[f], tfds.features.Image)]
+        # The feature says how many channels there are: among ImageNet's colour pictures some files are grey.
+        self._images = {
+            field: _MODES.get(features[field].shape[-1], "RGB")
+            for field in fields
+            if isinstance(features[field], tfds.features.Image) and features[field].np_dtype == np.uint8
+        }
         self._plain = [f for f in fields if f not in self._images]
         self._where = f"{builder.info.full_name}, split {split}"
         skipped = {
@@ -123,13 +128,16 @@ class TfdsReader:
             if name in self._images or name not in fields
         }
         try:
-            self._records: Any = builder.as_data_source(split=split, decoders=skipped or None)
+            count = builder.info.splits[split].num_examples
+            self._records: Any = builder.as_data_source(split, decoders=skipped or None) if count else ()
         except (ValueError, KeyError) as error:  # KeyError's own text is a quoted representation
             raise UsageError(
-                f"{builder.info.full_name} has no split {split!r}, or nothing in it: {error.args[0]} "
+                f"{builder.info.full_name} has no split {split!r}: {error.args[0]} "
                 f"Its splits, which may be sliced as in 'train[:90%]': {', '.join(builder.info.splits)}."
             ) from None
-        self.metadata = _metadata(features)
+        if not count:
+            raise UsageError(f"The split {split!r} of {builder.info.full_name} is empty.")
+        self.metadata = _metadata(builder, split)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -137,19 +145,23 @@ class TfdsReader:
     def __getitem__(self, index: int) -> Example:
         record = self._records[index]
         example = {name: record[name] for name in self._plain}
-        for name in self._images:
+        for name, mode in self._images.items():
             try:
-                example[name] = decode_image(record[name], None)
+                example[name] = decode_image(record[name], mode)
             except _UNDECODABLE as error:
                 raise BadRecord(f"{self._where}, record {index}, field {name}: {error}") from None
         return example
 
 
-def _metadata(features: Any) -> Metadata:
-    label, image = (features[n] if n in list(features) else None for n in ("label", "image"))
+def _metadata(builder: tfds.core.DatasetBuilder, split: str) -> Metadata:
+    features = dict(builder.info.features.items())
+    label, image = features.get("label"), features.get("image")
     names = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
     shape = tuple(image.shape) if isinstance(image, tfds.features.Image) else (None,)
-    return Metadata(names, None if None in shape else shape)
+    # TFDS writes how many examples and bytes there are beside the data, last of all.
+    written = (builder.data_path / "dataset_info.json").read_text()
+    identity = f"{builder.data_path}, split {split}: {written}"
+    return Metadata(names, None if None in shape else shape, identity)
 
 
 def _find(name: str, data_dir: Path) -> Path:
@@ -243,19 +255,28 @@ class JsonLines:
 
 
 class JsonLinesReader:
-    """Reads `text` as bytes, by an index of where each line starts that is built once."""
+    """Reads `text` as bytes, by an index of where each line starts.
+
+    The index takes one pass over the file, and 24 bytes a line; it is kept where that took long.
+    """
 
     def __init__(self, path: Path, key: str):
         self._path = path
         self._key = key
-        self.metadata = Metadata()
-        lines, offset = [], 0
-        with path.open("rb") as file:
+        status = path.stat()
+        file = f"{path.resolve()}, {status.st_size} bytes of {status.st_mtime_ns}"
+        self.metadata = Metadata(identity=f"{file}, key {key}")
+        self._lines = kept(f"lines of {file}", self._index)
+
+    def _index(self) -> Int64[np.ndarray, "lines 3"]:
+        """Number, offset and bytes of each line that is not blank."""
+        lines, offset = array.array("q"), 0
+        with self._path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    lines.append((number, offset, len(line)))
+                    lines.extend((number, offset, len(line)))
                 offset += len(line)
-        self._lines = np.array(lines, np.int64).reshape(-1, 3)
+        return np.array(lines, np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -264,7 +285,7 @@ class JsonLinesReader:
         number, offset, length = self._lines[index].tolist()
         with self._path.open("rb") as file:
             file.seek(offset)
-            line = file.read(length)
+            line = file.read(length).rstrip(b"\r\n")
         try:
             record = json.loads(line)
         except ValueError as error:  # also bytes that are not UTF-8

@@ -5,65 +5,58 @@ from effjax.data.records import BadRecord, Cached, Metadata, Readable
 from effjax.errors import RunError, UsageError
 
 
-class WithFaults:
-    """Numbers, some of which cannot be read."""
+class Numbers:
+    """Counts reads; some records are broken."""
 
-    def __init__(self, count: int, faults: set[int]):
-        self.count, self.faults, self.reads = count, faults, 0
+    def __init__(self, count, broken=()):
+        self.count, self.broken, self.reads = count, set(broken), 0
 
-    def __len__(self) -> int:
+    def __len__(self):
         return self.count
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index):
         self.reads += 1
-        if index in self.faults:
-            raise BadRecord(f"record-{index}.png: torn")
-        return {"label": np.int32(index)}
+        if index in self.broken:
+            raise BadRecord(f"record {index}")
+        return {"x": np.full(100, index, np.uint8)}
 
 
-def test_a_broken_record_gives_way_to_the_next() -> None:
-    readable = Readable(WithFaults(100, {3, 4, 99}), 0.03)
-    read = [int(readable[i]["label"]) for i in range(100)]
-    assert read == [0, 1, 2, 5, 5, *range(5, 99), 0]
-    assert dict(readable.bad) == {i: f"record-{i}.png: torn" for i in (3, 4, 99)}
-    # What stands for a record does not depend on what was read before it.
-    assert int(Readable(WithFaults(100, {3, 4, 99}), 0.03)[3]["label"]) == 5
+def values(examples):
+    return [int(examples[i]["x"][0]) for i in range(len(examples))]
 
 
-def test_a_broken_record_counts_once() -> None:
-    readable = Readable(WithFaults(100, {7}), 0.01)
-    for _ in range(5):
-        assert int(readable[7]["label"]) == 8
-    assert len(readable.bad) == 1
+def test_replacement_depends_on_the_index_alone():
+    assert values(Readable(Numbers(6, {1, 2, 5}), 1.0)) == [0, 3, 3, 3, 4, 0]
+    backwards = Readable(Numbers(6, {1, 2, 5}), 1.0)
+    assert [int(backwards[i]["x"][0]) for i in reversed(range(6))] == [0, 4, 3, 3, 3, 0]
+    assert backwards.bad == {1: "record 1", 2: "record 2", 5: "record 5"}
 
 
-def test_too_many_broken_records_end_the_run_by_name() -> None:
-    readable = Readable(WithFaults(100, {3, 7}), 0.01)
-    assert int(readable[3]["label"]) == 4
-    with pytest.raises(
-        RunError, match=r"(?s)2 of 100 records.*max_bad_share=0\.01.*record-3\.png.*record-7\.png"
-    ):
-        readable[7]
+def test_the_share_is_met_before_it_is_passed():
+    readable = Readable(Numbers(10, {3}), 0.1)
+    assert values(readable)[3] == 4
+    with pytest.raises(RunError, match=r"1 of 10 records are broken, more than max_bad_share=0\.05"):
+        Readable(Numbers(10, {3}), 0.05)[3]
+    with pytest.raises(RunError, match="None of the 2 records can be read; the first fault: record 0"):
+        Readable(Numbers(2, {0, 1}), 1.0)[0]
 
 
-def test_nothing_readable_ends_the_run_even_where_all_may_be_broken() -> None:
-    with pytest.raises(RunError, match=r"None of the 3 records can be read.*record-1\.png: torn"):
-        Readable(WithFaults(3, {0, 1, 2}), 1.0)[1]
+def test_cached_reads_each_example_once():
+    numbers = Numbers(5, {2})
+    cached = Cached(Readable(numbers, 1.0))
+    reads = numbers.reads
+    assert values(cached) == values(cached) == [0, 1, 3, 3, 4]
+    assert numbers.reads == reads
 
 
-def test_cached_examples_are_read_once() -> None:
-    source = WithFaults(10, set())
-    cached = Cached(source)
-    assert [int(cached[i]["label"]) for i in (9, 0, 9)] == [9, 0, 9]
-    assert (len(cached), source.reads) == (10, 10)
+def test_a_cache_that_would_not_fit_is_refused_early():
+    numbers = Numbers(10_000)
+    with pytest.raises(UsageError, match=r"about 1 MiB .*\(0 MiB\). Set cache=False"):
+        Cached(numbers, limit=2**18)
+    assert numbers.reads < 200
+    assert len(Cached(Numbers(100), limit=10_000)) == 100
 
 
-def test_a_cache_that_would_grow_too_large_is_refused_early() -> None:
-    source = WithFaults(1_000_000, set())
-    with pytest.raises(UsageError, match=r"about 8 MiB .*cache_limit allows \(1 MiB\).*cache=False"):
-        Cached(source, limit=2**20)
-    assert source.reads < 200
-
-
-def test_data_without_classes_has_no_number_of_them() -> None:
+def test_metadata_without_classes():
     assert Metadata().num_classes is None
+    assert Metadata(("a", "b")).num_classes == 2

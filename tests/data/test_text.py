@@ -1,161 +1,219 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+import tokenizers
 
-from effjax.data.text import Bytes, PackedRows, Tokenizer, index_documents
+from effjax.config import build
+from effjax.data import Packing, kept, text
 from effjax.errors import UsageError
 
-
-class Texts:
-    def __init__(self, texts: list[str]):
-        self.texts = texts
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def __getitem__(self, index: int) -> dict[str, bytes]:
-        return {"text": self.texts[index].encode()}
+SEPARATOR = 0
+SIZES = [5, 1, 30, 0, 12, 7, 3, 19]
 
 
-# Each document has letters of its own, so that a token says where it came from. One is empty, one is long.
-TEXTS = ["ab", "", "cdefghijklmnopqrstuvwxyz", "A", "BCDEFG", "HIJKLMNO", "PQRSTUVWXYZ"]
-TOTAL = sum(len(text) + 1 for text in TEXTS)  # 59 with the separators
+class Corpus:
+    """Document d is the byte `65 + d`, as often as `SIZES` says."""
+
+    reads = 0
+
+    def __len__(self):
+        return len(SIZES)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return {"text": bytes([65 + index]) * SIZES[index]}
 
 
-def packed(length: int, seed: int | None, texts: list[str] = TEXTS) -> PackedRows:
-    return PackedRows(index_documents(Texts(texts), Bytes()), length, seed)
+def packed(length, seed):
+    return text.PackedRows(text.index_documents(Corpus(), text.Bytes()), length, seed)
 
 
-def stream(rows: PackedRows, epoch: int) -> np.ndarray:
-    """All input tokens of an epoch, and the last target."""
-    numbers = range(epoch * len(rows), (epoch + 1) * len(rows))
-    taken = [rows.row(number) for number in numbers]
-    return np.concatenate([*(row["tokens"] for row in taken), taken[-1]["targets"][-1:]])
+def stream(order):
+    return np.concatenate([[SEPARATOR, *[65 + d] * SIZES[d]] for d in order])
 
 
-def test_bytes_make_a_round_trip() -> None:
-    tokenizer = Bytes()
-    assert isinstance(tokenizer, Tokenizer)
-    text = "naïve – 東京\n\t"
-    tokens = tokenizer.encode(text.encode())
-    assert tokens.dtype == np.int32
-    assert 0 < tokens.min() <= tokens.max() < tokenizer.vocabulary_size == 256
-    assert tokenizer.decode(tokens) == text
-    assert tokenizer.decode(np.array([0, 104, 0, 105, 255], np.int32)) == "hi\ufffd"
-    assert tokenizer.decode(tokenizer.encode(b"a\0b")) == "a b"
+@pytest.mark.parametrize("length", [1, 4, 11, 16])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_training_cuts_the_stream_of_an_epoch(length, epoch):
+    rows = packed(length, seed=2)
+    order = rows._order.of(epoch)
+    assert sorted(order) == list(range(len(SIZES)))
+    whole = stream(order)
+    assert len(rows) == (len(whole) - 1) // length
+    got = [rows.row(epoch * len(rows) + r) for r in range(len(rows))]
+    tokens = np.concatenate([row["tokens"] for row in got])
+    targets = np.concatenate([row["targets"] for row in got])
+    np.testing.assert_array_equal(tokens, whole[: len(tokens)])
+    np.testing.assert_array_equal(targets, whole[1 : len(tokens) + 1])
+    assert len(whole) - 1 - len(tokens) < length  # what is lost is less than a row
 
 
-@pytest.mark.parametrize("length", [1, 5, 7, 13, TOTAL - 1])
-@pytest.mark.parametrize("epoch", [0, 1, 4])
-def test_every_token_of_an_epoch_appears_once_up_to_the_tail(length: int, epoch: int) -> None:
-    rows = packed(length, seed=3)
-    assert len(rows) == (TOTAL - 1) // length
-    tokens = stream(rows, epoch)
-    assert len(tokens) == len(rows) * length + 1
-    # Cut at the separators, the stream is the documents in some order, whole except for the tail.
-    pieces = [
-        bytes(piece.astype(np.uint8)).decode() for piece in np.split(tokens, np.flatnonzero(tokens == 0))
-    ]
-    assert pieces[0] == ""
-    documents = [piece.lstrip("\0") for piece in pieces[1:]]
-    assert len(set(documents[:-1])) == len(documents) - 1
-    assert set(documents[:-1]) <= set(TEXTS)
-    remaining = set(TEXTS) - set(documents[:-1])
-    assert any(text.startswith(documents[-1]) for text in remaining)
-    lost = TOTAL - len(tokens)
-    assert 0 <= lost < length
-
-
-def test_each_epoch_has_its_own_order_which_the_seed_decides() -> None:
-    rows = packed(7, seed=3)
-    orders = [stream(rows, epoch).tobytes() for epoch in range(4)]
-    assert len(set(orders)) == 4
-    assert orders == [stream(packed(7, seed=3), epoch).tobytes() for epoch in range(4)]
-    assert orders[0] != stream(packed(7, seed=4), 0).tobytes()
-
-
-def test_random_access_equals_reading_in_turn() -> None:
-    rows = packed(5, seed=3)
-    in_turn = [rows.row(number) for number in range(6 * len(rows))]
-    fresh = packed(5, seed=3)
-    for number in np.random.Generator(np.random.PCG64(0)).permutation(len(in_turn)):
-        again = fresh.row(int(number))
-        assert again.keys() == in_turn[number].keys()
-        for name, value in again.items():
-            np.testing.assert_array_equal(value, in_turn[number][name])
-
-
-@pytest.mark.parametrize("seed", [None, 3])
-def test_rows_say_where_documents_begin_and_end(seed: int | None) -> None:
-    rows = packed(7, seed)
-    crossed = 0
-    for number in range(len(rows)):
-        row = rows[number]
-        assert {name: value.dtype.name for name, value in row.items()} == {
-            "tokens": "int32",
-            "targets": "int32",
-            "segments": "int32",
-            "positions": "int32",
+@pytest.mark.parametrize("length", [4, 11])
+def test_borders(length):
+    rows = packed(length, seed=2)
+    for number in range(3 * len(rows)):
+        row = rows.row(number)
+        starts = np.flatnonzero(row["tokens"] == SEPARATOR)
+        segments = np.cumsum(row["tokens"] == SEPARATOR) + (row["tokens"][0] != SEPARATOR)
+        np.testing.assert_array_equal(row["segments"], segments)
+        begins = np.unique([0, *starts])
+        expected = np.arange(length) - begins[np.searchsorted(begins, np.arange(length), "right") - 1]
+        np.testing.assert_array_equal(row["positions"], expected)
+        np.testing.assert_array_equal(row["weights"], (row["targets"] != SEPARATOR).astype(np.float32))
+        assert {name: str(v.dtype) for name, v in row.items()} == {
+            "tokens": "int32", "targets": "int32", "segments": "int32", "positions": "int32",
             "weights": "float32",
-        }
-        assert all(value.shape == (7,) for value in row.values())
-        real = row["segments"] > 0
-        begins = (row["tokens"] == 0) & real
-        begins[0] = True
-        np.testing.assert_array_equal(row["segments"], np.where(real, np.cumsum(begins), 0))
-        for segment in range(1, row["segments"].max() + 1):
-            positions = row["positions"][row["segments"] == segment]
-            np.testing.assert_array_equal(positions, np.arange(len(positions)))
-        # Within the row, a target is the next token; it counts unless it begins another document.
-        np.testing.assert_array_equal(row["targets"][:-1], row["tokens"][1:])
-        np.testing.assert_array_equal(row["weights"], (row["targets"] != 0).astype(np.float32))
-        crossed += int(((row["weights"] == 0) & real).sum())
-    assert crossed >= len(TEXTS) - 2
+        }  # fmt: skip
 
 
-def test_evaluation_scores_every_target_once() -> None:
-    rows = packed(7, seed=None)
-    assert len(rows) == -(-(TOTAL - 1) // 7)
-    taken = [rows[i] for i in range(len(rows))]
-    scored = np.concatenate([row["targets"][row["weights"] == 1] for row in taken])
-    assert bytes(scored.astype(np.uint8)).decode() == "".join(TEXTS)
-    last = taken[-1]
-    assert (last["segments"] == 0).sum() == len(rows) * 7 - TOTAL
-    for name in ("tokens", "targets", "positions", "weights"):
-        assert (last[name][last["segments"] == 0] == 0).all()
+def test_epochs_take_other_orders_and_random_access_is_sequential():
+    rows = packed(8, seed=5)
+    numbers = np.arange(4 * len(rows))
+    sequential = [rows.row(int(n)) for n in numbers]
+    fresh = packed(8, seed=5)
+    for n in np.random.default_rng(0).permutation(numbers):
+        for name, value in fresh.row(int(n)).items():
+            np.testing.assert_array_equal(value, sequential[n][name])
+    assert len({tuple(rows._order.of(epoch)) for epoch in range(4)}) == 4
 
 
-def test_a_row_longer_than_everything_is_padded_or_refused() -> None:
-    row = packed(100, seed=None)[0]
-    assert (row["segments"] > 0).sum() == TOTAL
-    assert row["segments"].max() == len(TEXTS)
-    with pytest.raises(UsageError, match=r"have 59 tokens, too few for one row of packing\.length=60"):
-        packed(60, seed=0)
+@pytest.mark.parametrize("length", [4, 11, 1000])
+def test_evaluation_scores_every_target_once_in_order(length):
+    rows = packed(length, seed=None)
+    got = [rows[r] for r in range(len(rows))]
+    weights = np.concatenate([row["weights"] for row in got])
+    targets = np.concatenate([row["targets"] for row in got])[weights > 0]
+    whole = stream(range(len(SIZES)))
+    np.testing.assert_array_equal(targets, whole[whole != SEPARATOR])
+    segments = np.concatenate([row["segments"] for row in got])
+    assert (segments > 0).sum() in (len(whole) - 1, len(whole))  # all but the last token, which has no target
 
 
-def test_packing_needs_text() -> None:
-    class Images:
-        def __len__(self) -> int:
-            return 1
-
-        def __getitem__(self, index: int) -> dict[str, int]:
-            return {"image": 1, "label": 2}
-
-    with pytest.raises(UsageError, match="needs the field 'text'; this source has 'image', 'label'"):
-        index_documents(Images(), Bytes())
+def test_too_little_text():
+    with pytest.raises(
+        UsageError, match=r"together have 85 tokens, too few for one row of packing\.length=85"
+    ):
+        packed(85, seed=0)
+    assert len(packed(84, seed=0)) == 1
 
 
-def test_another_tokenizer_can_be_plugged_in() -> None:
-    class Words:
-        vocabulary_size = 100
-        separator = 99
+def test_a_source_without_text():
+    with pytest.raises(UsageError, match="needs the field 'text'; this source has 'label'"):
+        text.index_documents([{"label": 1}], text.Bytes())
 
-        def encode(self, text: bytes) -> np.ndarray:
-            return np.array([len(word) for word in text.split()], np.int32)
 
-        def decode(self, tokens: np.ndarray) -> str:
-            return " ".join("x" * token for token in tokens)
+def test_bytes():
+    tokenizer = text.Bytes()
+    assert tokenizer.encode(b"a\0b").tolist() == [97, 32, 98]
+    assert tokenizer.decode(np.array([0, *"é!".encode(), 0xC3], np.int32)) == "é!\ufffd"
+    assert max(tokenizer.encode(bytes(range(256)))) < tokenizer.vocabulary_size == 256
 
-    rows = PackedRows(index_documents(Texts(["a bb", "ccc"]), Words()), 4, None)
-    np.testing.assert_array_equal(rows[0]["tokens"], [99, 1, 2, 99])
-    np.testing.assert_array_equal(rows[0]["targets"], [1, 2, 99, 3])
-    np.testing.assert_array_equal(rows[0]["weights"], [1, 1, 0, 1])
+
+# The index on disk
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(kept, "FOLDER", tmp_path / "index")
+    return tmp_path / "index"
+
+
+def test_lengths_are_measured_once(folder):
+    first, second, other = Corpus(), Corpus(), Corpus()
+    lengths = text.index_documents(first, text.Bytes(), "corpus", worth_keeping=0.0).lengths
+    assert lengths.tolist() == [size + 1 for size in SIZES]
+    again = text.index_documents(second, text.Bytes(), "corpus", worth_keeping=0.0).lengths
+    np.testing.assert_array_equal(again, lengths)
+    assert first.reads > len(SIZES)
+    assert second.reads == 1  # only to see that there is text
+    text.index_documents(other, text.Bytes(), "another corpus", worth_keeping=0.0)
+    assert other.reads > len(SIZES)
+    assert len(list(folder.iterdir())) == 2
+    assert not list(folder.glob("*.partial"))
+
+
+def test_what_is_quick_or_unknown_leaves_nothing(folder):
+    text.index_documents(Corpus(), text.Bytes(), "corpus")
+    text.index_documents(Corpus(), text.Bytes(), "", worth_keeping=0.0)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", b"\x93NUMPY"])
+def test_a_damaged_index_is_made_again(folder, damage):
+    expected = kept.kept("key", lambda: np.arange(5), 0.0)
+    (file,) = folder.iterdir()
+    file.write_bytes(damage)
+    np.testing.assert_array_equal(kept.kept("key", lambda: np.arange(5), 0.0), expected)
+    np.testing.assert_array_equal(kept.kept("key", lambda: pytest.fail("it was repaired"), 0.0), expected)
+
+
+def test_a_folder_that_cannot_be_written_costs_only_time(folder):
+    folder.parent.joinpath("index").touch()
+    np.testing.assert_array_equal(kept.kept("key", lambda: np.arange(5), 0.0), np.arange(5))
+
+
+# tokenizer.json
+
+
+def write(path, special=("<|endoftext|>",), **options):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=list(special),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the cat and the dog and the hat"] * 9, trainer)
+    tokenizer.enable_truncation(3)  # as many published files have it
+    tokenizer.save(str(path))
+    return str(path)
+
+
+def test_tokenizer_file(tmp_path):
+    section = dict(length=8, tokenizer=dict(kind="tokenizer_file", path=write(tmp_path / "tokenizer.json")))
+    tokenizer = build(Packing, section, "config.data.packing").tokenizer
+    assert isinstance(tokenizer, text.Tokenizer)
+    said = "the cat and the café said <|endoftext|>"
+    tokens = tokenizer.encode(said.encode())
+    assert 3 < len(tokens) < len(said)  # neither cut nor bytes
+    assert tokenizer.separator not in tokens  # although the text names it
+    assert tokens.max() < tokenizer.vocabulary_size
+    assert tokenizer.decode(np.array([tokenizer.separator, *tokens], np.int32)) == said
+    assert tokenizer.decode(np.array([10**6], np.int32)) == ""
+
+
+def test_separators_and_identity(tmp_path):
+    several = write(tmp_path / "a.json", special=("<pad>", "</s>", "<|begin_of_text|>"))
+    assert text.TokenizerFile(several).separator == 2
+    assert text.TokenizerFile(several, "<pad>").separator == 0
+    strange = write(tmp_path / "b.json", special=("<end>",))
+    with pytest.raises(
+        UsageError, match=r"no token .*</s> to separate documents: set separator_token.*'<end>'"
+    ):
+        _ = text.TokenizerFile(strange).separator
+    identities = {text.TokenizerFile(several).identity, text.TokenizerFile(several, "<pad>").identity}
+    identities |= {text.TokenizerFile(strange, "<end>").identity, text.Bytes().identity}
+    assert len(identities) == 4
+
+
+def test_files_that_are_no_tokenizer(tmp_path):
+    with pytest.raises(UsageError, match=r"none\.json does not exist"):
+        _ = text.TokenizerFile(str(tmp_path / "none.json")).vocabulary_size
+    (tmp_path / "odd.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"odd\.json is no tokenizer\.json"):
+        _ = text.TokenizerFile(str(tmp_path / "odd.json")).vocabulary_size
+
+
+def test_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UsageError, match=r"pip install 'effjax\[text\]'"):
+        text.TokenizerFile(str(tmp_path / "tokenizer.json")).encode(b"a")
+
+
+def test_importing_the_room_imports_neither_tokenizers_nor_tensorflow():
+    code = "import sys, effjax.data; assert not {'tokenizers', 'tensorflow', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
