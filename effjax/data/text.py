@@ -185,7 +185,7 @@ class PackedRows:
       tokens `s[p]` and targets `s[p + 1]`, `[T]` int32.
       segments `[T]` int32: which document of the row a token belongs to, from 1; 0 is padding.
       positions `[T]` int32: place in the document, or in its part where a row begins within one.
-      weights `[T]` float32: 0 where the target belongs to another document or is padding, otherwise 1.
+      weights `[T]` float32: 0 where the target is padding, otherwise 1.
 
     Training (`seed` set) takes a new order of the documents each epoch and drops the tail that fills no row.
     Evaluation (`seed` None) takes the given order and pads the tail, so that every target is scored once.
@@ -236,11 +236,11 @@ class PackedRows:
             tokens[span], segments[span], positions[span] = piece, segment, np.arange(len(piece))
             filled, place = filled + len(piece), place + 1
 
-        same_document = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
         return {
             "tokens": tokens[:-1],
             "targets": tokens[1:],
             "segments": segments[:-1],
             "positions": positions[:-1],
-            "weights": same_document.astype(np.float32),
+            # The separator that begins the next document is a target too: it is how a model learns to end.
+            "weights": (segments[1:] > 0).astype(np.float32),
         }

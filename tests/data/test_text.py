@@ -61,7 +61,7 @@ def test_borders(length):
         begins = np.unique([0, *starts])
         expected = np.arange(length) - begins[np.searchsorted(begins, np.arange(length), "right") - 1]
         np.testing.assert_array_equal(row["positions"], expected)
-        np.testing.assert_array_equal(row["weights"], (row["targets"] != SEPARATOR).astype(np.float32))
+        np.testing.assert_array_equal(row["weights"], np.ones(length, np.float32))
         assert {name: str(v.dtype) for name, v in row.items()} == {
             "tokens": "int32", "targets": "int32", "segments": "int32", "positions": "int32",
             "weights": "float32",
@@ -86,7 +86,7 @@ def test_evaluation_scores_every_target_once_in_order(length):
     weights = np.concatenate([row["weights"] for row in got])
     targets = np.concatenate([row["targets"] for row in got])[weights > 0]
     whole = stream(range(len(SIZES)))
-    np.testing.assert_array_equal(targets, whole[whole != SEPARATOR])
+    np.testing.assert_array_equal(targets, whole[1:])
     segments = np.concatenate([row["segments"] for row in got])
     assert (segments > 0).sum() in (len(whole) - 1, len(whole))  # all but the last token, which has no target
 

@@ -82,6 +82,7 @@ def test_sigterm_at_any_moment_leads_to_75_and_a_resumable_run(tmp_path):
     assert f"resuming at step {reached}" in out
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(tmp_path):
     workdir = tmp_path / "run"
     steps = "--config.train.steps=20 steps"
@@ -98,6 +99,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(tmp_path):
     assert manifest(workdir, 20) == before, "trained again to the same state"
 
 
+@pytest.mark.slow
 def test_a_bad_number_stops_the_run_and_can_be_replayed(tmp_path):
     workdir = tmp_path / "run"
     # A learning rate that no network survives.
@@ -120,6 +122,7 @@ def test_a_bad_number_stops_the_run_and_can_be_replayed(tmp_path):
     assert "gradient/blocks/mixer/query/kernel" in out
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path):
     workdir = tmp_path / "run"
     arguments = [CONFIG["vision"], *OFTEN, f"--workdir={workdir}"]

@@ -29,6 +29,7 @@ def trained(tmp_path_factory):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_config_trains_and_leaves_what_a_run_leaves(config, trained):
     workdir, out = trained(config)
@@ -48,6 +49,7 @@ def test_a_config_trains_and_leaves_what_a_run_leaves(config, trained):
     assert "https://" not in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_run_is_evaluated_again_to_the_same_figures(config, trained):
     workdir, _ = trained(config)
@@ -56,6 +58,7 @@ def test_a_run_is_evaluated_again_to_the_same_figures(config, trained):
     assert f"{last['loss']:.4g}" in out
 
 
+@pytest.mark.slow
 def test_a_complete_run_says_so_and_trains_no_further(trained):
     workdir, _ = trained("configs/vision/vit.py")
     before = metric_rows(workdir)
@@ -82,6 +85,7 @@ def test_another_config_in_the_same_workdir_is_refused(trained):
 VIT = "--config=configs/vision/vit.py:smoke"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -11,6 +11,9 @@ from effjax.train.loop import fit
 from effjax.train.state import examples_seen
 from tests.train.toy import FAMILIES, Memory, Recorder, program_of
 
+# One family shows the loop's own mechanics quickly; that the others keep them too takes longer.
+EACH_FAMILY = [pytest.param(f, marks=[pytest.mark.slow] if f != "vision" else []) for f in FAMILIES]
+
 
 def train(program, state=None, stop=lambda: False):
     recorder, memory = Recorder(), Memory()
@@ -28,7 +31,7 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_stopping_and_going_on_is_the_straight_run_bit_by_bit(family):
     program = program_of(family, train__steps="6 steps", train__log_every="1 steps", evaluators={})
     straight, recorder, _ = train(program)
@@ -113,7 +116,7 @@ def test_a_bad_number_stops_with_the_state_before_it_and_the_evidence():
     assert_equal(outcome.state.params, good.state.params)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_accumulation_gives_the_large_batch(family):
     changes = {
         "train__steps": "3 steps",
@@ -141,13 +144,13 @@ def test_bfloat16_computes_on_float32_masters():
     )
     outcome, recorder, _ = train(program)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(outcome.state.params)} == {"float32"}
-    assert recorder.losses()[-1] < recorder.losses()[0]
+    assert recorder.losses()[-1] < recorder.losses()[0] - 0.05
     lowered = program.step.as_text()
     assert "bf16" in lowered
 
 
 def test_the_batch_must_divide_the_mesh_and_the_micro_batches():
-    with pytest.raises(UsageError, match=r"batch_size is 16, which does not divide into 3 parts"):
+    with pytest.raises(UsageError, match=r"batch_size is 32, which does not divide into 3 parts"):
         program_of("vision", train__accumulate=3)
     with pytest.raises(UsageError, match=r"does not multiply to the 1 devices that are here"):
         program_of("vision", mesh__fsdp=4)
