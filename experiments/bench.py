@@ -2,8 +2,8 @@
 
     python -m experiments.bench loop --config=configs/vision/vit.py:digits
 
-`loop`: the time of a step in the training loop over that of the bare compiled step (target: at most 1.05), and
-the rate at which the input pipeline makes batches over that at which the step takes them (target: at least 3).
+`loop`: the time of a step in the training loop over that of the bare compiled step (target: at most 1.05),
+and the rate of the input pipeline over the rate at which the step takes batches (target: at least 3).
 """
 
 import itertools

@@ -71,9 +71,9 @@ def digits(smoke: bool) -> ConfigDict:
                 kind="adamw", lr=1e-3, clip=1.0, schedule=dict(kind="cosine", warmup="2%", end=0.01)
             ),
             train=dict(
-                steps="20 steps" if smoke else "8000 steps",
-                log_every="5 steps" if smoke else "200 steps",
-                checkpoint_every="10 steps" if smoke else "10%",
+                steps="20 steps" if smoke else "1500 steps",
+                log_every="5 steps" if smoke else "50 steps",
+                checkpoint_every="10 steps" if smoke else "20%",
                 ema=dict(decay=0.999),
             ),
             evaluators=dict(
@@ -82,7 +82,7 @@ def digits(smoke: bool) -> ConfigDict:
                     data=dict(
                         source=source | dict(split="test"), transforms=scale, batch_size=120, cache=True
                     ),
-                    every="10 steps" if smoke else "10%",
+                    every="10 steps" if smoke else "20%",
                     ema=True,
                 )
             ),

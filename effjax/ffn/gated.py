@@ -7,7 +7,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from effjax.ffn.activations import activation
-from effjax.layers.dense import dense
+from effjax.layers.dense import Dense
 
 
 class Gated(nn.Module):
@@ -26,8 +26,8 @@ class Gated(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch c"], train: bool = False) -> Float[Array, "*batch c"]:
         """Mixes the channels of each token."""
-        gate = dense(self.hidden, ("embed", "mlp"), use_bias=self.use_bias, name="gate")(x)  # [..., F]
-        value = dense(self.hidden, ("embed", "mlp"), use_bias=self.use_bias, name="expand")(x)  # [..., F]
+        gate = Dense(self.hidden, ("embed", "mlp"), use_bias=self.use_bias, name="gate")(x)  # [..., F]
+        value = Dense(self.hidden, ("embed", "mlp"), use_bias=self.use_bias, name="expand")(x)  # [..., F]
         h = activation(self.activation)(gate) * value
         h = nn.with_logical_constraint(h, ("batch", *["length"] * (x.ndim - 2), "mlp"))
-        return dense(x.shape[-1], ("mlp", "embed"), use_bias=self.use_bias, name="contract")(h)  # [..., C]
+        return Dense(x.shape[-1], ("mlp", "embed"), use_bias=self.use_bias, name="contract")(h)  # [..., C]

@@ -7,7 +7,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from effjax.ffn.activations import activation
-from effjax.layers.dense import dense
+from effjax.layers.dense import Dense
 
 
 class MLP(nn.Module):
@@ -30,7 +30,7 @@ class MLP(nn.Module):
         """Mixes the channels of each token."""
         width = x.shape[-1]
         hidden = self.hidden or round(width * self.ratio)
-        h = dense(hidden, ("embed", "mlp"), use_bias=self.use_bias, name="expand")(x)  # [..., F]
+        h = Dense(hidden, ("embed", "mlp"), use_bias=self.use_bias, name="expand")(x)  # [..., F]
         h = activation(self.activation)(h)
         h = nn.with_logical_constraint(h, ("batch", *["length"] * (x.ndim - 2), "mlp"))
-        return dense(width, ("mlp", "embed"), use_bias=self.use_bias, name="contract")(h)  # [..., C]
+        return Dense(width, ("mlp", "embed"), use_bias=self.use_bias, name="contract")(h)  # [..., C]

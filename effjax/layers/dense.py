@@ -72,6 +72,3 @@ def _flattened(init: Initializer, ins: tuple[int, ...], outs: tuple[int, ...]) -
         return init(key, (math.prod(ins), math.prod(outs)), jnp.float32).reshape(ins + outs)
 
     return kernel
-
-
-dense = Dense

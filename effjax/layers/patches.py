@@ -11,7 +11,7 @@ from flax.linen.initializers import Initializer
 from jaxtyping import Array, Float
 
 from effjax.errors import UsageError
-from effjax.layers.dense import dense, xavier
+from effjax.layers.dense import Dense, xavier
 
 
 def check_divides(height: int, width: int, patch: int) -> None:
@@ -36,7 +36,7 @@ class PatchEmbed(nn.Module):
         check_divides(images.shape[1], images.shape[2], self.patch)
         cut = "b (h p) (w q) c -> b h w (p q c)"
         x = einops.rearrange(images, cut, p=self.patch, q=self.patch)  # [B, H/p, W/p, p p C]
-        return dense(self.dim, (None, "embed"), kernel_init=self.kernel_init, name="projection")(x)
+        return Dense(self.dim, (None, "embed"), kernel_init=self.kernel_init, name="projection")(x)
 
 
 def unpatch(

@@ -23,7 +23,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from effjax.decoding.cache import Cache, append, init_cache, visible
 from effjax.errors import UsageError
-from effjax.layers.dense import dense
+from effjax.layers.dense import Dense
 from effjax.layers.norms import rms_norm
 from effjax.mixers.context import Context
 
@@ -138,9 +138,9 @@ class Attention(nn.Module):
         """Returns queries `[B, N, H, D]`, keys and values `[B, N, G, D]`."""
         groups, size = self.sizes(x.shape[-1])
         q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
-        q = dense((self.heads, size), q_axes, use_bias=self.qkv_bias, name="query")(x)  # [B, N, H, D]
-        k = dense((groups, size), kv_axes, use_bias=self.qkv_bias, name="key")(x)  # [B, N, G, D]
-        v = dense((groups, size), kv_axes, use_bias=self.qkv_bias, name="value")(x)  # [B, N, G, D]
+        q = Dense((self.heads, size), q_axes, use_bias=self.qkv_bias, name="query")(x)  # [B, N, H, D]
+        k = Dense((groups, size), kv_axes, use_bias=self.qkv_bias, name="key")(x)  # [B, N, G, D]
+        v = Dense((groups, size), kv_axes, use_bias=self.qkv_bias, name="value")(x)  # [B, N, G, D]
         if self.qk_norm:
             q, k = rms_norm(name="query_norm")(q), rms_norm(name="key_norm")(k)
         if self.rotary_base is not None:
@@ -154,4 +154,4 @@ class Attention(nn.Module):
     def output(self, y: Float[Array, "b n h d"], width: int) -> Float[Array, "b n c"]:
         """Projects the heads back to the width."""
         axes = ("heads", "head_dim", "embed")
-        return dense(width, axes, inputs=2, use_bias=self.out_bias, name="output")(y)  # [B, N, C]
+        return Dense(width, axes, inputs=2, use_bias=self.out_bias, name="output")(y)  # [B, N, C]

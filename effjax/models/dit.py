@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from effjax import ffn, mixers
 from effjax.config import part
-from effjax.layers.dense import dense, named, zeros
+from effjax.layers.dense import Dense, named, zeros
 from effjax.layers.norms import layer_norm
 from effjax.layers.patches import PatchEmbed, add_positions, sincos_table, unpatch
 from effjax.layers.stack import Stack
@@ -64,7 +64,7 @@ class Modulation(nn.Module):
     def __call__(self, c: Float[Array, "b cond"]) -> tuple[Float[Array, "b dim"], ...]:
         """Returns the vectors in the order they are used."""
         axes = ("embed", None, "mlp")
-        out = dense((self.parts, self.dim), axes, kernel_init=zeros, name="projection")(nn.silu(c))
+        out = Dense((self.parts, self.dim), axes, kernel_init=zeros, name="projection")(nn.silu(c))
         return tuple(out[:, i] for i in range(self.parts))  # parts x [B, C]
 
 
@@ -83,8 +83,8 @@ class TimeEmbed(nn.Module):
     def __call__(self, t: Float[Array, " b"], dtype: jax.typing.DTypeLike) -> Float[Array, "b dim"]:
         """Embeds times in the unit of training steps, 0 to 1000; `dtype` is what the network computes in."""
         h = time_frequencies(t, self.frequencies).astype(dtype)  # [B, frequencies]
-        h = dense(self.dim, (None, "mlp"), kernel_init=_normal, name="expand")(h)  # [B, C]
-        return dense(self.dim, ("mlp", "embed"), kernel_init=_normal, name="contract")(nn.silu(h))  # [B, C]
+        h = Dense(self.dim, (None, "mlp"), kernel_init=_normal, name="expand")(h)  # [B, C]
+        return Dense(self.dim, ("mlp", "embed"), kernel_init=_normal, name="contract")(nn.silu(h))  # [B, C]
 
 
 class DiTBlock(nn.Module):
@@ -179,7 +179,7 @@ class DiT(nn.Module):
         x = modulate(
             layer_norm(self.block.epsilon, affine=False, name="norm")(x), shift, scale
         )  # [B, h w, C]
-        x = dense(self.patch**2 * out, ("embed", None), kernel_init=zeros, name="output")(
+        x = Dense(self.patch**2 * out, ("embed", None), kernel_init=zeros, name="output")(
             x
         )  # [B, h w, p p out]
         return unpatch(x, grid, self.patch)  # [B, H, W, out]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from effjax.errors import UsageError
-from effjax.layers.dense import dense, named, truncated_normal, zeros
+from effjax.layers.dense import Dense, named, truncated_normal, zeros
 from effjax.layers.drop import linear_rates
 from effjax.layers.norms import layer_norm
 from effjax.layers.patches import PatchEmbed
@@ -82,7 +82,7 @@ class ViT(nn.Module):
         x = x[:, 0] if self.pool == "token" else jnp.mean(x, axis=1)  # [B, C]
         if not self.classes:
             return x
-        return dense(self.classes, ("embed", "classes"), kernel_init=zeros, name="head")(x)  # [B, classes]
+        return Dense(self.classes, ("embed", "classes"), kernel_init=zeros, name="head")(x)  # [B, classes]
 
     @nn.nowrap
     def _positions(self, tokens: int) -> Float[Array, "n c"]:

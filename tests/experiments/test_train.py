@@ -69,6 +69,7 @@ def test_a_complete_run_says_so_and_trains_no_further(trained):
     ]
 
 
+@pytest.mark.slow
 def test_another_config_in_the_same_workdir_is_refused(trained):
     workdir, _ = trained("configs/vision/vit.py")
     _, err = drive(
@@ -78,7 +79,7 @@ def test_another_config_in_the_same_workdir_is_refused(trained):
         f"--workdir={workdir}",
         code=2,
     )
-    assert "config.optimizer.lr: 0.002 -> 0.5" in err
+    assert "config.optimizer.lr: 0.003 -> 0.5" in err
     assert "--workdir=" in err
 
 
@@ -90,7 +91,7 @@ VIT = "--config=configs/vision/vit.py:smoke"
     ("arguments", "said"),
     [
         ([VIT], "--workdir is missing"),
-        ([VIT, "--config.optimizer.lrr=1"], "optimizer.lrr is read by nobody: AdamW has no such field."),
+        ([VIT, "--config.optimizer.lrr=1"], "optimizer.lrr is read by nobody: Muon has no such field."),
         ([VIT, "--config.modle.dim=1"], "config.modle is read by nobody: Experiment has no such field."),
         ([VIT, "--config.model.kind=vti"], "config.model.kind is 'vti', which is no kind."),
         ([VIT, "--config.model.block.mixer.kind=atention"], "config.model.block.mixer.kind is 'atention'"),

@@ -6,16 +6,16 @@ import pytest
 from flax.core import meta
 
 from effjax.errors import UsageError
-from effjax.layers.dense import dense
+from effjax.layers.dense import Dense
 from effjax.layers.stack import Stack
 
 
 class Layer(nn.Module):
-    """x <- x + each * dense(x) + shared, and the input's mean as its output."""
+    """x <- x + each * Dense(x) + shared, and the input's mean as its output."""
 
     @nn.compact
     def __call__(self, x, each, shared, train=False):
-        h = dense(x.shape[-1], ("embed", "mlp"), name="dense")(x)
+        h = Dense(x.shape[-1], ("embed", "mlp"), name="dense")(x)
         if train:
             h = nn.Dropout(0.5, deterministic=False)(h)
         return x + each * h + shared[None], jnp.mean(x)

@@ -79,6 +79,7 @@ def test_a_failing_evaluator_is_said_and_marked_and_training_goes_on(monkeypatch
     assert (10, "test", {"failed": 1.0}) in recorder.written
 
 
+@pytest.mark.slow
 def test_a_bad_number_stops_with_the_state_before_it_and_the_evidence():
     program = program_of("vision", train__steps="8 steps", train__log_every="4 steps", evaluators={})
     good, _, _ = train(program_of("vision", train__steps="8 steps", evaluators={}))
