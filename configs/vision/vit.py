@@ -5,8 +5,8 @@
 `smoke`
     20 steps of a toy on digits: seconds.
 `digits`
-    0.20M parameters, 80 epochs of 1,437 digits of 8 x 8 pixels: a minute and a half on 2 CPU cores, 99.2% of the
-    360 held-out digits.
+    0.20M parameters, 80 epochs of 1,437 digits of 8 x 8 pixels: a minute and a half on 2 CPU cores, and an
+    accuracy of 99.2% on the 360 held-out digits.
 `ti16`, `s16`, `b16`, `l16`
     ImageNet at 224 pixels for 300 epochs, from `imagenet2012` as tfds prepares it. Not run here; the paper
     reports 72.2% (Ti), 79.8% (S) and 81.8% (B) top-1 for this recipe.

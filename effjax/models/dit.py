@@ -176,12 +176,10 @@ class DiT(nn.Module):
         x, _ = stack(x, c, Context(), train=train)  # [B, h w, C]
 
         shift, scale = Modulation(2, self.dim, name="modulation")(c)  # 2 x [B, C]
-        x = modulate(
-            layer_norm(self.block.epsilon, affine=False, name="norm")(x), shift, scale
-        )  # [B, h w, C]
-        x = Dense(self.patch**2 * out, ("embed", None), kernel_init=zeros, name="output")(
-            x
-        )  # [B, h w, p p out]
+        x = layer_norm(self.block.epsilon, affine=False, name="norm")(x)  # [B, h w, C]
+        x = modulate(x, shift, scale)  # [B, h w, C]
+        project = Dense(self.patch**2 * out, ("embed", None), kernel_init=zeros, name="output")
+        x = project(x)  # [B, h w, p p out]
         return unpatch(x, grid, self.patch)  # [B, H, W, out]
 
     @nn.nowrap

@@ -151,3 +151,10 @@ def test_every_driver_explains_itself(name):
     assert f"python -m experiments.{name}" in out
     assert "--[no]debug" in out
     assert err == ""
+
+
+@pytest.mark.slow
+def test_a_profile_is_written_on_request(tmp_path):
+    out, _ = drive("train", VIT, f"--workdir={tmp_path / 'run'}", "--profile=3")
+    assert "profile of 3 steps" in out
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

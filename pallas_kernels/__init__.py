@@ -1,0 +1,1 @@
+"""Kernels that no kept library has, one folder each; none yet."""
