@@ -1,9 +1,12 @@
 """Every config file, in its smoke variant, through the drivers a person runs."""
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.experiments.driver import ROOT, drive, metric_rows
 
@@ -158,3 +161,66 @@ def test_a_profile_is_written_on_request(tmp_path):
     out, _ = drive("train", VIT, f"--workdir={tmp_path / 'run'}", "--profile=3")
     assert "profile of 3 steps" in out
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+FOLDER_CONFIG = """
+from ml_collections import ConfigDict
+from configs.vision import vit
+
+def get_config(root="."):
+    config = vit.get_config("smoke")
+    config.data.source = ConfigDict(dict(kind="image_folder", root=root, mode="L"))
+    config.data.batch_size = 8
+    config.evaluators = ConfigDict()
+    return config
+"""
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of twenty small pictures in two classes, and the config that trains on it."""
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (tmp_path / "pictures" / label).mkdir(parents=True)
+        for number in range(10):
+            picture = Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8))
+            picture.save(tmp_path / "pictures" / label / f"{number}.png")
+    (tmp_path / "config.py").write_text(FOLDER_CONFIG)
+    return tmp_path / "pictures", f"--config={tmp_path / 'config.py'}:{tmp_path / 'pictures'}"
+
+
+@pytest.mark.slow
+def test_a_folder_of_pictures_trains(pictures, tmp_path):
+    folder, config = pictures
+    out, _ = drive("train", config, f"--workdir={tmp_path / 'run'}", "--config.data.max_bad_share=0.2")
+    assert "20/20" in out
+    (folder / "cat" / "3.png").write_bytes(b"no picture")
+    out, _ = drive("train", config, f"--workdir={tmp_path / 'one_bad'}", "--config.data.max_bad_share=0.2")
+    assert "unreadable records replaced by the next readable one: 1" in out
+    _, err = drive("train", config, f"--workdir={tmp_path / 'too_many'}", code=1)
+    assert "3.png" in err
+    assert err.count("error: ") == 1
+
+
+@pytest.mark.slow
+def test_an_empty_folder_is_named(pictures, tmp_path):
+    folder, config = pictures
+    shutil.rmtree(folder / "cat")
+    shutil.rmtree(folder / "dog")
+    _, err = drive("train", config, f"--workdir={tmp_path / 'run'}", code=2)
+    assert str(folder) in err
+
+
+@pytest.mark.slow
+def test_a_failing_evaluator_makes_the_exit_code_1_after_training_is_done(pictures, tmp_path):
+    _, config = pictures
+    path = tmp_path / "config.py"
+    broken = 'config.evaluators = ConfigDict(dict(broken=dict(kind="metrics", every="10 steps", data=dict(' \
+        'source=dict(kind="tfds", name="digits", split="test"), batch_size=8, transforms=(dict(kind="resize", size=(16, 16)),)))))'  # fmt: skip
+    path.write_text(path.read_text().replace("config.evaluators = ConfigDict()", broken))
+    # Larger pictures than the position table is for.
+    out, err = drive("train", config, f"--workdir={tmp_path / 'run'}", code=1)
+    assert "evaluator 'broken' failed at step 20" in out
+    assert err == "error: training is complete, but evaluators failed: broken.\n"
+    assert (tmp_path / "run" / "report.html").exists()
+    assert (tmp_path / "run" / "checkpoints" / "20").exists()
