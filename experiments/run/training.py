@@ -162,9 +162,7 @@ def _finish(path: Path, program: Program, outcome: Outcome, bad_records: Mapping
         summary["step time"] = duration(outcome.step_seconds)
     notes = [f"Evaluator {name!r} failed: {reason}" for name, reason in outcome.failures.items()]
     if bad_records:
-        notes.append(
-            f"{len(bad_records)} records could not be read and were replaced by the next readable one."
-        )
+        notes.append(f"unreadable records replaced by the next readable one: {len(bad_records)}")
     write_plots(path)
     title = f"{type(program.experiment.model).__name__}, {type(program.task).__name__.lower()}"
     report = of_run(

@@ -215,8 +215,11 @@ def test_an_empty_folder_is_named(pictures, tmp_path):
 def test_a_failing_evaluator_makes_the_exit_code_1_after_training_is_done(pictures, tmp_path):
     _, config = pictures
     path = tmp_path / "config.py"
-    broken = 'config.evaluators = ConfigDict(dict(broken=dict(kind="metrics", every="10 steps", data=dict(' \
-        'source=dict(kind="tfds", name="digits", split="test"), batch_size=8, transforms=(dict(kind="resize", size=(16, 16)),)))))'  # fmt: skip
+    broken = """config.evaluators = ConfigDict(dict(broken=dict(kind="metrics", every="10 steps", data=dict(
+        source=dict(kind="tfds", name="digits", split="test"),
+        transforms=(dict(kind="resize", size=(16, 16)),),
+        batch_size=8,
+    ))))"""
     path.write_text(path.read_text().replace("config.evaluators = ConfigDict()", broken))
     # Larger pictures than the position table is for.
     out, err = drive("train", config, f"--workdir={tmp_path / 'run'}", code=1)
