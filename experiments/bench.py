@@ -6,6 +6,7 @@
 and the rate of the input pipeline over the rate at which the step takes batches (target: at least 3).
 """
 
+import contextlib
 import itertools
 import time
 from collections.abc import Mapping
@@ -31,6 +32,10 @@ class Silent:
 
     def say(self, message: str) -> None:
         """Nothing."""
+
+    def pause(self, label: str) -> contextlib.AbstractContextManager[None]:
+        """Nothing."""
+        return contextlib.nullcontext()
 
     def evidence(self, diagnosis: Any, batch: Any) -> str:
         """Nothing."""

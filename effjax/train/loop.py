@@ -8,6 +8,7 @@ interrupted run that is resumed does what the unbroken one would have done. All 
 """
 
 import collections
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,9 @@ class Observer(Protocol):
 
     def say(self, message: str) -> None:
         """Called with a sentence for the user."""
+
+    def pause(self, label: str) -> contextlib.AbstractContextManager[None]:
+        """Entered while the loop does something else than steps."""
 
     def evidence(self, diagnosis: Diagnosis, batch: Mapping[str, np.ndarray]) -> str:
         """Keeps what a replay of a bad step needs; returns the command that replays it."""
@@ -151,9 +155,11 @@ class _Loop:
                 self._log(step, metrics)
             if self._pause_due(step):
                 self.clock.pause()
-                self._evaluate(step, state, saved)
+                with self.observer.pause("evaluating"):
+                    self._evaluate(step, state, saved)
                 if self._due(step, self.save_every):
-                    self._save(state)
+                    with self.observer.pause("saving"):
+                        self._save(state)
                     saved = step
         if not self.evaluations and not self.failures:
             # A run that was complete when it was resumed still reports its figures.

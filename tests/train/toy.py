@@ -1,5 +1,6 @@
 """The smallest real experiment of each family, for tests of the loop."""
 
+import contextlib
 import importlib
 
 from effjax.experiment import resolve
@@ -47,6 +48,9 @@ class Recorder:
 
     def say(self, message):
         self.said.append(message)
+
+    def pause(self, label):
+        return contextlib.nullcontext()
 
     def evidence(self, diagnosis, batch):
         self.kept.append((diagnosis, batch))
