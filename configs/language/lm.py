@@ -6,7 +6,8 @@
 `smoke`
     20 steps of a toy on the bytes of Python's documentation: seconds.
 `pydocs`
-    TODO_PYDOCS
+    1.62M parameters on 1.9 MB of bytes, 1000 steps of 2,048 tokens: 2.02 bits a byte on the held-out
+    documents. 14 minutes on 2 CPU cores that had other work too.
 `125m`, `1b`, `8b`
     Published shapes, on documents in `data/train.jsonl` with the tokenizer of `data/tokenizer.json`. Not run
     here.

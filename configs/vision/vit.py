@@ -56,7 +56,7 @@ def digits(smoke: bool) -> ConfigDict:
             optimizer=dict(
                 # AdamW with the same settings ends 1.4 points lower.
                 kind="muon",
-                lr=3e-3,
+                lr=1e-2 if smoke else 3e-3,
                 weight_decay=0.05,
                 clip=1.0,
                 schedule=dict(kind="cosine", warmup="5%"),

@@ -82,7 +82,7 @@ def test_another_config_in_the_same_workdir_is_refused(trained):
         f"--workdir={workdir}",
         code=2,
     )
-    assert "config.optimizer.lr: 0.003 -> 0.5" in err
+    assert "config.optimizer.lr: 0.01 -> 0.5" in err
     assert "--workdir=" in err
 
 
