@@ -8,7 +8,7 @@ Where a slot lies says nothing, so a policy that evicts, merges or reorders slot
 arrays.
 """
 
-from typing import no_type_check
+from typing import Any
 
 import flax.struct
 import jax
@@ -18,24 +18,24 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from effjax.errors import UsageError
 
 
-# JAX builds trees of this class around things that are no arrays (shapes, shardings) and around the caches of
-# all layers at once: the shapes below hold inside a layer and cannot be checked wherever one is made.
-@no_type_check
 @flax.struct.dataclass
 class Cache:
     """Keys and values of up to `slots` tokens; the caches of all layers are one tree with depth in front.
 
+    The fields are annotated `Any` because the same class also carries their shapes and shardings.
+
     Attributes:
-      keys: after normalisation and rotation.
-      values: as projected.
-      positions: place of each slot's token in its sequence; negative where a slot holds nothing, or padding.
-      written: slots in use, the same for all sequences: where the next tokens go.
+      keys: `[B, slots, groups, D]`, after normalisation and rotation.
+      values: `[B, slots, groups, D]`, as projected.
+      positions: `[B, slots]` int, place of each slot's token in its sequence; negative where a slot holds
+        nothing, or padding.
+      written: `[]` int, slots in use, the same for all sequences: where the next tokens go.
     """
 
-    keys: Float[Array, "b slots groups d"]
-    values: Float[Array, "b slots groups d"]
-    positions: Int[Array, "b slots"]
-    written: Int[Array, ""]
+    keys: Any
+    values: Any
+    positions: Any
+    written: Any
 
 
 def init_cache(batch: int, slots: int, groups: int, head_dim: int, dtype: DTypeLike = jnp.float32) -> Cache:

@@ -42,12 +42,12 @@ class State:
     """Where a sampler stands.
 
     Attributes:
-      x: the noisy pictures.
-      x0: the last estimate of the clean ones.
+      x: `[B, *shape]`, the noisy pictures.
+      x0: `[B, *shape]`, the last estimate of the clean ones.
     """
 
-    x: Float[Array, "b *shape"]
-    x0: Float[Array, "b *shape"]
+    x: Any
+    x0: Any
 
 
 @dataclasses.dataclass(frozen=True)
