@@ -67,6 +67,7 @@ def digits(smoke: bool) -> ConfigDict:
                 source=source | dict(split="train"),
                 transforms=scale,
                 batch_size=16 if smoke else 64,
+                threads=1,
                 cache=True,
             ),
             optimizer=dict(
