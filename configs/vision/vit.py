@@ -51,7 +51,7 @@ def digits(smoke: bool) -> ConfigDict:
                 source=source | dict(split="train"),
                 transforms=(dict(kind="random_shift", pixels=1), scale),
                 batch_size=32 if smoke else 64,
-                # Pictures this small cost Python, not pixels: a second thread only fights for the interpreter.
+                # Pictures this small cost Python, not pixels: a second thread only fights for the lock.
                 threads=1,
                 cache=True,
             ),
