@@ -45,8 +45,8 @@ def test_vit(size):
     cost = cost_of(model, shape(1, 224, 224, 3))
     assert cost.parameters == pytest.approx(parameters, rel=1e-3)
     assert cost.macs == pytest.approx(macs, rel=1e-2)
-    # The published figures count five operations for each value that a layer norm reads; with these they hold
-    # to their last digit.
+    # With five operations for each value that a layer norm reads, the published figures hold to their last
+    # digit, so it seems that their counter included the norms.
     norms = 5 * (2 * model.depth + 1) * 197 * model.dim
     assert cost.macs + norms == pytest.approx(macs, abs=0.006e9)
     assert not cost.unknown
