@@ -164,19 +164,3 @@ def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
     if not fits:
         raise UsageError(f"{path} must be of type {hint.__name__}, not {type(value).__name__}: {value!r}.")
     return value
-
-
-def describe(thing: Any) -> Any:
-    """The inverse view: a resolved definition as plain data, defaults included, for reports."""
-    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-        shown = {
-            f.name: describe(getattr(thing, f.name))
-            for f in dataclasses.fields(thing)
-            if f.init and not _of_linen(type(thing), f.name)
-        }
-        return {"class": type(thing).__name__, **shown}
-    if isinstance(thing, Mapping):
-        return {key: describe(value) for key, value in thing.items()}
-    if isinstance(thing, list | tuple):
-        return [describe(item) for item in thing]
-    return thing if isinstance(thing, int | float | str | bool | None) else str(thing)

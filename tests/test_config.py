@@ -5,7 +5,7 @@ import flax.linen as nn
 import ml_collections
 import pytest
 
-from effjax.config import build, build_kind, describe, part
+from effjax.config import build, part
 from effjax.errors import UsageError
 
 
@@ -88,8 +88,3 @@ def test_given_fields_are_not_keys():
     assert build(Mixer, dict(), "c", given={"heads": 2}).heads == 2
     with pytest.raises(UsageError, match="read by nobody"):
         build(Mixer, dict(heads=3), "c", given={"heads": 2})
-
-
-def test_description_shows_defaults():
-    model = build_kind({"mixer": Mixer}, dict(kind="mixer", heads=2), "c")
-    assert describe(model) == {"class": "Mixer", "heads": 2, "rate": 0.0}

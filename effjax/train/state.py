@@ -100,10 +100,3 @@ def advance(old: TrainState, new: TrainState, finite: Bool[Array, ""]) -> TrainS
     go = jnp.logical_and(finite, jnp.logical_not(old.halted))
     kept = jax.tree.map(lambda n, o: jnp.where(go, n, o), new, old)
     return kept.replace(halted=jnp.logical_not(go))
-
-
-def all_finite(tree: Any) -> Bool[Array, ""]:
-    """Whether every floating-point number of a tree is finite."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    checks = [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
-    return jnp.all(jnp.stack(checks)) if checks else jnp.ones((), jnp.bool_)

@@ -80,25 +80,6 @@ def smooth(values: Float[np.ndarray, " n"], width: float) -> Float[np.ndarray, "
     return np.divide(total, mass, out=np.full(len(values), np.nan), where=finite)
 
 
-def confusion(counts: Float[np.ndarray, "k k"], labels: Sequence[str]) -> bytes:
-    """Draws how often class (row) was taken for class (column), each row as shares of its sum."""
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure, axes = _figure(width=5.0, height=4.6)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(labels)), labels)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    axes.grid(False)
-    if len(labels) <= 12:
-        for row, column in np.argwhere(counts > 0):
-            colour = "white" if shares[row, column] > 0.5 else "#222222"
-            axes.text(
-                column, row, f"{counts[row, column]:g}", ha="center", va="center", fontsize=8, color=colour
-            )
-    return _png(figure)
-
-
 def image_grid(images: UInt8[np.ndarray, "n h w c"], columns: int, *, least_pixels: int = 64) -> bytes:
     """Puts pictures side by side, row by row.
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.run.plots import confusion, curve, curve_names, image_grid, smooth
+from experiments.run.plots import curve, curve_names, image_grid, smooth
 
 
 def picture(png):
@@ -91,12 +91,6 @@ def test_a_grid_enlarges_without_blur_and_takes_grey():
     np.testing.assert_array_equal(sheet[4:8, 4:8, 0], image[0, :, :, 0].repeat(2, 0).repeat(2, 1))
     with pytest.raises(ValueError, match="not 2"):
         image_grid(np.zeros((1, 2, 2, 2), np.uint8), 1)
-
-
-def test_a_confusion_matrix_is_darkest_where_it_is_right():
-    pixels = picture(confusion(np.array([[9.0, 1.0], [0.0, 5.0]]), ["cat", "dog"]))
-    assert coloured(pixels, (8, 48, 107)) > 10_000
-    assert picture(confusion(np.zeros((2, 2)), ["a", "b"])).size
 
 
 def test_no_global_figure_state_is_used():
