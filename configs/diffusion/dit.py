@@ -98,7 +98,15 @@ def latents() -> ConfigDict:
     source = dict(kind="tfds", name="imagenet_latents")
     return ConfigDict(
         dict(
-            data=dict(source=source | dict(split="train"), batch_size=256, threads=8),
+            data=dict(
+                source=source | dict(split="train"),
+                batch_size=256,
+                threads=8,
+                expected=dict(
+                    examples=1_281_167,
+                    fields=dict(image=dict(shape=(32, 32, 4)), label=dict(dtype="int64")),
+                ),
+            ),
             optimizer=dict(kind="adamw", lr=1e-4, weight_decay=0.0, schedule=dict(kind="constant")),
             train=dict(
                 steps="400k steps",

@@ -106,6 +106,10 @@ def imagenet(size: str) -> ConfigDict:
                 ),
                 batch_size=1024,
                 threads=16,
+                expected=dict(
+                    examples=1_281_167,
+                    fields=dict(image=dict(shape=(None, None, 3), dtype="uint8"), label=dict(dtype="int64")),
+                ),
             ),
             optimizer=dict(
                 kind="adamw",

@@ -14,10 +14,11 @@ import numpy as np
 
 from effjax.config import part
 from effjax.data import images, pipeline, sources, text
+from effjax.data.expected import Described, Expected
 from effjax.data.records import Batch, Cached, Examples, Metadata, Readable
 from effjax.errors import UsageError
 
-__all__ = ["Data", "Metadata", "OpenData", "Packing"]
+__all__ = ["Data", "Described", "Expected", "Metadata", "OpenData", "Packing"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Data:
       max_bad_share: the share of broken records above which the run fails.
       cache: whether decoded examples stay in memory; for small data sets.
       cache_limit: the most bytes that may take.
+      expected: what the source holds, for planning where it is not; compared with it where it is.
     """
 
     batch_size: int
@@ -64,6 +66,7 @@ class Data:
     max_bad_share: float = 0.01
     cache: bool = False
     cache_limit: int = 2**30
+    expected: Expected | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.max_bad_share <= 1.0:
@@ -75,6 +78,54 @@ class Data:
     def open(self) -> "OpenData":
         """Opens the source: prepares an embedded data set, indexes files, measures documents."""
         return OpenData(self)
+
+    def described(self) -> Described:
+        """What is known of the data without reading it; an embedded source, which is always here, is opened.
+
+        Raises:
+          UsageError: for a source that is neither expected nor here.
+        """
+        if self.packing or (self.expected and self.expected.fields):
+            return AbsentData(self)
+        try:
+            return self.open()
+        except UsageError as error:
+            raise UsageError(
+                f"{error} To plan without the data, say in the config what it holds: data.expected = dict("
+                "examples=..., fields=dict(image=dict(shape=(None, None, 3), dtype='uint8'), "
+                "label=dict(dtype='int64')))."
+            ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class AbsentData:
+    """Data that is described by its config alone."""
+
+    definition: Data
+
+    @property
+    def num_examples(self) -> int | None:
+        """As expected."""
+        return self.definition.expected.examples if self.definition.expected else None
+
+    def example_batch(self, rows: int | None = None) -> Batch:
+        """Zeros with the shapes and types of a training batch; `rows` is `batch_size` by default."""
+        data = self.definition
+        if data.packing:
+            return zeros_like_batch(data, text.blank_row(data.packing.length), rows)
+        assert data.expected is not None  # `described` made sure
+        return zeros_like_batch(data, data.expected.example(), rows)
+
+
+def zeros_like_batch(data: Data, example: Mapping[str, Any], rows: int | None) -> Batch:
+    """Zeros with the shapes and types that an example has in a training batch."""
+    rng = np.random.Generator(np.random.Philox(0))
+    changed = dict(example)
+    for transform in data.transforms:
+        changed = transform(changed, rng)
+    one = pipeline.stack([changed])
+    count = data.batch_size if rows is None else rows
+    return {name: np.zeros((count, *value.shape[1:]), value.dtype) for name, value in one.items()}
 
 
 class OpenData:
@@ -146,14 +197,11 @@ class OpenData:
 
     def example_batch(self, rows: int | None = None) -> Batch:
         """Zeros with the shapes and types of a training batch; `rows` is `batch_size` by default."""
-        data = self.definition
+        expected = self.definition.expected
         example = self._rows[0] if self._rows else self._examples[0]
-        rng = np.random.Generator(np.random.Philox(0))
-        for transform in data.transforms:
-            example = transform(example, rng)
-        one = pipeline.stack([example])
-        count = data.batch_size if rows is None else rows
-        return {name: np.zeros((count, *value.shape[1:]), value.dtype) for name, value in one.items()}
+        if expected:
+            expected.check(example)
+        return zeros_like_batch(self.definition, example, rows)
 
     @functools.cached_property
     def _documents(self) -> text.Documents | None:

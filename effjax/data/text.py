@@ -236,11 +236,25 @@ class PackedRows:
             tokens[span], segments[span], positions[span] = piece, segment, np.arange(len(piece))
             filled, place = filled + len(piece), place + 1
 
-        return {
-            "tokens": tokens[:-1],
-            "targets": tokens[1:],
-            "segments": segments[:-1],
-            "positions": positions[:-1],
-            # The separator that begins the next document is a target too: it is how a model learns to end.
-            "weights": (segments[1:] > 0).astype(np.float32),
-        }
+        return _row(tokens, segments, positions)
+
+
+def blank_row(length: int) -> Example:
+    """A row of padding, which has the shapes and types of every other."""
+    return _row(*np.zeros((3, length + 1), np.int32))
+
+
+def _row(
+    tokens: Int32[np.ndarray, "length"],
+    segments: Int32[np.ndarray, "length"],
+    positions: Int32[np.ndarray, "length"],
+) -> Example:
+    """What a model is shown of `T + 1` places of the stream."""
+    return {
+        "tokens": tokens[:-1],
+        "targets": tokens[1:],
+        "segments": segments[:-1],
+        "positions": positions[:-1],
+        # The separator that begins the next document is a target too: it is how a model learns to end.
+        "weights": (segments[1:] > 0).astype(np.float32),
+    }

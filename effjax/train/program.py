@@ -15,7 +15,7 @@ from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from effjax.data import OpenData
+from effjax.data import Described
 from effjax.errors import UsageError
 from effjax.experiment import Experiment
 from effjax.parallel.mesh import make_mesh
@@ -40,7 +40,7 @@ class Program:
 
     Attributes:
       experiment: the resolved config.
-      data: the training data, open.
+      data: the training data: open, or only described where nothing will be read.
       budget: the length of the run in steps.
       mesh: the devices.
       rules: logical axis names to mesh axes.
@@ -51,7 +51,7 @@ class Program:
     """
 
     experiment: Experiment
-    data: OpenData
+    data: Any
     budget: Budget
     mesh: Mesh
     rules: AxisRules
@@ -80,25 +80,34 @@ class Program:
         return _state(self.experiment, self.optimizer, meta.unbox(variables))
 
     @functools.cached_property
-    def step(self) -> Any:
-        """`(state, batch) -> (state, metrics)`, compiled for this state and batch; the state is donated."""
+    def step_function(self) -> Any:
+        """`(state, batch) -> (state, metrics)` as a plain function."""
         train = self.experiment.train
-        step = make_step(
+        return make_step(
             self.task,
             self.optimizer,
             precision=train.precision,
             accumulate=train.accumulate,
             ema=train.ema,
         )
+
+    @functools.cached_property
+    def step(self) -> Any:
+        """The step, compiled for this state and batch; the state is donated."""
+        with activate(self.mesh, self.rules):
+            return self.trace().lower().compile()
+
+    def trace(self) -> Any:
+        """The step as it will be compiled, traced with all shardings."""
         replicated = NamedSharding(self.mesh, PartitionSpec())
         jitted = jax.jit(
-            step,
+            self.step_function,
             in_shardings=(self.shardings, self.batch_sharding),
             out_shardings=(self.shardings, replicated),
             donate_argnums=0,
         )
         with activate(self.mesh, self.rules):
-            return jitted.lower(self.shapes, self.batch_shapes()).compile()
+            return jitted.trace(self.shapes, self.batch_shapes())
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and shardings of one global batch."""
@@ -126,7 +135,7 @@ class Program:
         return {"params": state.ema if ema else state.params, **state.collections}
 
 
-def _init_variables(experiment: Experiment, data: OpenData) -> Any:
+def _init_variables(experiment: Experiment, data: Described) -> Any:
     """Freshly initialised variables, with their axis names."""
     batch = jax.tree.map(jnp.asarray, dict(data.example_batch(1)))
     return experiment.task.init(jax.random.key(experiment.train.seed), batch)
@@ -146,7 +155,7 @@ def _state(experiment: Experiment, optimizer: optax.GradientTransformation, vari
 
 
 def build_program(
-    experiment: Experiment, data: OpenData, devices: Sequence[jax.Device] | None = None
+    experiment: Experiment, data: Described, devices: Sequence[jax.Device] | None = None
 ) -> Program:
     """Lays an experiment out on devices; compiles nothing yet.
 

@@ -85,3 +85,47 @@ def test_what_a_section_cannot_say(tmp_path, changes, message):
 def test_a_batch_larger_than_an_epoch(tmp_path):
     with pytest.raises(UsageError, match=r"batch_size=16 is more than the 10 examples.*at most 10"):
         data(tmp_path, batch_size=16).open().train()
+
+
+@pytest.fixture
+def expected():
+    return dict(
+        examples=10, fields=dict(image=dict(shape=(None, None, 1), dtype="uint8"), label=dict(dtype="int64"))
+    )
+
+
+def shapes(described):
+    return {k: (v.shape, v.dtype) for k, v in described.example_batch(3).items()}
+
+
+def test_absent_pictures_have_the_shapes_of_those_that_are_there(tmp_path, expected):
+    resize = (dict(kind="resize", size=(4, 4)), dict(kind="to_float"))
+    present = data(tmp_path, transforms=resize, expected=expected)
+    absent = data(
+        tmp_path, source=dict(kind="image_folder", root="nowhere"), transforms=resize, expected=expected
+    )
+    assert shapes(absent.described()) == shapes(present.open())
+    assert absent.described().num_examples == 10
+
+
+def test_absent_text_follows_from_its_packing(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": "word " * 40}) + "\n")
+    changes = dict(transforms=(), packing=dict(length=16))
+    present = data(tmp_path, source=dict(kind="jsonl", path=str(path)), **changes)
+    absent = data(tmp_path, source=dict(kind="jsonl", path="nowhere"), **changes)
+    assert shapes(absent.described()) == shapes(present.open())
+    assert absent.described().num_examples is None
+
+
+def test_an_expectation_that_is_wrong_is_named(tmp_path, expected):
+    expected["fields"]["image"] = dict(shape=(None, None, 3), dtype="uint8")
+    with pytest.raises(
+        UsageError, match=r"fields.image says \(None, None, 3\) uint8, and the source has \(8, 8, 1\)"
+    ):
+        data(tmp_path, expected=expected).open().example_batch()
+
+
+def test_data_that_is_neither_here_nor_expected(tmp_path):
+    with pytest.raises(UsageError, match="say in the config what it holds"):
+        data(tmp_path, source=dict(kind="image_folder", root="nowhere")).described()
