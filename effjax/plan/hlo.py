@@ -1,0 +1,194 @@
+"""Reads the text of a compiled program: its computations, how often each runs, what it multiplies.
+
+Only what a plan needs: names, types, opcodes, operands and attributes of instructions. The text of TPU, GPU
+and CPU programs differs in layouts and in what the compilers fuse, not in this.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+_HEADER = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\) -> .*\{$")
+_LINE = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*)$")
+_OPCODE = re.compile(r"([a-z][a-z0-9-]*)\(")
+_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+[a-z]*)?)\[([\d,]*)\]")
+
+# The attributes that name computations an instruction runs once, on its own operands.
+_CALLS = {
+    "call": ("to_apply",),
+    "fusion": ("calls",),
+    "async-start": ("calls",),
+    "custom-call": ("called_computations",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    """Everything behind the operands; for a constant, its value."""
+
+    def called(self, attribute: str) -> tuple[str, ...]:
+        """The computations that an attribute names: `body=%region.1`, `calls={%a, %b}`."""
+        found = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%[^\s,}}]+)", self.attributes)
+        return tuple(re.findall(r"%([^\s,}]+)", found.group(1))) if found else ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A program: computations by name, instructions of each by name, in order."""
+
+    computations: Mapping[str, Mapping[str, Instruction]]
+    entry: str
+
+
+def parse(text: str) -> Module:
+    """Reads the text of an HLO module."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            current = computations.setdefault(header.group(2), {})
+            entry = header.group(2) if header.group(1) else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and (found := _LINE.match(line)):
+            instruction = _instruction(*found.groups())
+            if instruction is not None:
+                current[instruction.name] = instruction
+    return Module(computations, entry)
+
+
+def _instruction(name: str, rest: str) -> Instruction | None:
+    end = _close(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
+    type_, rest = rest[:end], rest[end:].lstrip()
+    opcode = _OPCODE.match(rest)
+    if opcode is None:
+        return None
+    close = _close(rest, opcode.end() - 1)
+    inside, attributes = rest[opcode.end() : close], rest[close + 1 :]
+    if opcode.group(1) == "constant":
+        attributes = inside
+    operands = tuple(re.findall(r"%([^\s,()]+)", inside))
+    return Instruction(name, type_, opcode.group(1), operands, attributes)
+
+
+def _close(text: str, start: int) -> int:
+    """Where the parenthesis that opens at `start` closes."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += (text[place] == "(") - (text[place] == ")")
+        if depth == 0:
+            return place
+    return len(text) - 1
+
+
+def arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:
+    """The element type and shape of each array of a type, which may be a tuple."""
+    return [
+        (element, tuple(int(side) for side in sides.split(",") if side))
+        for element, sides in _ARRAY.findall(type_)
+        if element not in ("token", "opaque")
+    ]
+
+
+def bytes_of(type_: str) -> int:
+    """Bytes of all arrays of a type; two int4 take one byte."""
+    return sum(math.ceil(math.prod(shape) * _bits(element) / 8) for element, shape in arrays(type_))
+
+
+def _bits(element: str) -> int:
+    if element == "pred":
+        return 8
+    found = re.match(r"[a-z]+(\d+)", element)
+    return int(found.group(1)) if found else 0
+
+
+def walk(module: Module) -> Iterator[tuple[Instruction, Mapping[str, Instruction], int | None]]:
+    """Every instruction that runs, the computation it stands in, and how often it runs.
+
+    A number of None stands for a loop whose length the text does not say. Branches of conditionals are left
+    out: which one runs depends on data, and a floor may not count what might not happen.
+    """
+    yield from _walk(module, module.entry, 1)
+
+
+def _walk(
+    module: Module, name: str, times: int | None
+) -> Iterator[tuple[Instruction, Mapping[str, Instruction], int | None]]:
+    computation = module.computations.get(name, {})
+    for instruction in computation.values():
+        yield instruction, computation, times
+        if instruction.opcode == "while":
+            trips = trip_count(module, instruction)
+            inner = None if trips is None or times is None else times * trips
+            for body in instruction.called("body"):
+                yield from _walk(module, body, inner)
+        else:
+            for attribute in _CALLS.get(instruction.opcode, ()):
+                for called in instruction.called(attribute):
+                    yield from _walk(module, called, times)
+
+
+def trip_count(module: Module, loop: Instruction) -> int | None:
+    """How often a `while` runs: as the compiler says, or the bound that its condition compares with.
+
+    JAX's loops count from 0 in steps of 1 up to a constant, so a condition with one integer constant and
+    a less-than is such a loop.
+    """
+    known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    if known:
+        return int(known.group(1))
+    constants, less_than = [], False
+    names = list(loop.called("condition"))
+    while names:
+        for instruction in module.computations.get(names.pop(), {}).values():
+            if instruction.opcode == "constant" and instruction.type.startswith(("s32[]", "s64[]", "u32[]")):
+                constants.append(int(instruction.attributes))
+            less_than |= "direction=LT" in instruction.attributes
+            names += instruction.called("calls")
+    return constants[0] if len(constants) == 1 and less_than else None
+
+
+def multiply_accumulates(module: Module) -> tuple[int, list[str]]:
+    """What one device multiplies and adds, in a program whose dots and convolutions are still written out.
+
+    Returns:
+      Multiply-accumulates, and the loops that could not be counted.
+    """
+    total, unknown = 0, []
+    for instruction, computation, times in walk(module):
+        one = _macs(instruction, computation)
+        if one and times is None:
+            unknown.append(f"{instruction.name}: in a loop whose length is not known")
+        elif one and times is not None:
+            total += one * times
+    return total, unknown
+
+
+def _macs(instruction: Instruction, computation: Mapping[str, Instruction]) -> int:
+    if instruction.opcode not in ("dot", "convolution", "ragged-dot"):
+        return 0
+    output = math.prod(arrays(instruction.type)[0][1])
+    lhs, rhs = (arrays(computation[name].type)[0][1] for name in instruction.operands[:2])
+    if instruction.opcode == "convolution":
+        return _convolution(instruction.attributes, arrays(instruction.type)[0][1], lhs, rhs)
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+    sides = [lhs[int(side)] for side in contracted.group(1).split(",") if side] if contracted else []
+    return output * math.prod(sides)
+
+
+def _convolution(attributes: str, output: tuple[int, ...], lhs: tuple[int, ...], rhs: tuple[int, ...]) -> int:
+    """As `effjax.measure` counts one: positions x kernel, the smaller grid where input and output differ."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    assert labels is not None  # every convolution has them
+    of_lhs, _, of_output = labels.groups()
+    spatial = [label for label in of_output if label.isdigit()]
+    positions = math.prod(min(lhs[of_lhs.index(s)], output[of_output.index(s)]) for s in spatial)
+    return output[of_output.index("b")] * positions * math.prod(rhs)
