@@ -1,14 +1,17 @@
-"""What things cost: parameters and multiply-accumulates from the jaxpr, time from the clock."""
+"""What things cost: parameters, arithmetic, bytes and memory from the jaxpr, time from the clock."""
 
-from effjax.measure.cost import Cost, count, count_bytes, count_parameters
+from effjax.measure.cost import Cost, count
 from effjax.measure.latency import Comparison, Timing, compare, time_function
+from effjax.measure.parameters import count_bytes, count_parameters
 from effjax.measure.tree import Module, short, table, tree
+from effjax.measure.work import Work
 
 __all__ = [
     "Comparison",
     "Cost",
     "Module",
     "Timing",
+    "Work",
     "compare",
     "count",
     "count_bytes",
