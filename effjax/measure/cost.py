@@ -2,29 +2,46 @@
 
 import collections
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax.core.meta import Partitioned
 
 from effjax.errors import UsageError
-from effjax.matching import Rules, named_leaves
+from effjax.matching import Rules, match
+from effjax.measure.compulsory import compulsory_bytes
+from effjax.measure.graph import flatten
+from effjax.measure.memory import peak_bytes
+from effjax.measure.parameters import (
+    active_by_path,
+    alternatives_of,
+    count_bytes,
+    leaf_paths,
+    parameters_of,
+    sizes_of,
+)
 from effjax.measure.walk import Value, Walker
+from effjax.measure.work import Work, nested, total
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Parameters and multiply-accumulates of one call of a function, for the whole batch and all devices."""
+    """What one call of a function costs, for the whole batch and all devices."""
 
     parameters_by_path: Mapping[str, int]
     """Elements of each parameter, by its path: `blocks/mixer/query/kernel`."""
+    trainable_by_path: Mapping[str, bool]
+    """Whether each parameter trains."""
+    active_by_path: Mapping[str, int]
+    """Elements of each parameter that one token uses."""
     parameter_bytes: Mapping[str, int]
     """Bytes of the parameters by dtype, sub-byte types at their width: `{"int4": 512}`."""
-    macs_by_scope: Mapping[str, Mapping[str, int]]
-    """Multiply-accumulates by module path, then by kind: attention, dense, convolution, kernel."""
+    work_by_scope: Mapping[str, Mapping[str, Work]]
+    """Work by module path, then by kind: attention, dense, convolution, kernel, elementwise, gather."""
+    compulsory_bytes: int
+    """Bytes that no schedule avoids: see `effjax.measure.compulsory`."""
+    peak_bytes: int
+    """Most bytes that stand in memory at one moment: see `effjax.measure.memory`."""
     unknown: tuple[str, ...]
     """What the figures leave out, a phrase each: loops of unknown length, kernels that declare nothing."""
 
@@ -34,22 +51,80 @@ class Cost:
         return sum(self.parameters_by_path.values())
 
     @property
+    def trainable(self) -> int:
+        """Number of parameters that train."""
+        return sum(size for path, size in self.parameters_by_path.items() if self.trainable_by_path[path])
+
+    @property
+    def active(self) -> int:
+        """Number of parameters that one token uses, all of them unless there are experts."""
+        return sum(self.active_by_path.values())
+
+    @property
+    def work_by_kind(self) -> dict[str, Work]:
+        """Work by kind, kinds that do not occur left out."""
+        kinds: dict[str, Work] = {}
+        for work in self.work_by_scope.values():
+            for kind, amount in work.items():
+                kinds[kind] = kinds.get(kind, Work()) + amount
+        return dict(sorted(kinds.items()))
+
+    @property
+    def work(self) -> Work:
+        """All work."""
+        return total(self.work_by_kind.values())
+
+    @property
+    def macs_by_scope(self) -> dict[str, dict[str, int]]:
+        """Multiply-accumulates by module path, then by kind: attention, dense, convolution, kernel."""
+        scopes = ((scope, _macs(kinds)) for scope, kinds in self.work_by_scope.items())
+        return {scope: kinds for scope, kinds in scopes if kinds}
+
+    @property
     def macs_by_kind(self) -> dict[str, int]:
         """Multiply-accumulates by kind, kinds that do not occur left out."""
-        kinds: collections.Counter[str] = collections.Counter()
-        for macs in self.macs_by_scope.values():
-            kinds.update(macs)
-        return dict(sorted(kinds.items()))
+        return _macs(self.work_by_kind)
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates of dots, convolutions and kernels; elementwise work and FFTs have none."""
-        return sum(self.macs_by_kind.values())
+        return self.work.macs
+
+    @property
+    def flops_by_kind(self) -> dict[str, int]:
+        """Arithmetic operations by kind, kinds that do not occur left out."""
+        return {kind: work.flops for kind, work in self.work_by_kind.items() if work.flops}
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of the same: two for each multiply-accumulate."""
-        return 2 * self.macs
+        """Arithmetic operations: two for each multiply-accumulate, one for each element of elementwise work
+        and of what a reduction folds, integers and comparisons included; transcendentals apart."""
+        return self.work.flops
+
+    @property
+    def transcendentals(self) -> int:
+        """Exponentials, logarithms, roots, powers, trigonometry; one for each element."""
+        return self.work.transcendentals
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from memory, under the model of `effjax.measure.traffic`."""
+        return self.work.bytes_read
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes written to memory, under the same model."""
+        return self.work.bytes_written
+
+    @property
+    def bytes(self) -> int:
+        """Bytes read and written."""
+        return self.work.bytes
+
+    @property
+    def intensity(self) -> float:
+        """Arithmetic intensity: operations for each byte read or written."""
+        return self.work.intensity
 
 
 def count(
@@ -58,14 +133,21 @@ def count(
     parameters: int | None = 0,
     branches: Rules = (),
     trips: Rules = (),
+    donated: Collection[int] = (),
+    trainable: Rules = (),
+    tokens: int | None = None,
 ) -> Cost:
     """Counts what one call `function(*arguments)` costs.
 
     Scans count every trip, rematerialised work counts as often as it runs, a `shard_map` counts all its
     devices, and what no output needs does not count. Kinds: *attention* is a `dot_general` of two activations
     paired by a batch dimension; *dense* is every other dot, `ragged_dot` included; *convolution*; *kernel* is
-    a `pallas_call`, by its declared `cost_estimate`. Gradients are counted like anything else:
-    `count(jax.value_and_grad(loss), params, batch)`.
+    a `pallas_call`, by its declared `cost_estimate`; *gather* finds, takes or puts elements by their place;
+    *elementwise* is the rest: elementwise, reductions, layout. Gradients and optimisers are counted like
+    anything else: `count(jax.value_and_grad(loss), params, batch)`.
+
+    FLOPs follow XLA's conventions (`effjax.measure.arithmetic`) except where noted there, and that padding of
+    a convolution counts as if it were data.
 
     Args:
       function: anything `jax.make_jaxpr` traces.
@@ -75,70 +157,53 @@ def count(
       branches: `(regexp, index)` rules on the scope of a `cond`; the dearest branch where none matches.
       trips: `(regexp, trips)` rules on the scope of a `while` whose trip count depends on data. Without a
         rule such a loop counts nothing and stands in `Cost.unknown`.
+      donated: positions of the arguments whose memory the call may reuse, as `donate_argnums` of `jax.jit`.
+      trainable: `(regexp, bool)` rules on the paths of the parameters; all train where none matches. For an
+        optimiser of this library: `[(pattern, False) for pattern in optimizer.freeze]`.
+      tokens: how many tokens the call passes through the parameters. With it, parameters of which a token
+        uses a part (those with an axis named `expert`) count so in `Cost.active`; see
+        `effjax.measure.parameters.active_by_path`. Only of use for a forward pass.
 
     Raises:
-      UsageError: for a parameter position that is no argument, or a rule that names no branch.
+      UsageError: for a position that is no argument, or a rule that names no branch or no parameter.
     """
     if parameters is not None and not 0 <= parameters < len(arguments):
         raise UsageError(
             f"parameters={parameters} is no argument: {len(arguments)} were given. "
             f"Use parameters=None where the function has none."
         )
-    jaxpr = jax.make_jaxpr(function)(*arguments)
+    if wrong := [position for position in donated if not 0 <= position < len(arguments)]:
+        raise UsageError(f"donated names argument {wrong[0]}: {len(arguments)} were given, counted from 0.")
+    graph = flatten(jax.make_jaxpr(function)(*arguments))
+    owners = [place for place, argument in enumerate(arguments) for _ in jax.tree.leaves(argument)]
+    first = owners.index(parameters) if parameters in owners else 0
     values = [
-        Value(weight=position == parameters)
-        for position, argument in enumerate(arguments)
-        for _ in jax.tree.leaves(argument)
+        Value(weight=owner == parameters, leaves=frozenset([leaf - first] if owner == parameters else []))
+        for leaf, owner in enumerate(owners)
     ]
-    tally, _ = Walker(branches, trips).walk(jaxpr, values, [True] * len(jaxpr.jaxpr.outvars))
-    macs: dict[str, dict[str, int]] = {}
-    for (scope, kind), amount in tally.macs.items():
-        macs.setdefault(scope, {})[kind] = amount
-    held = {} if parameters is None else _parameters_of(arguments[parameters])
+    walker = Walker(branches, trips)
+    tally, _ = walker.walk(graph, values)
+    reusable = {number for number, owner in zip(graph.inputs, owners, strict=True) if owner in donated}
+    tree = {} if parameters is None else arguments[parameters]
+    sizes = sizes_of(parameters_of(tree))
+    active = dict(sizes)
+    if tokens is not None:
+        used: collections.Counter[str] = collections.Counter()
+        for leaf, path in enumerate(leaf_paths(tree)):
+            if path is not None:
+                used[path] += tally.macs_of_leaf[leaf]
+        active = active_by_path(sizes, alternatives_of(tree), used, tokens)
     return Cost(
-        parameters_by_path={path: math.prod(leaf.shape) for path, leaf in held.items()},
-        parameter_bytes=_bytes_by_dtype(held),
-        macs_by_scope=macs,
+        parameters_by_path=sizes,
+        trainable_by_path=match(trainable, sizes, default=True, where="trainable"),
+        active_by_path=active,
+        parameter_bytes=count_bytes(tree),
+        work_by_scope=nested(tally.work),
+        compulsory_bytes=compulsory_bytes(graph, reusable),
+        peak_bytes=peak_bytes(graph, reusable, walker.branch),
         unknown=tuple(tally.unknown),
     )
 
 
-def count_parameters(params: Any) -> int:
-    """Number of parameters in a pytree of arrays or shapes; of Linen variables, in their `params`."""
-    return sum(math.prod(leaf.shape) for leaf in _parameters_of(params).values())
-
-
-def count_bytes(params: Any) -> dict[str, int]:
-    """Bytes of the parameters by dtype, `{"bfloat16": 1024, "int4": 512}`; two int4 take one byte."""
-    return _bytes_by_dtype(_parameters_of(params))
-
-
-def _parameters_of(params: Any) -> dict[str, Any]:
-    """Leaves by path, without random keys, the boxes of logical axis names, and Linen's other collections."""
-    if isinstance(params, Mapping) and "params" in params:
-        params = params["params"]
-    params = jax.tree.map(
-        lambda leaf: leaf.value if isinstance(leaf, Partitioned) else leaf,
-        params,
-        is_leaf=lambda leaf: isinstance(leaf, Partitioned),
-    )
-    leaves = named_leaves(jax.eval_shape(lambda tree: tree, params))
-    return {
-        path: leaf for path, leaf in leaves.items() if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    }
-
-
-def _bytes_by_dtype(leaves: Mapping[str, Any]) -> dict[str, int]:
-    held: collections.Counter[str] = collections.Counter()
-    for leaf in leaves.values():
-        held[leaf.dtype.name] += math.ceil(math.prod(leaf.shape) * bits_of(leaf.dtype) / 8)
-    return dict(sorted(held.items()))
-
-
-def bits_of(dtype: Any) -> int:
-    """Width of one element in bits; numpy gives four-bit types a whole byte."""
-    if jnp.issubdtype(dtype, jnp.integer):
-        return jnp.iinfo(dtype).bits
-    if jnp.issubdtype(dtype, jnp.floating):
-        return jnp.finfo(dtype).bits
-    return dtype.itemsize * 8
+def _macs(kinds: Mapping[str, Work]) -> dict[str, int]:
+    return {kind: work.macs for kind, work in kinds.items() if work.macs}

@@ -6,13 +6,19 @@ as many.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 # Work that no shape reveals: a call out of the program, or an iterative or library factorisation.
 _CALLED_OUT = {"ffi_call", "io_callback", "pure_callback", "scaled_matmul_wrapper"}
 _FACTORISED = {"cholesky", "eig", "eigh", "hessenberg", "householder_product", "lu", "qr", "schur", "svd"}
 _SOLVED = {"triangular_solve", "tridiagonal", "tridiagonal_solve"}
-OPAQUE = frozenset(_CALLED_OUT | _FACTORISED | _SOLVED)
+# Series, or loops until they converge, of a length that differs between versions of JAX.
+_SERIES = set(
+    """bessel_i0e bessel_i1e digamma igamma igamma_grad_a igammac lgamma polygamma random_gamma
+    random_gamma_grad regularized_incomplete_beta zeta""".split()  # noqa: SIM905
+)
+OPAQUE = frozenset(_CALLED_OUT | _FACTORISED | _SOLVED | _SERIES)
 
 
 def is_opaque(name: str) -> bool:
@@ -55,13 +61,32 @@ def convolution_macs(equation: Any) -> int:
     return out.shape[dimensions.out_spec[0]] * positions * math.prod(rhs.shape)
 
 
-def kind_of_dot(equation: Any, weights: list[bool]) -> str:
-    """`"attention"` where both operands are activations and a batch dimension pairs them, else `"dense"`.
+def kind_of_product(equation: Any, weights: list[bool]) -> str:
+    """`"convolution"`, `"attention"` or `"dense"`.
 
-    An operand is a weight where it depends on parameters and constants alone. The batch dimension is what
-    tells attention from a weight gradient, which also multiplies two activations but contracts the batch.
-    Called attention by this rule although they are not: the weight gradient of *stacked* matrices written as
-    one batched dot (experts without `ragged_dot`), and Muon's orthogonalisation of such a stack.
+    A dot is attention where both operands are activations and a batch dimension pairs them, else dense;
+    a ragged dot is dense. An operand is a weight where it depends on parameters and constants alone. The
+    batch dimension is what tells attention from a weight gradient, which also multiplies two activations but
+    contracts the batch. Called attention by this rule although they are not: the weight gradient of *stacked*
+    matrices written as one batched dot (experts without `ragged_dot`), and Muon's orthogonalisation of such
+    a stack.
     """
+    if equation.primitive.name != "dot_general":
+        return "convolution" if equation.primitive.name == "conv_general_dilated" else "dense"
     _, (batched, _) = equation.params["dimension_numbers"]
     return "attention" if batched and not any(weights) else "dense"
+
+
+def kind_of(equation: Any) -> str:
+    """`"gather"` for what finds, takes or puts elements by their place, `"elementwise"` for all the rest."""
+    name = equation.primitive.name
+    return "gather" if name in _PLACED or name.startswith("scatter") else "elementwise"
+
+
+_PLACED = {"approx_top_k", "dynamic_slice", "dynamic_update_slice", "gather", "sort", "top_k"}
+
+MACS: dict[str, Callable[[Any], int]] = {
+    "conv_general_dilated": convolution_macs,
+    "dot_general": dot_macs,
+    "ragged_dot_general": ragged_dot_macs,
+}

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from rich.table import Table
 
 from effjax.measure.cost import Cost
-from effjax.measure.walk import join_scopes
-
-KINDS = ("attention", "dense", "convolution", "kernel")
+from effjax.measure.graph import join_scopes
+from effjax.measure.work import KINDS, Work, total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +18,8 @@ class Module:
     path: str
     """`blocks/attention`, as in the parameters; empty for the whole function."""
     parameters: int
-    macs: Mapping[str, int]
-    """Multiply-accumulates by kind, all trips of the loops around it included."""
+    work: Mapping[str, Work]
+    """Work by kind, all trips of the loops around it included."""
     children: tuple["Module", ...] = ()
     unknown: tuple[str, ...] = ()
 
@@ -29,9 +28,24 @@ class Module:
         """The last part of the path."""
         return self.path.rpartition("/")[2]
 
+    @property
+    def macs(self) -> dict[str, int]:
+        """Multiply-accumulates by kind, kinds that have none left out."""
+        return {kind: work.macs for kind, work in self.work.items() if work.macs}
+
+    @property
+    def flops(self) -> dict[str, int]:
+        """Arithmetic operations by kind, kinds that have none left out."""
+        return {kind: work.flops for kind, work in self.work.items() if work.flops}
+
+    @property
+    def whole(self) -> Work:
+        """Work of all kinds."""
+        return total(self.work.values())
+
     def total(self) -> int:
         """Multiply-accumulates of all kinds."""
-        return sum(self.macs.values())
+        return self.whole.macs
 
 
 def tree(cost: Cost) -> Module:
@@ -42,28 +56,34 @@ def tree(cost: Cost) -> Module:
     parameters: collections.Counter[str] = collections.Counter()
     for path, size in cost.parameters_by_path.items():
         parameters[path.rpartition("/")[0]] += size
-    nameless = _nameless(cost.macs_by_scope, parameters)
-    macs: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    for scope, kinds in cost.macs_by_scope.items():
+    nameless = _nameless(cost.work_by_scope, parameters)
+    work: dict[str, dict[str, Work]] = {}
+    for scope, kinds in cost.work_by_scope.items():
         named = [inner.rpartition("/")[2] for inner in _prefixes(scope) if inner not in nameless]
-        macs["/".join(named)].update(kinds)
-    return dataclasses.replace(_module("", parameters, macs), unknown=cost.unknown)
+        _add(work.setdefault("/".join(named), {}), kinds)
+    return dataclasses.replace(_module("", parameters, work), unknown=cost.unknown)
 
 
 def table(module: Module, depth: int = 2) -> Table:
-    """Draws the tree down to `depth` levels: parameters, MACs, and the share of each in the whole."""
+    """Draws the tree down to `depth` levels.
+
+    Columns: parameters, MACs and their share in the whole, bytes moved, intensity (FLOPs a byte), and the
+    MACs of each kind that occurs.
+    """
     kinds = [kind for kind in KINDS if module.macs.get(kind)]
     drawn = Table("module")
-    for heading in ("parameters", "MACs", "share", *kinds):
+    for heading in ("parameters", "MACs", "share", "bytes", "FLOPs/byte", *kinds):
         drawn.add_column(heading, justify="right")
     whole = module.total()
     for level, row in _rows(module, depth):
-        share = f"{row.total() / whole:.1%}" if whole else ""
+        work = row.whole
         drawn.add_row(
             "  " * level + (row.name or "total"),
             f"{row.parameters:,}",
-            short(row.total()),
-            share,
+            short(work.macs),
+            f"{work.macs / whole:.1%}" if whole else "",
+            short(work.bytes),
+            f"{work.intensity:.1f}",
             *(short(row.macs.get(kind, 0)) for kind in kinds),
         )
     if module.unknown:
@@ -111,16 +131,21 @@ def _prefixes(path: str) -> Iterator[str]:
     return ("/".join(parts[: depth + 1]) for depth in range(len(parts)))
 
 
-def _module(path: str, parameters: Mapping[str, int], macs: Mapping[str, collections.Counter[str]]) -> Module:
+def _module(path: str, parameters: Mapping[str, int], work: Mapping[str, Mapping[str, Work]]) -> Module:
     prefix = path + "/" if path else ""
-    beneath = [p for p in dict.fromkeys([*macs, *parameters]) if p.startswith(prefix) and p != path]
+    beneath = [p for p in dict.fromkeys([*work, *parameters]) if p.startswith(prefix) and p != path]
     names = dict.fromkeys(p.removeprefix(prefix).partition("/")[0] for p in beneath)
-    children = tuple(_module(join_scopes(path, name), parameters, macs) for name in names if name)
-    kinds = collections.Counter(macs.get(path, {}))
+    children = tuple(_module(join_scopes(path, name), parameters, work) for name in names if name)
+    kinds = dict(work.get(path, {}))
     for child in children:
-        kinds.update(child.macs)
+        _add(kinds, child.work)
     size = parameters.get(path, 0) + sum(child.parameters for child in children)
-    return Module(path, size, dict(kinds), children)
+    return Module(path, size, kinds, children)
+
+
+def _add(kinds: dict[str, Work], more: Mapping[str, Work]) -> None:
+    for kind, work in more.items():
+        kinds[kind] = kinds.get(kind, Work()) + work
 
 
 def _rows(module: Module, depth: int, level: int = 0) -> Iterator[tuple[int, Module]]:

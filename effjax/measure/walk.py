@@ -1,51 +1,44 @@
-"""One pass over a jaxpr: what each equation does, how often it runs, and in which module it stands.
+"""One pass over a graph: what each node does, how often it runs, and in which module it stands."""
 
-Everything that a version of JAX may lay out differently is read in this file and in `loops.py`: how a scan
-marks its carries, what a closed jaxpr is, how name stacks print.
-"""
-
-import collections
-import dataclasses
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from effjax.errors import UsageError, did_you_mean
 from effjax.matching import Rules, compile_rules
 from effjax.measure import loops, operations
-
-# Primitives whose one jaxpr runs once, on the equation's own operands.
-_CALLS = ("checkpoint", "closed_call", "composite", "core_call", "jit", "named_call", "pjit", "remat2")
-_CALLS_WITH_RULES = ("custom_jvp_call", "custom_vjp_call")
+from effjax.measure.arithmetic import arithmetic
+from effjax.measure.bits import bytes_of
+from effjax.measure.graph import Graph, Node, devices_of, flatten, jaxprs_of, join_scopes, scan_layout
+from effjax.measure.traffic import is_view, traffic_of
+from effjax.measure.work import Tally, Work
 
 
 class Value(NamedTuple):
-    """What is known of a variable without running anything."""
+    """What is known of a value without running anything."""
 
     weight: bool = False
     """It depends on parameters and constants alone."""
     number: int | None = None
     """Its value, where it is a known integer scalar: a loop's bound, mostly."""
+    leaves: frozenset[int] = frozenset()
+    """The parameters that it is a view, a slice or another type of."""
 
 
-@dataclasses.dataclass
-class Tally:
-    """Multiply-accumulates by `(scope, kind)`, and what could not be counted, in words."""
-
-    macs: collections.Counter[tuple[str, str]] = dataclasses.field(default_factory=collections.Counter)
-    unknown: list[str] = dataclasses.field(default_factory=list)
-
-    def add(self, other: "Tally", times: int = 1) -> None:
-        """Adds another tally, its work done `times` over."""
-        for key, macs in other.macs.items():
-            self.macs[key] += macs * times
-        if times:
-            self.unknown += [line for line in other.unknown if line not in self.unknown]
+_CONSTANT = Value(weight=True)
+# Through these a parameter remains itself.
+_KEEPS_LEAF = {
+    "broadcast_in_dim",
+    "convert_element_type",
+    "copy",
+    "dynamic_slice",
+    "reduce_precision",
+    "slice",
+}
 
 
 class Walker:
-    """Walks jaxprs under one choice of branches and of trip counts that the program does not say.
+    """Walks graphs under one choice of branches and of trip counts that the program does not say.
 
     Args:
       branches: `(regexp, index)` rules that pick the branch of a `cond` by its scope; the dearest by default.
@@ -55,100 +48,96 @@ class Walker:
     def __init__(self, branches: Rules = (), trips: Rules = ()) -> None:
         self._branches = compile_rules(branches, "branches")
         self._trips = compile_rules(trips, "trips")
-        self._handlers: dict[str, Callable[..., tuple[Tally, list[Value]]]] = {
+        self._nested = {
             "scan": self._scan,
             "while": self._while,
             "cond": self._cond,
             "shard_map": self._shard_map,
-            **dict.fromkeys(_CALLS + _CALLS_WITH_RULES, self._call),
         }
 
     def walk(
-        self, jaxpr: Any, values: Sequence[Value], wanted: Sequence[bool], scope: str = ""
+        self, graph: Graph, values: Sequence[Value], scope: str = "", stored: int | None = None
     ) -> tuple[Tally, list[Value]]:
-        """Counts one run of `jaxpr`, leaving out what no wanted output needs.
+        """Counts one run of a graph.
 
         Args:
-          jaxpr: open or closed.
+          graph: what runs.
           values: what is known of each input.
-          wanted: for each output, whether anything reads it.
-          scope: the scope path around the jaxpr.
+          scope: the scope path around the graph.
+          stored: see `traffic_of`.
 
         Returns:
           The tally, and what is known of each output.
         """
-        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-        known = dict.fromkeys(jaxpr.constvars, Value(weight=True))
-        known.update(zip(jaxpr.invars, values, strict=True))
+        known = dict(zip(graph.inputs, values, strict=True))
+        known.update(dict.fromkeys(graph.constants, _CONSTANT))
+        known.update({n: Value(True, loops.integer(value)) for n, value in graph.literals.items()})
+        traffic = traffic_of(graph, stored)
         tally = Tally()
-        for equation, read in live_equations(jaxpr, wanted):
-            operands = [_value_of(known, operand) for operand in equation.invars]
-            inner = join_scopes(scope, scope_of(equation))
-            done, results = self._equation(equation, operands, read, inner)
-            tally.add(done)
-            known.update(zip(equation.outvars, results, strict=True))
-        outputs = zip(jaxpr.outvars, wanted, strict=True)
-        return tally, [_value_of(known, out) if want else Value() for out, want in outputs]
+        for place, node in enumerate(graph.nodes):
+            operands = [known[operand] for operand in node.operands]
+            inner = join_scopes(scope, node.scope)
+            if node.name in self._nested:
+                done, results = self._nested[node.name](node, operands, inner)
+                tally.add(done)
+            else:
+                kind, work = self._work(node, operands, inner, tally)
+                if node.name != "pallas_call" or not work.bytes:
+                    work += Work(
+                        bytes_read=sum(traffic.reads[place].values()),
+                        bytes_written=sum(traffic.writes[place].values()),
+                    )
+                tally.put(inner, kind, work)
+                results = [_result(node, operands)] * len(node.results)
+            known.update(zip(node.results, results, strict=True))
+        read, written = traffic.copies
+        tally.put(scope, "elementwise", Work(bytes_read=read, bytes_written=written))
+        return tally, [Value() if out is None else known[out] for out in graph.outputs]
 
-    def _equation(
-        self, equation: Any, values: list[Value], wanted: list[bool], scope: str
-    ) -> tuple[Tally, list[Value]]:
-        name = equation.primitive.name
-        if name in self._handlers:
-            return self._handlers[name](equation, values, wanted, scope)
-        tally, weights = Tally(), [value.weight for value in values]
-        number = values[0].number if name == "convert_element_type" else None
-        if name == "dot_general":
-            tally.macs[scope, operations.kind_of_dot(equation, weights)] = operations.dot_macs(equation)
-        elif name == "conv_general_dilated":
-            tally.macs[scope, "convolution"] = operations.convolution_macs(equation)
-        elif name == "ragged_dot_general":
-            tally.macs[scope, "dense"] = operations.ragged_dot_macs(equation)
-        elif name == "pallas_call":
-            _kernel(equation, scope, tally)
-        elif operations.is_opaque(name) or self._hides_work(equation):
+    def _work(self, node: Node, values: list[Value], scope: str, tally: Tally) -> tuple[str, Work]:
+        """The kind and the arithmetic of one node."""
+        equation, name = node.equation, node.name
+        if name in operations.MACS:
+            macs = operations.MACS[name](equation)
+            for value in values:
+                tally.macs_of_leaf.update(dict.fromkeys(value.leaves, macs))
+            kind = operations.kind_of_product(equation, [value.weight for value in values])
+            return kind, Work(macs, 2 * macs)
+        if name == "pallas_call":
+            return "kernel", _kernel(node, scope, tally)
+        if operations.is_opaque(name) or self._hides_work(equation):
             tally.unknown.append(f"{name} at {scope or 'the top'}: its work is not known")
-        return tally, [Value(all(weights), number)] * len(equation.outvars)
+            return operations.kind_of(equation), Work()
+        flops, transcendentals = arithmetic(equation)
+        return operations.kind_of(equation), Work(0, flops, transcendentals)
 
-    def _call(self, equation: Any, values: list[Value], wanted: list[bool], scope: str) -> Any:
-        return self.walk(_jaxprs_of(equation)[0], values, wanted, scope)
-
-    def _shard_map(self, equation: Any, values: list[Value], wanted: list[bool], scope: str) -> Any:
+    def _shard_map(self, node: Node, values: list[Value], scope: str) -> tuple[Tally, list[Value]]:
         """The body is what one device does; every device along the manual axes does it."""
-        once, results = self.walk(equation.params["jaxpr"], values, wanted, scope)
-        mesh = equation.params["mesh"].shape
+        once, results = self.walk(node.bodies[0], values, scope)
         tally = Tally()
-        tally.add(once, math.prod(mesh[axis] for axis in equation.params["newly_manual_axes"]))
+        tally.add(once, devices_of(node.equation))
         return tally, results
 
-    def _scan(self, equation: Any, values: list[Value], wanted: list[bool], scope: str) -> Any:
-        body = _jaxprs_of(equation)[0]
-        inner = getattr(body, "jaxpr", body)
-        # Only stacked inputs and outputs gain a dimension on their way out of the body. Told this way,
-        # rather than from `num_carry`, because jax 0.12 renamed the fields that say it.
-        carries = sum(_rank(a) == _rank(b) for a, b in zip(equation.outvars, inner.outvars, strict=True))
-        unstacked = sum(_rank(a) == _rank(b) for a, b in zip(equation.invars, inner.invars, strict=True))
-        constants = unstacked - carries
+    def _scan(self, node: Node, values: list[Value], scope: str) -> tuple[Tally, list[Value]]:
+        constants, carries = scan_layout(node.equation)
         # A carry that starts as a constant takes up activations on the way.
         carry = Value(weight=all(value.weight for value in values))
         # Of a stacked or carried number only the first value would be known.
-        inputs = [*values[:constants], *[carry] * carries, *(Value(v.weight) for v in values[unstacked:])]
-        once, results = self.walk(body, inputs, [True] * carries + wanted[carries:], scope)
+        stacked = (value._replace(number=None) for value in values[constants + carries :])
+        inputs = [*values[:constants], *[carry] * carries, *stacked]
+        once, results = self.walk(node.bodies[0], inputs, scope, stored=carries)
         tally = Tally()
-        tally.add(once, equation.params["length"])
-        return tally, [carry] * carries + [Value(value.weight) for value in results[carries:]]
+        tally.add(once, node.equation.params["length"])
+        return tally, [carry] * carries + [value._replace(number=None) for value in results[carries:]]
 
-    def _while(self, equation: Any, values: list[Value], wanted: list[bool], scope: str) -> Any:
-        parameters = equation.params
-        condition_constants, body_constants = parameters["cond_nconsts"], parameters["body_nconsts"]
+    def _while(self, node: Node, values: list[Value], scope: str) -> tuple[Tally, list[Value]]:
         carry = Value(weight=all(value.weight for value in values))
-        carries = [carry] * (len(values) - condition_constants - body_constants)
-        constants = values[condition_constants : condition_constants + body_constants]
-        test, _ = self.walk(
-            parameters["cond_jaxpr"], [*values[:condition_constants], *carries], [True], scope
-        )
-        body, _ = self.walk(parameters["body_jaxpr"], [*constants, *carries], [True] * len(carries), scope)
-        trips = loops.trip_count(equation, [value.number for value in values])
+        carries = [carry] * len(node.results)
+        # The constants of the condition, those of the body, the carries as they start.
+        condition, first = node.equation.params["cond_nconsts"], len(values) - len(carries)
+        test, _ = self.walk(node.bodies[0], [*values[:condition], *carries], scope)
+        body, _ = self.walk(node.bodies[1], [*values[condition:first], *carries], scope)
+        trips = loops.trip_count(node.equation, [value.number for value in values])
         if trips is None:
             trips = _choose(self._trips, scope)
         tally = Tally()
@@ -156,114 +145,70 @@ class Walker:
             tally.add(body, trips)
             tally.add(test, trips + 1)
         else:
-            each = body.macs.total() + test.macs.total()
-            if each:
-                place = scope or "the top"
-                tally.unknown.append(f"while at {place}: {each:,} MACs a trip, its trip count is not known")
+            each, place = body.total() + test.total(), scope or "the top"
+            if each != Work():
+                done = f"{each.flops:,} FLOPs ({each.macs:,} MACs) a trip"
+                tally.unknown.append(f"while at {place}: {done}, its trip count is not known")
             tally.unknown += [*test.unknown, *body.unknown]
         return tally, carries
 
-    def _cond(self, equation: Any, values: list[Value], wanted: list[bool], scope: str) -> Any:
+    def _cond(self, node: Node, values: list[Value], scope: str) -> tuple[Tally, list[Value]]:
         """The dearest branch, or the one that a rule picks."""
-        branches = equation.params["branches"]
-        walked = [self.walk(branch, values[1:], wanted, scope) for branch in branches]
+        walked = [self.walk(branch, values[1:], scope) for branch in node.bodies]
         results = [
-            Value(all(v.weight for v in column)) for column in zip(*(r for _, r in walked), strict=True)
+            Value(weight=all(v.weight for v in column))
+            for column in zip(*(r for _, r in walked), strict=True)
         ]
+        chosen = self.branch(node, scope)
+        if chosen is not None:
+            return walked[chosen][0], results
+        return max((tally for tally, _ in walked), key=_price), results
+
+    def branch(self, node: Node, scope: str) -> int | None:
+        """The branch of a `cond` at this scope that a rule picks, if one does."""
         chosen = _choose(self._branches, scope)
-        if chosen is None:
-            tally = max((t for t, _ in walked), key=lambda t: (len(t.unknown), t.macs.total()))
-        elif 0 <= chosen < len(branches):
-            tally = walked[chosen][0]
-        else:
-            raise UsageError(
-                f"branches: {scope!r} has no branch {chosen}. "
-                f"{did_you_mean('', [str(i) for i in range(len(branches))])}"
-            )
-        return tally, results
+        if chosen is not None and not 0 <= chosen < len(node.bodies):
+            known = did_you_mean("", [str(index) for index in range(len(node.bodies))])
+            raise UsageError(f"branches: {scope!r} has no branch {chosen}. {known}")
+        return chosen
 
     def _hides_work(self, equation: Any) -> bool:
         """Whether an equation of no known form holds a computation that multiplies and adds."""
-        for jaxpr in _jaxprs_of(equation):
-            inner = getattr(jaxpr, "jaxpr", jaxpr)
-            tally, _ = self.walk(inner, [Value()] * len(inner.invars), [True] * len(inner.outvars))
-            if tally.macs.total() or tally.unknown:
+        for jaxpr in jaxprs_of(equation):
+            graph = flatten(jaxpr)
+            tally, _ = self.walk(graph, [Value()] * len(graph.inputs))
+            if tally.total().macs or tally.unknown:
                 return True
         return False
 
 
-def live_equations(jaxpr: Any, wanted: Sequence[bool]) -> list[tuple[Any, list[bool]]]:
-    """The equations that a wanted output needs, in order, each with which of its outputs are read.
-
-    A compiler drops the rest, so counting it would not agree with what runs.
-    """
-    needed = {out for out, want in zip(jaxpr.outvars, wanted, strict=True) if want and _is_variable(out)}
-    live = []
-    for equation in reversed(jaxpr.eqns):
-        read = [out in needed for out in equation.outvars]
-        if any(read) or equation.effects:
-            live.append((equation, read))
-            needed.update(filter(_is_variable, equation.invars))
-    return live[::-1]
+def _price(tally: Tally) -> tuple[int, int, int, int]:
+    """What makes one branch dearer than another."""
+    work = tally.total()
+    return len(tally.unknown), work.flops, work.bytes, work.transcendentals
 
 
-def scope_of(equation: Any) -> str:
-    """The module path of an equation: `ViT/blocks/attention/query`, whatever transformations went over it.
-
-    Linen opens a named scope for each module call, under the module's name, with the method's name behind a
-    dot unless it is `__call__`. Dropped: the marks of `jvp`, `transpose`, `vmap` and rematerialisation,
-    methods, and einsum's own scopes. So a layer's backward pass stands with the layer.
-    """
-    path: list[str] = []
-    for part in str(equation.source_info.name_stack).split("/"):
-        while wrapped := re.fullmatch(r"\w+\((.*)\)", part):
-            part = wrapped.group(1)
-        if not part or "->" in part or part in ("rematted_computation", "checkpoint"):
-            continue
-        module, dot, _ = part.partition(".")
-        if not (dot and path and path[-1] == module):
-            path.append(module)
-    return "/".join(path)
-
-
-def join_scopes(outer: str, inner: str) -> str:
-    """Joins two scope paths, either of which may be empty."""
-    return f"{outer}/{inner}" if outer and inner else outer or inner
-
-
-def _kernel(equation: Any, scope: str, tally: Tally) -> None:
+def _kernel(node: Node, scope: str, tally: Tally) -> Work:
     """A kernel costs what it declares; its body says how one block is done, not how many."""
-    declared = equation.params["cost_estimate"]
+    declared = node.equation.params["cost_estimate"]
     if declared is None:
-        name = equation.params.get("name") or "without a name"
+        name = node.equation.params.get("name") or "without a name"
         tally.unknown.append(f"pallas_call {name} at {scope or 'the top'}: it declares no cost_estimate")
-    else:
-        tally.macs[scope, "kernel"] = int(declared.flops) // 2
+        return Work()
+    flops, moved = int(declared.flops), int(declared.bytes_accessed)
+    # It declares one figure for both ways; the outputs are written, and the rest is read.
+    written = min(moved, sum(bytes_of(out.aval) for out in node.equation.outvars))
+    return Work(flops // 2, flops, int(declared.transcendentals), moved - written, written)
+
+
+def _result(node: Node, values: list[Value]) -> Value:
+    """What is known of the results of a node without bodies."""
+    weight = all(value.weight for value in values)
+    if not values or not (is_view(node) or node.name in _KEEPS_LEAF):
+        return Value(weight)
+    number = values[0].number if node.name == "convert_element_type" else None
+    return Value(weight, number, values[0].leaves)
 
 
 def _choose(rules: list[tuple[re.Pattern[str], Any]], scope: str) -> int | None:
     return next((value for pattern, value in rules if pattern.fullmatch(scope)), None)
-
-
-def _jaxprs_of(equation: Any) -> list[Any]:
-    """Every jaxpr among the parameters of an equation."""
-    found = []
-    for parameter in equation.params.values():
-        for item in parameter if isinstance(parameter, list | tuple) else [parameter]:
-            if hasattr(item, "eqns"):
-                found.append(item)
-    return found
-
-
-def _value_of(known: dict[Any, Value], operand: Any) -> Value:
-    if _is_variable(operand):
-        return known[operand]
-    return Value(weight=True, number=loops.integer(operand.val))
-
-
-def _is_variable(operand: Any) -> bool:
-    return not hasattr(operand, "val")
-
-
-def _rank(operand: Any) -> int:
-    return len(getattr(operand.aval, "shape", ()))

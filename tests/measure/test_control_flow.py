@@ -112,7 +112,7 @@ def data_dependent(x):
 def test_a_loop_of_unknown_length_is_named_and_never_counted_once():
     cost = count(lambda x: data_dependent(x) @ x, SQUARE, parameters=None)
     assert cost.macs == ONCE
-    assert cost.unknown == ("while at search: 64 MACs a trip, its trip count is not known",)
+    assert cost.unknown == ("while at search: 144 FLOPs (64 MACs) a trip, its trip count is not known",)
     inside = count(times(3, data_dependent), SQUARE, parameters=None)
     assert (inside.macs, inside.unknown) == (0, cost.unknown)
     assert macs(data_dependent, SQUARE, trips=(("search", 6),)) == 6 * ONCE
@@ -120,8 +120,8 @@ def test_a_loop_of_unknown_length_is_named_and_never_counted_once():
     def nested(x):
         return lax.while_loop(lambda x: x.min() < 0.0, data_dependent, x)
 
-    # The outer loop holds nothing but the inner one.
-    assert count(nested, SQUARE, parameters=None).unknown == cost.unknown
+    outer = "while at the top: 16 FLOPs (0 MACs) a trip, its trip count is not known"
+    assert count(nested, SQUARE, parameters=None).unknown == (outer, *cost.unknown)
 
 
 def test_the_test_of_a_loop_runs_once_more_than_its_body():
@@ -151,11 +151,15 @@ def test_no_length_is_made_up(loop):
     assert len(cost.unknown) == 1
 
 
-def test_a_loop_without_products_needs_no_length():
+def test_a_loop_without_products_is_named_too():
     def loop(x):
         return lax.while_loop(lambda x: x.sum() < 9.0, lambda x: x + 1.0, x)
 
-    assert macs(loop, SQUARE) == 0
+    cost = count(loop, SQUARE, parameters=None)
+    assert (cost.flops, cost.bytes) == (0, 0)
+    assert cost.unknown == ("while at the top: 32 FLOPs (0 MACs) a trip, its trip count is not known",)
+    # The sum is taken once more than the addition.
+    assert count(loop, SQUARE, parameters=None, trips=((".*", 5),)).flops == 5 * 16 + 6 * (15 + 1)
 
 
 def branching(x):

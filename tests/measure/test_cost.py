@@ -68,7 +68,9 @@ def test_a_model_is_counted_by_kind():
         "dense": 3 * (PROJECTIONS + FEED_FORWARD) + HEAD,
     }
     assert cost.macs == sum(cost.macs_by_kind.values())
-    assert cost.flops == 2 * cost.macs
+    assert cost.flops == sum(cost.flops_by_kind.values())
+    assert cost.flops_by_kind["attention"] == 2 * cost.macs_by_kind["attention"]
+    assert cost.flops_by_kind["elementwise"] > 0
 
 
 @pytest.mark.parametrize("jit", [True, False])
