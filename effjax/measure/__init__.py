@@ -1,8 +1,18 @@
-"""What things cost: parameters and multiply-accumulates from the jaxpr, time from the clock."""
+"""What things cost: work from the jaxpr, time from the clock, floors from a table of chips."""
 
 from effjax.measure.chips import CHIPS, Chip, chip
 from effjax.measure.cost import Cost, count, count_bytes, count_parameters
+from effjax.measure.cpu import measure_cpu
 from effjax.measure.latency import Comparison, Timing, compare, time_function
+from effjax.measure.roofline import (
+    Floor,
+    attainable,
+    collective_seconds,
+    floor,
+    floor_of,
+    intensity,
+    ridge,
+)
 from effjax.measure.tree import Module, short, table, tree
 
 __all__ = [
@@ -10,13 +20,21 @@ __all__ = [
     "Chip",
     "Comparison",
     "Cost",
+    "Floor",
     "Module",
     "Timing",
+    "attainable",
     "chip",
+    "collective_seconds",
     "compare",
     "count",
     "count_bytes",
     "count_parameters",
+    "floor",
+    "floor_of",
+    "intensity",
+    "measure_cpu",
+    "ridge",
     "short",
     "table",
     "time_function",
