@@ -1,9 +1,19 @@
-"""What things cost: parameters, arithmetic, bytes and memory from the jaxpr, time from the clock."""
+"""What things cost: work, bytes and memory from the jaxpr, time from the clock, floors from a table of chips."""
 
 from effjax.measure.chips import CHIPS, Chip, chip
 from effjax.measure.cost import Cost, count
+from effjax.measure.cpu import measure_cpu
 from effjax.measure.latency import Comparison, Timing, compare, time_function
 from effjax.measure.parameters import count_bytes, count_parameters
+from effjax.measure.roofline import (
+    Floor,
+    attainable,
+    collective_seconds,
+    floor,
+    floor_of,
+    intensity,
+    ridge,
+)
 from effjax.measure.tree import Module, short, table, tree
 from effjax.measure.work import Work
 
@@ -12,14 +22,22 @@ __all__ = [
     "Chip",
     "Comparison",
     "Cost",
+    "Floor",
     "Module",
     "Timing",
     "Work",
+    "attainable",
     "chip",
+    "collective_seconds",
     "compare",
     "count",
     "count_bytes",
     "count_parameters",
+    "floor",
+    "floor_of",
+    "intensity",
+    "measure_cpu",
+    "ridge",
     "short",
     "table",
     "time_function",
