@@ -38,6 +38,15 @@ class Cache:
     written: Any
 
 
+# Names of the axes, for the rules that lay a cache out on a mesh.
+AXES = Cache(
+    keys=("batch", "slots", "kv_heads", "head_dim"),
+    values=("batch", "slots", "kv_heads", "head_dim"),
+    positions=("batch", "slots"),
+    written=(),
+)
+
+
 def init_cache(batch: int, slots: int, groups: int, head_dim: int, dtype: DTypeLike = jnp.float32) -> Cache:
     """Makes an empty cache for `slots` tokens of `groups` key/value heads."""
     shape = (batch, slots, groups, head_dim)

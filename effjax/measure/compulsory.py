@@ -1,5 +1,6 @@
 """The bytes that no schedule can avoid: what goes in and what comes out, once each."""
 
+import dataclasses
 import math
 from collections.abc import Collection
 
@@ -8,7 +9,21 @@ from effjax.measure.graph import Graph, Node, devices_of, scan_layout
 from effjax.measure.traffic import is_fused, is_update, taken
 
 
-def compulsory_bytes(graph: Graph, donated: Collection[int] = ()) -> int:
+@dataclasses.dataclass(frozen=True)
+class Compulsory:
+    """Bytes that must move, by where they lie; the leaves of all arguments are the inputs, in order."""
+
+    inputs: tuple[int, ...]
+    constants: int
+    outputs: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self.inputs) + self.constants + sum(self.outputs)
+
+
+def compulsory(graph: Graph, donated: Collection[int] = ()) -> Compulsory:
     """Bytes of inputs and captured constants that are used, read once, and of outputs, written once.
 
     Of an input that only gathers and slices touch (a table of embeddings), the rows taken count. An input
@@ -22,22 +37,27 @@ def compulsory_bytes(graph: Graph, donated: Collection[int] = ()) -> int:
     inputs = {*graph.inputs, *graph.constants}
     made_by = {result: node for node in graph.nodes for result in node.results}
     used = [0] * len(graph.avals)
-    written = 0
-    for out in dict.fromkeys(graph.outputs):
+    written = dict.fromkeys(graph.outputs, 0)
+    for out in written:
         if out is None or out in inputs:
             continue
         origin, updated = _origin(made_by, out)
         if origin in donated:
-            written += min(updated, bytes_of(graph.avals[out]))
+            written[out] = min(updated, bytes_of(graph.avals[out]))
         else:
-            written += bytes_of(graph.avals[out])
+            written[out] = bytes_of(graph.avals[out])
             used[out] = _size(graph, out)
     _backwards(graph, used)
-    read = 0
-    for number in inputs:
-        aval = graph.avals[number]
-        read += math.ceil(bytes_of(aval) * used[number] / max(1, _size(graph, number)))
-    return read + written
+
+    def read(number: int) -> int:
+        return math.ceil(bytes_of(graph.avals[number]) * used[number] / max(1, _size(graph, number)))
+
+    return Compulsory(
+        inputs=tuple(map(read, graph.inputs)),
+        constants=sum(map(read, {*graph.constants} - {*graph.inputs})),
+        # What is returned twice is written once.
+        outputs=tuple(written.pop(out, 0) for out in graph.outputs),
+    )
 
 
 def _backwards(graph: Graph, used: list[int]) -> None:

@@ -9,7 +9,7 @@ import jax
 
 from effjax.errors import UsageError
 from effjax.matching import Rules, match
-from effjax.measure.compulsory import compulsory_bytes
+from effjax.measure.compulsory import Compulsory, compulsory
 from effjax.measure.graph import flatten
 from effjax.measure.memory import peak_bytes
 from effjax.measure.parameters import (
@@ -38,8 +38,8 @@ class Cost:
     """Bytes of the parameters by dtype, sub-byte types at their width: `{"int4": 512}`."""
     work_by_scope: Mapping[str, Mapping[str, Work]]
     """Work by module path, then by kind: attention, dense, convolution, kernel, elementwise, gather."""
-    compulsory_bytes: int
-    """Bytes that no schedule avoids: see `effjax.measure.compulsory`."""
+    compulsory: Compulsory
+    """Bytes that no schedule avoids, by input and output: see `effjax.measure.compulsory`."""
     peak_bytes: int
     """Most bytes that stand in memory at one moment: see `effjax.measure.memory`."""
     unknown: tuple[str, ...]
@@ -122,6 +122,11 @@ class Cost:
         return self.work.bytes
 
     @property
+    def compulsory_bytes(self) -> int:
+        """Bytes that no schedule avoids: what goes in and is used, what comes out, once each."""
+        return self.compulsory.total
+
+    @property
     def intensity(self) -> float:
         """Arithmetic intensity: operations for each byte read or written."""
         return self.work.intensity
@@ -199,7 +204,7 @@ def count(
         active_by_path=active,
         parameter_bytes=count_bytes(tree),
         work_by_scope=nested(tally.work),
-        compulsory_bytes=compulsory_bytes(graph, reusable),
+        compulsory=compulsory(graph, reusable),
         peak_bytes=peak_bytes(graph, reusable, walker.branch),
         unknown=tuple(tally.unknown),
     )

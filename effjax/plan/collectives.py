@@ -22,6 +22,9 @@ KINDS = (
     "collective-broadcast",
 )
 
+# Kind, axes, devices of a group, hosts.
+Key = tuple[str, tuple[str, ...], int, int]
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -57,8 +60,8 @@ def collectives(
     Returns:
       The collectives, and those that could not be counted, in words.
     """
-    counts: collections.Counter[tuple] = collections.Counter()
-    amounts: collections.Counter[tuple] = collections.Counter()
+    counts: collections.Counter[Key] = collections.Counter()
+    amounts: collections.Counter[Key] = collections.Counter()
     unknown: list[str] = []
     seen: set[tuple[str, str]] = set()
     for instruction, computation, times in hlo.walk(module):

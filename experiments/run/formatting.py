@@ -5,7 +5,7 @@ import math
 
 def count(value: float) -> str:
     """Two decimals of the largest unit, as the tables of papers have it: 5,717,416 is "5.72M"."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         # Rounding may carry a number into the next unit: 999,999 is 1.00M, not 1000.00k.
         if abs(value) >= size - 0.005 * size / 1e3:
             return f"{value / size:.2f}{unit}"

@@ -1,0 +1,60 @@
+"""The process that compiles a plan: `python -m experiments.run.plan_worker REQUEST.json ANSWER.json`.
+
+Compilers for absent chips read their environment once and may end the process, so each plan is made in one of
+its own. The request holds the config and what is asked; the answer a plan, or an error in words.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from effjax.errors import EffjaxError, UsageError
+from experiments.run.files import to_json, write_atomic
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Makes the plan of a request."""
+    from ml_collections import ConfigDict
+
+    from effjax.experiment import resolve
+    from effjax.plan import steps
+    from effjax.plan.compiled import compile_step
+    from effjax.plan.plan import chip_of, make_plan
+    from effjax.plan.topology import Topology
+    from effjax.train.program import build_program
+
+    topology = Topology.parse(request["topology"])
+    experiment = resolve(ConfigDict(request["config"]))
+    devices = topology.open()
+    program = build_program(experiment, experiment.data.described(), devices)
+    step = steps.build(request["step"], program, serving_of(request, program.task))
+    chip = chip_of(topology)
+    return make_plan(step, program, compile_step(step, program, topology), topology, chip).to_dict()
+
+
+def serving_of(request: dict[str, Any], task: Any) -> Any:
+    """What is asked of the trained model."""
+    from effjax.plan.steps import Serving
+    from effjax.train.tasks.diffusion import Diffusion
+    from experiments.run.sampling import build_sampler
+
+    sampler = None
+    if isinstance(task, Diffusion):
+        sampler = build_sampler(task, request["sampler"], request["sampler_steps"])
+    return Serving(request["batch"], request["context"], sampler, request["guidance"])
+
+
+def main() -> None:
+    """Reads the request, writes the answer."""
+    request = json.loads(Path(sys.argv[1]).read_text())
+    result: dict[str, Any]
+    try:
+        result = {"plan": answer(request)}
+    except EffjaxError as error:
+        result = {"error": str(error), "usage": isinstance(error, UsageError)}
+    write_atomic(sys.argv[2], to_json(result))
+
+
+if __name__ == "__main__":
+    main()
