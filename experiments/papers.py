@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
         sys.stdout.write(catalog.render_markdown(entries))
         return
     # A pipe has no width: there every row keeps its whole line.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 220)
     if slugs:
         for entry in [catalog.get(slug, entries) for slug in slugs]:
             console.print(_whole(entry))
@@ -49,7 +49,8 @@ def main(argv: list[str]) -> None:
 
 
 def _overview(entries: tuple[catalog.Entry, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    # Only in a table that expands does the title alone give way.
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", expand=True)
     for heading in ("system", "room", "family", "year", "status"):
         table.add_column(heading, no_wrap=True)
     table.add_column("title", no_wrap=True, overflow="ellipsis", ratio=1)

@@ -10,8 +10,8 @@ NOT_MEASURED = "not measured yet"
 
 STATUSES = ("works", "unmeasured", "planned")
 
-# What a system does to make a model cheaper. The first six are the families of Chitty-Venkata et al., "A Survey
-# of Techniques for Optimizing Transformer Inference", 2023, arXiv:2307.07982; the others it does not treat.
+# What a system does to make a model cheaper. The first six are the families of Chitty-Venkata et al., "A
+# Survey of Techniques for Optimizing Transformer Inference", 2023, arXiv:2307.07982; the rest is our own.
 FAMILIES = {
     "distillation": "a small model learns from a large one",
     "pruning": "weights, heads, layers or tokens are left out",

@@ -14,8 +14,8 @@ Theoretical Peak Performance Analysis", 2024, arXiv:2405.08944.
 The paper's example is Yi-34B 200K on an A100: 312e12 FLOP/s, 2e12 B/s, 80 GB. Its "GB" of a cache are 2^30
 bytes and its "K" is 1000 tokens: 100K tokens take 24.58e9 bytes, which it calls 22.8 GB. `c` counts the FLOPs
 of attention for each layer, channel and token of context: 4 where the whole square is multiplied, as this
-library's attention does, 2 where a kernel leaves out what the causal mask hides. The paper's 14.1 s for
-50K tokens needs c of about 1, half of what a causal kernel multiplies; see `tests/measure/analytic`.
+library's attention does, 2 where a kernel leaves out what the causal mask hides. The paper's 14.1 s for 50K
+tokens needs c of about 1, half of what a causal kernel multiplies; its text could not be had to see why.
 
     >>> serve(DecoderShape.of(model), CHIPS["a100"], context=50_000).users
 """

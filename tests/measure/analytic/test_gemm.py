@@ -68,6 +68,8 @@ def test_energy_is_power_times_time():
 
 def test_a_dense_layer():
     assert Gemm.of_dense(tokens=7, inputs=11, outputs=13) == Gemm(7, 13, 11, 2)
+    gemm = Gemm.of_dense(tokens=4096, inputs=1024, outputs=4096)  # the module's example
+    assert room.advise(gemm, [(64, 64), (128, 128), (256, 128)], A100) == (64, 64)
 
 
 @pytest.mark.parametrize("tile", [(8, 8), (5, 7), (64, 64)])

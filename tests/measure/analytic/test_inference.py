@@ -78,6 +78,7 @@ def test_a_decoding_step_agrees_with_serving():
 
 def test_large_batches_are_bound_by_compute_and_small_ones_by_memory():
     model = Transformer.of_lm(built("language.lm", "8b"))
+    assert infer(model, A100, new=1, seen=4096, batch=8).bound == "memory"  # the module's example
     calls = [infer(model, A100, new=1, seen=16, batch=batch) for batch in (1, 8, 64, 512, 4096)]
     assert [call.bound for call in calls] == ["memory", "memory", "memory", "compute", "compute"]
     intensities = [call.intensity for call in calls]
