@@ -32,7 +32,7 @@ from effjax.measure.analytic.shape import Chip, DecoderShape, Number, peak_of
 class Compression:
     """What is left of the cache along each of its four dimensions; 1 is everything. `*` combines.
 
-    Only the cache shrinks: weights and the FLOPs of a prefill stay as they are.
+    Only the cache shrinks, and with fewer tokens what a decoding step multiplies: weights and prefill stay.
 
     Raises:
       UsageError: for a factor that is not in (0, 1].
@@ -159,7 +159,7 @@ def serve(
     per_token = kv_bytes(shape, bytes_per_kv) * compression.factor
     kv = context * per_token
     prefill_flops = context * (2 * shape.multiplied + attention * shape.depth * context * channels)
-    decode_flops = 2 * shape.multiplied + 4 * shape.depth * context * channels
+    decode_flops = 2 * shape.multiplied + 4 * shape.depth * context * channels * compression.tokens
     return Serving(
         context=context,
         devices=devices,

@@ -143,6 +143,8 @@ def test_a_method_scales_one_dimension(compression, dimension, left):
     assert less.kv_bytes_per_user == pytest.approx(left * plain.kv_bytes_per_user)
     assert less.switch_seconds == pytest.approx(left * plain.switch_seconds)
     assert less.prefill_flops == plain.prefill_flops
+    attention = [each.decode_flops_per_token - 2 * YI_34B.multiplied for each in (plain, less)]
+    assert attention[1] == pytest.approx(attention[0] * (left if dimension == "tokens" else 1))
     assert less.weight_bytes == plain.weight_bytes
 
 
