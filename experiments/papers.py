@@ -1,7 +1,7 @@
 """Lists the catalogue: what works here, and how that is known.
 
 python -m experiments.papers                      one line a system
-python -m experiments.papers --room=diffusion     one room; also --find=WORD, --status=works
+python -m experiments.papers --room=diffusion     one room; also --family, --find=WORD, --status=works
 python -m experiments.papers vit dit              whole entries
 python -m experiments.papers --markdown           the text of CATALOG.md
 """
@@ -20,6 +20,7 @@ from experiments.cli import run
 ROOM = flags.DEFINE_string("room", None, "only this room: models, train, diffusion, ...")
 FIND = flags.DEFINE_string("find", None, "only entries whose text holds this word")
 STATUS = flags.DEFINE_string("status", None, f"only entries of this status: {', '.join(catalog.STATUSES)}")
+FAMILY = flags.DEFINE_string("family", None, f"only this family: {', '.join(catalog.FAMILIES)}")
 MARKDOWN = flags.DEFINE_boolean("markdown", False, "print the whole catalogue as Markdown")
 
 _COLOURS = {"works": "green", "unmeasured": "yellow", "planned": "dim"}
@@ -29,31 +30,33 @@ def main(argv: list[str]) -> None:
     """Prints what was asked for."""
     entries = catalog.load()
     slugs = argv[1:]
-    filtered = (ROOM.value, FIND.value, STATUS.value) != (None, None, None)
+    filters = {"room": ROOM.value, "word": FIND.value, "status": STATUS.value, "family": FAMILY.value}
+    filtered = any(value is not None for value in filters.values())
     if (bool(slugs) + filtered + MARKDOWN.value) > 1:
         raise UsageError("Give names of systems, or filters, or --markdown: one of the three.")
     if MARKDOWN.value:
         sys.stdout.write(catalog.render_markdown(entries))
         return
     # A pipe has no width: there every row keeps its whole line.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 220)
     if slugs:
         for entry in [catalog.get(slug, entries) for slug in slugs]:
             console.print(_whole(entry))
         return
-    found = catalog.find(entries, room=ROOM.value, word=FIND.value, status=STATUS.value)
+    found = catalog.find(entries, **filters)
     console.print(_overview(found))
     console.print(f"{len(found)} of {len(entries)} systems")
 
 
 def _overview(entries: tuple[catalog.Entry, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("system", "room", "year", "status"):
+    # Only in a table that expands does the title alone give way.
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", expand=True)
+    for heading in ("system", "room", "family", "year", "status"):
         table.add_column(heading, no_wrap=True)
     table.add_column("title", no_wrap=True, overflow="ellipsis", ratio=1)
     for entry in entries:
         status = Text(entry.status, style=_COLOURS[entry.status])
-        table.add_row(entry.slug, entry.room, str(entry.year), status, Text(entry.title))
+        table.add_row(entry.slug, entry.room, entry.family, str(entry.year), status, Text(entry.title))
     return table
 
 
@@ -64,6 +67,7 @@ def _whole(entry: catalog.Entry) -> Table:
     rows = {
         "system": entry.slug,
         "room": entry.room,
+        "family": entry.family,
         "status": entry.status,
         "paper": entry.paper,
         "mechanism": "\n".join(entry.files),

@@ -10,13 +10,28 @@ NOT_MEASURED = "not measured yet"
 
 STATUSES = ("works", "unmeasured", "planned")
 
+# What a system does to make a model cheaper. The first six are the families of Chitty-Venkata et al., "A
+# Survey of Techniques for Optimizing Transformer Inference", 2023, arXiv:2307.07982; the rest is our own.
+FAMILIES = {
+    "distillation": "a small model learns from a large one",
+    "pruning": "weights, heads, layers or tokens are left out",
+    "quantisation": "fewer bits",
+    "architecture search": "the shape is searched for",
+    "lightweight design": "a cheaper mixer, feed-forward layer or backbone",
+    "hardware": "kernels, accelerators, and models of what they cost",
+    "baseline": "the model that others are compared with",
+    "caching": "what was computed is kept and used again",
+    "sampling": "the network runs less often for each result",
+    "training": "the same model in less training",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """One paper, or one method of the field's common stock, and where everything about it lies.
 
     Raises:
-      UsageError: for an unknown status, or one that the other fields do not bear out.
+      UsageError: for an unknown family or status, or a status that the other fields do not bear out.
     """
 
     slug: str
@@ -27,6 +42,8 @@ class Entry:
     """Authors, venue and arXiv id."""
     room: str
     """The room its mechanism stands in: `models`, `diffusion`, ..."""
+    family: str
+    """What it does to make a model cheaper, a key of `FAMILIES`."""
     files: tuple[str, ...]
     """The mechanism, by path from the root of the repository."""
     configs: tuple[str, ...] = ()
@@ -43,6 +60,8 @@ class Entry:
     """`works`: built, proved, its claim tried. `unmeasured`: built, claim not tried. `planned`: not built."""
 
     def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise UsageError(f"{self.slug}.family is {self.family!r}. {did_you_mean(self.family, FAMILIES)}")
         if self.status not in STATUSES:
             raise UsageError(f"{self.slug}.status is {self.status!r}. {did_you_mean(self.status, STATUSES)}")
         if self.status == "works" and (self.measured == NOT_MEASURED or not self.tests):

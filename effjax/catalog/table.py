@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
-from effjax.catalog.entry import NOT_MEASURED, STATUSES, Entry, parse
+from effjax.catalog.entry import FAMILIES, NOT_MEASURED, STATUSES, Entry, parse
 from effjax.errors import UsageError, did_you_mean
 
 
@@ -48,12 +48,18 @@ def get(slug: str, entries: Iterable[Entry]) -> Entry:
 
 
 def find(
-    entries: Iterable[Entry], *, room: str | None = None, word: str | None = None, status: str | None = None
+    entries: Iterable[Entry],
+    *,
+    room: str | None = None,
+    word: str | None = None,
+    status: str | None = None,
+    family: str | None = None,
 ) -> tuple[Entry, ...]:
-    """Keeps the entries of a room, with a status, whose text holds a word in whatever case.
+    """Keeps the entries of a room and a family, with a status, whose text holds a word in whatever case.
 
     Raises:
-      UsageError: for a room or a status that does not exist; a word that occurs nowhere finds nothing.
+      UsageError: for a room, a family or a status that does not exist; a word that occurs nowhere finds
+        nothing.
     """
     entries = tuple(entries)
     rooms = {entry.room for entry in entries}
@@ -61,10 +67,13 @@ def find(
         raise UsageError(f"No room {room!r} in the catalogue. {did_you_mean(room, rooms)}")
     if status is not None and status not in STATUSES:
         raise UsageError(f"No status {status!r}. {did_you_mean(status, STATUSES)}")
+    if family is not None and family not in FAMILIES:
+        raise UsageError(f"No family {family!r}. {did_you_mean(family, FAMILIES)}")
     return tuple(
         entry
         for entry in entries
         if room in (None, entry.room)
+        and family in (None, entry.family)
         and status in (None, entry.status)
         and (word is None or word.casefold() in entry.text.casefold())
     )
@@ -116,9 +125,9 @@ def render_markdown(entries: Iterable[Entry]) -> str:
         "- **unmeasured**: built; what the paper claims has not been tried here yet.",
         "- **planned**: not built.",
         "",
-        "| system | room | year | status |",
-        "|---|---|---|---|",
-        *(f"| [{e.slug}](#{e.slug}) | {e.room} | {e.year} | {e.status} |" for e in entries),
+        "| system | room | family | year | status |",
+        "|---|---|---|---|---|",
+        *(f"| [{e.slug}](#{e.slug}) | {e.room} | {e.family} | {e.year} | {e.status} |" for e in entries),
     ]
     for room in dict.fromkeys(entry.room for entry in entries):
         lines += ["", f"## {room}"]

@@ -12,7 +12,7 @@ from effjax.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 
-FIELDS = {"title": "A", "year": 2020, "paper": "B et al.", "files": ["effjax/a.py"]}
+FIELDS = {"title": "A", "year": 2020, "family": "hardware", "paper": "B et al.", "files": ["effjax/a.py"]}
 
 
 def entry(slug="a", room="models", **changes):
@@ -33,6 +33,7 @@ def test_entries_say_what_they_claim_and_where_they_come_from():
         assert each.claim, each.slug
         assert each.paper, each.slug
         assert each.files, each.slug
+        assert each.family in catalog.FAMILIES, each.slug
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,7 @@ def test_entries_say_what_they_claim_and_where_they_come_from():
         ({"year": "2020"}, r"year must be of type int, not '2020'"),
         ({"files": "effjax/a.py"}, "files must be a list of strings, not 'effjax/a.py'"),
         ({"tests": [1]}, "tests must be a list of strings"),
+        ({"family": "quantization"}, r"a.family is 'quantization'. Did you mean 'quantisation'\?"),
         ({"status": "work"}, r"a.status is 'work'. Did you mean 'works'\?"),
         ({"status": "works", "tests": ["t.py"]}, "cannot be 'works' without tests and without a measured"),
         ({"status": "works", "measured": "2x"}, "cannot be 'works'"),
@@ -52,9 +54,10 @@ def test_a_wrong_entry_is_refused(changes, message):
         entry(**changes)
 
 
-def test_a_missing_field_is_named():
-    with pytest.raises(UsageError, match=r"models.toml \[a\]: paper is missing"):
-        parse("a", "models", {key: value for key, value in FIELDS.items() if key != "paper"})
+@pytest.mark.parametrize("field", ["paper", "family"])
+def test_a_missing_field_is_named(field):
+    with pytest.raises(UsageError, match=rf"models.toml \[a\]: {field} is missing"):
+        parse("a", "models", {key: value for key, value in FIELDS.items() if key != field})
 
 
 def test_an_entry_with_a_measured_result_and_a_test_works():
@@ -81,7 +84,7 @@ def test_problems_name_what_is_missing(tmp_path):
 
 ENTRIES = (
     entry("one", claim="Twice as FAST."),
-    entry("two", room="train", paper="Fastidious et al."),
+    entry("two", room="train", paper="Fastidious et al.", family="training"),
     entry("three", room="train", status="planned"),
 )
 
@@ -95,6 +98,7 @@ ENTRIES = (
         ({"word": "fast"}, ["one", "two"]),
         ({"word": "fast", "room": "train"}, ["two"]),
         ({"word": "nowhere"}, []),
+        ({"family": "training"}, ["two"]),
     ],
 )
 def test_find(filters, slugs):
@@ -108,6 +112,8 @@ def test_unknown_names_are_usage_errors():
         catalog.find(ENTRIES, room="trains")
     with pytest.raises(UsageError, match=r"No status 'done'. Known: 'planned', 'unmeasured', 'works'"):
         catalog.find(ENTRIES, status="done")
+    with pytest.raises(UsageError, match=r"No family 'prunning'. Did you mean 'pruning'"):
+        catalog.find(ENTRIES, family="prunning")
 
 
 def write_rooms(monkeypatch, folder, **files):
@@ -117,7 +123,7 @@ def write_rooms(monkeypatch, folder, **files):
     monkeypatch.setattr(table.importlib.resources, "files", lambda package: folder)
 
 
-MINIMAL = '[{}]\ntitle = "A"\nyear = 2020\npaper = "B"\nfiles = ["a.py"]\n'
+MINIMAL = '[{}]\ntitle = "A"\nyear = 2020\nfamily = "pruning"\npaper = "B"\nfiles = ["a.py"]\n'
 
 
 def test_rooms_are_read_in_order(monkeypatch, tmp_path):
@@ -141,7 +147,7 @@ def test_the_page_holds_every_field():
     full = entry(configs=["c.py:tiny"], tests=["t.py"], claim="A claim.", differences="A difference.")
     page = catalog.render_markdown([full, dataclasses.replace(full, slug="b", measured="2.1x.")])
     for text in (
-        "| [a](#a) | models | 2020 | unmeasured |",
+        "| [a](#a) | models | hardware | 2020 | unmeasured |",
         "### a",
         "`effjax/a.py`",
         "`c.py:tiny`",
