@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-_COLOURS = ("#2f6fdb", "#d9622b", "#2a9d6f", "#9a52c7", "#b8860b", "#c23b5a")
+COLOURS = ("#2f6fdb", "#d9622b", "#2a9d6f", "#9a52c7", "#b8860b", "#c23b5a")
 _SMOOTHED_FROM = 20  # points; fewer are drawn as they are
 
 
@@ -42,8 +42,8 @@ def curve(rows: Sequence[Mapping[str, Any]], name: str, *, smoothing: float = 0.
     splits = list(dict.fromkeys(row["split"] for row in rows if name in row))
     if not splits:
         raise KeyError(name)
-    figure, axes = _figure()
-    for split, colour in zip(splits, _COLOURS * (len(splits) // len(_COLOURS) + 1), strict=False):
+    figure, axes = new_figure()
+    for split, colour in zip(splits, COLOURS * (len(splits) // len(COLOURS) + 1), strict=False):
         points = [(row["step"], row[name]) for row in rows if row["split"] == split and name in row]
         steps, values = np.array(points, np.float64).T
         if split == "train" and len(points) >= _SMOOTHED_FROM and name != "learning_rate":
@@ -63,7 +63,7 @@ def curve(rows: Sequence[Mapping[str, Any]], name: str, *, smoothing: float = 0.
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     if len(splits) > 1:
         axes.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def smooth(values: Float[np.ndarray, " n"], width: float) -> Float[np.ndarray, " n"]:
@@ -107,7 +107,8 @@ def image_grid(images: UInt8[np.ndarray, "n h w c"], columns: int, *, least_pixe
     return buffer.getvalue()
 
 
-def _figure(width: float = 6.4, height: float = 3.6) -> tuple[Figure, Axes]:
+def new_figure(width: float = 6.4, height: float = 3.6) -> tuple[Figure, Axes]:
+    """An empty figure in the style of all plots here."""
     figure = Figure(figsize=(width, height), dpi=140, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -116,7 +117,8 @@ def _figure(width: float = 6.4, height: float = 3.6) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A figure as PNG bytes."""
     buffer = io.BytesIO()
     # Without the default metadata: the same numbers then give the same bytes.
     figure.savefig(buffer, format="png", metadata={"Software": None})

@@ -25,13 +25,13 @@ def bytes_of(tree):
 
 
 def floor_and_time(function, inputs, chip, dtype):
-    """The floor of a function that reads its inputs and writes its results once, and its measured median."""
+    """The floor of a function that reads its inputs and writes its results once, and its measured time."""
     work = count(function, *inputs, parameters=None)
     assert not work.unknown
     moved = bytes_of(inputs) + bytes_of(jax.eval_shape(function, *inputs))
     held = floor((work.flops, dtype), moved, chip)
     compiled = jax.jit(function, compiler_options=OPTIMISED)
-    return held, time_function(compiled, inputs, warmup=2, repeats=5).median
+    return held, time_function(compiled, inputs, warmup=2, repeats=5)
 
 
 def array(*shape, dtype=jnp.float32):
@@ -70,7 +70,7 @@ def test_no_program_is_faster_than_its_floor(cpu, name, dtype):
     function, shapes = PROGRAMS[name]
     inputs = tuple(array(*shape, dtype=dtype) for shape in shapes)
     held, measured = floor_and_time(function, inputs, cpu, inputs[0].dtype.name)
-    assert 0 < held.seconds <= measured, (held.bound, held.seconds / measured)
+    assert 0 < held.seconds <= measured.median, (held.bound, held.seconds / measured.median)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -84,17 +84,17 @@ def test_no_model_is_faster_than_its_floor(cpu, family):
     variables = program.variables(program.init(), ema=False)
     batch = dict(jax.tree.map(jnp.asarray, dict(program.data.example_batch(8))), mask=jnp.ones(8))
     held, measured = floor_and_time(forward, (variables, batch), cpu, "bfloat16")
-    assert 0 < held.seconds <= measured, (held.bound, held.seconds / measured)
+    assert 0 < held.seconds <= measured.median, (held.bound, held.seconds / measured.median)
 
 
 def test_floors_are_not_idle(cpu):
-    """A floor of zero would always hold: the best programs come near it."""
+    """A floor of zero would always hold: the best runs of good programs come near it."""
     held, measured = floor_and_time(jnp.dot, (array(768, 768),) * 2, cpu, "float32")
     assert held.bound == "compute"
-    assert held.seconds > 0.2 * measured
+    assert held.seconds > 0.2 * min(measured.runs)
     held, measured = floor_and_time(jnp.add, (array(2**20),) * 2, cpu, "float32")
     assert held.bound == "memory"
-    assert held.seconds > 0.02 * measured
+    assert held.seconds > 0.02 * min(measured.runs)
 
 
 def test_the_figures_are_of_a_cpu(cpu):
