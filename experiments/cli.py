@@ -18,7 +18,9 @@
 Exit codes: 0 done, 1 failed, 2 asked wrongly, 75 stopped and can be resumed, 130 interrupted.
 '''
 
+import ctypes.util
 import errno
+import importlib.util
 import logging
 import os
 import shlex
@@ -27,6 +29,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NoReturn
 
 from absl import flags
@@ -61,6 +64,7 @@ def run(
         one is refused.
       flag_values: where the driver defined its flags.
     """
+    _choose_platform()
     arguments = sys.argv[1:]
     debug = not _DEBUG.isdisjoint(arguments)
     if not debug:
@@ -88,6 +92,21 @@ def run(
             traceback.print_exception(error)
         code = _explain(error, debug)
     sys.exit(code)
+
+
+def _choose_platform() -> None:
+    """Keeps JAX from starting compilers for chips that are not here.
+
+    The extras for planning install libtpu and the CUDA plug-in. On a machine without such chips JAX would try
+    both, fail, and fill the terminal with how.
+    """
+    if "JAX_PLATFORMS" in os.environ:
+        return
+    tpu = any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+    gpu = ctypes.util.find_library("cuda") is not None
+    installed = importlib.util.find_spec("libtpu") or importlib.util.find_spec("jax_plugins")
+    if installed and not tpu and not gpu:
+        os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def command_line() -> str:

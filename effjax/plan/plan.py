@@ -17,10 +17,7 @@ from effjax.plan.collectives import Collective, collectives
 from effjax.plan.compiled import Compiled, Memory, share
 from effjax.plan.topology import CPU, Topology
 from effjax.train.program import Program
-
-# The backward pass multiplies twice for each multiplication of the forward pass: once for the gradient of
-# the weights, once for that of the activations.
-_FORWARD_PASSES = 3
+from effjax.train.step import loss_and_gradient
 
 DAY = 86_400
 
@@ -38,7 +35,7 @@ class Plan:
       steps: of the whole run, where the step is one of training.
       parameters: of the model.
       macs: multiply-accumulates of one step on all devices as counted, recomputation included.
-      model_macs: the same without recomputation, three forward passes for a training step: what MFU means.
+      model_macs: of the model alone, without recomputation and optimiser: what MFU counts.
       macs_per_device: as cut by the compiler; more than `macs / devices` where work is done twice.
       memory: of one device; None where the compiler gave up.
       needed: bytes of one device, by the compiler's own account where it gave up, else the peak.
@@ -150,10 +147,7 @@ def make_plan(step: steps.Step, program: Program, compiled: Compiled, topology: 
     if compiled.memory is not None:
         moved = _moved_per_device(cost, step, compiled, program.mesh.size)
         at_least = floor((2 * per_device, dtype), moved, chip, network_seconds=network_floor(sent, chip))
-    model_macs = cost.macs
-    if step.kind == "train":
-        forward = steps.evaluate(program, steps.Serving())
-        model_macs = _FORWARD_PASSES * _count(forward, program).macs
+    model_macs = _gradient_macs(program) if step.kind == "train" else cost.macs
     return Plan(
         topology=str(topology),
         step=step.kind,
@@ -191,6 +185,19 @@ def network_floor(sent: Sequence[Collective], chip: Chip) -> float:
 def _count(step: steps.Step, program: Program) -> Cost:
     with activate(program.mesh, program.rules):
         return count(step.function, *step.arguments, parameters=None, donated=step.donated)
+
+
+def _gradient_macs(program: Program) -> int:
+    """Forward and backward pass of one step, with everything kept that the backward pass needs."""
+    task, train = program.task, program.experiment.train
+    if hasattr(task.model, "remat"):
+        task = dataclasses.replace(task, model=task.model.clone(remat="none"))
+
+    def gradient(state: Any, batch: Any) -> Any:
+        return loss_and_gradient(task, state, batch, train.precision, train.accumulate)
+
+    with activate(program.mesh, program.rules):
+        return count(gradient, program.shapes, program.batch_shapes(), parameters=None).macs
 
 
 def _macs_per_device(cost: Cost, compiled: Compiled, devices: int) -> tuple[int, list[str]]:

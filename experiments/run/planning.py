@@ -1,15 +1,22 @@
 """From a config and the name of some chips to a table, `plan.json` and an exit code."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from effjax.errors import EffjaxError, UsageError
+from effjax.experiment import resolve
+from effjax.measure.analytic.serving import Serving, serve
+from effjax.measure.analytic.shape import DecoderShape
+from effjax.measure.chips import CHIPS
+from effjax.models.lm import LM
 from effjax.plan import search as layouts
-from effjax.plan.topology import Topology
+from effjax.plan.topology import CPU, Topology
 from experiments.run.closing import closing_table
 from experiments.run.files import to_json, write_atomic
 from experiments.run.formatting import count, duration
@@ -70,29 +77,71 @@ def search(request: Request, most: int, out: str) -> int:
 
 
 def ranking(ranked: Sequence[layouts.Candidate], found: Mapping[layouts.Candidate, Any]) -> Table:
-    """Layouts, best first, with the flags that choose them."""
-    table = Table("mesh", "remat", "batch")
-    for heading in ("fits", "GiB a device", "floor", "bound by", "without overlap", "MFU at most"):
+    """Layouts, best first."""
+    table = Table(" x ".join(layouts.AXES), "remat", box=box.SIMPLE_HEAD)
+    for heading in ("batch", "GiB", "fits", "floor", "bound by", "in turn", "MFU"):
         table.add_column(heading, justify="right")
     for candidate in ranked:
         plan, floor = found[candidate], found[candidate]["floor"]
         table.add_row(
-            " ".join(f"{axis}={size}" for axis, size in candidate.mesh),
+            " x ".join(str(size) for _, size in candidate.mesh),
             candidate.remat,
             str(candidate.batch_size),
-            "yes" if plan["fits"] else "no",
             f"{plan['needed'] / _GIB:.2f}",
+            "yes" if plan["fits"] else "no",
             duration(floor["seconds"]) if floor else "-",
             floor["bound"] if floor else "-",
             duration(floor["without_overlap"]) if floor else "-",
             f"{plan['mfu']:.1%}" if floor else "-",
         )
+    table.caption = "in turn: compute, memory and network one after the other; MFU: at most, at the floor"
     return table
 
 
 def concurrency(request: Request, out: str) -> int:
-    """How many users a language model serves at peak rates, and what each of them waits for."""
-    raise UsageError("not yet")
+    """How many users a language model serves at peak rates, and what each of them waits for.
+
+    One replica on all chips of the topology, weights and caches shared evenly: the closed forms of
+    `effjax.measure.analytic.serving`. Nothing is compiled.
+    """
+    topology, experiment = Topology.parse(request.topology), resolve(request.loaded.config)
+    if not isinstance(experiment.model, LM):
+        raise UsageError("--concurrency counts users of a language model, and this config has none.")
+    if topology.chip == CPU:
+        raise UsageError("--concurrency takes the figures of a chip: --topology=h100:8, v5e:4x4.")
+    packing = experiment.data.packing
+    context = request.context or (packing.length if packing else 1)
+    shape, chip = DecoderShape.of(experiment.model), CHIPS[topology.chip]
+    dtype = experiment.train.precision.compute
+    served = [
+        serve(shape, chip, tokens, devices=topology.devices, dtype=dtype, bytes_per_weight=2, bytes_per_kv=2)
+        for tokens in (context, 4 * context, 16 * context)
+    ]
+    said = [jsonable(dataclasses.asdict(one)) for one in served]
+    write_atomic(
+        out, to_json({"config": request.loaded.name, "topology": str(topology), "serving": said}) + "\n"
+    )
+    Console(highlight=False).print(users(served))
+    return 0 if served[0].users else DOES_NOT_FIT
+
+
+def users(served: Sequence[Serving]) -> Table:
+    """What a longer context costs."""
+    table = Table("context", box=box.SIMPLE_HEAD)
+    for heading in ("cache a user", "users", "prefill", "a token", "a switch", "critical batch"):
+        table.add_column(heading, justify="right")
+    for one in served:
+        table.add_row(
+            str(one.context),
+            gib(one.kv_bytes_per_user),
+            str(one.users),
+            duration(one.prefill_seconds),
+            duration(one.decode_seconds_per_token),
+            duration(one.switch_seconds),
+            f"{one.critical_batch:.0f}",
+        )
+    table.caption = "at peak rates, one replica on all chips; a token is that of one user alone"
+    return table
 
 
 def record(request: Request, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,7 +184,7 @@ def rows(found: Mapping[str, Any], out: str) -> dict[str, str]:
             "floor": f"{duration(floor['seconds'])}, bound by {floor['bound']} (compute "
             f"{duration(floor['compute'])}, memory {duration(floor['memory'])}, network "
             f"{duration(floor['network'])})",
-            "MFU at the floor": f"{found['mfu']:.1%} of {count(found['peak'])}FLOP/s a device, {found['dtype']}",
+            "MFU at the floor": f"{found['mfu']:.1%} of {count(found['peak'])}FLOP/s in {found['dtype']}",
             "at most": f"{count(found['units_per_second'])} {found['unit']}/s, "
             f"{count(found['units_per_day'])} a day",
         }
@@ -150,7 +199,7 @@ def rows(found: Mapping[str, Any], out: str) -> dict[str, str]:
 
 def sent(collectives: Any) -> Table:
     """What a device of the mesh exchanges with others in one step."""
-    table = Table("collective", "along")
+    table = Table("collective", "along", box=box.SIMPLE_HEAD)
     for heading in ("devices", "hosts", "times", "GiB"):
         table.add_column(heading, justify="right")
     for one in collectives:
