@@ -14,6 +14,7 @@ from effjax.errors import UsageError
 from effjax.measure.chips import Chip
 
 HEADROOM = 1.2
+_SIZES = (256, 384, 512)  # of the matrices
 _MIB = 2**20
 _OPTIMISED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 _BEYOND_CACHES = 256 * _MIB  # bytes; more than the last-level cache of nearly every server
@@ -33,9 +34,10 @@ def measure_cpu(seconds: int | float = 3.0) -> Chip:
 
     Every rate must be an upper bound, or a floor computed with it is none. What keeps it one:
 
-      - *Other load only slows a probe*, so each rate is the maximum over many short runs. Probes take turns
-        for the whole time, and the shortest last a quarter of a millisecond, less than a scheduler's time
-        slice: some run has all cores to itself even on a busy machine.
+      - *Other load only slows a probe*, so each rate is the maximum over many short runs that take turns for
+        the whole time. The shortest last a quarter of a millisecond, less than a scheduler's time slice.
+        Where other programs hold on to a core, even so no run may have all cores to itself: so matrix
+        products are also counted against the processor time they take, and that rate times the cores.
       - *Arithmetic*: XLA's matrix products of several sizes on all cores. A dot is the only loop that keeps
         the fused multiply-adds of every core busy from registers, so nothing else (convolutions, small
         products, elementwise work) does more a second. A bfloat16 product may be done in float32: its rate is
@@ -66,7 +68,11 @@ def measure_cpu(seconds: int | float = 3.0) -> Chip:
     except RuntimeError as error:
         raise UsageError(f"JAX has no CPU here; add it: JAX_PLATFORMS=...,cpu. ({error})") from error
     cores = _cores()
-    best, rounds = _measure([*_dots(device), *_streams(device), *_one_core(cores)], seconds)
+    dots = list(_dots(device))
+    best, rounds = _measure([*dots, *_streams(device), *_one_core(cores)], 0.7 * seconds)
+    for probe in dots[len(_SIZES) - 1 :: len(_SIZES)]:  # the largest of each dtype
+        rate = cores * _by_processor_time(probe, max(0.15 * seconds, 0.25))
+        best[probe.rate] = max(best[probe.rate], rate)
     bandwidth = HEADROOM * max(best["stream"], best["cores"])
     float32 = HEADROOM * best["float32"]
     return Chip(
@@ -100,10 +106,19 @@ def _measure(probes: list[_Probe], seconds: float) -> tuple[dict[str, float], in
     return best, rounds
 
 
+def _by_processor_time(probe: _Probe, seconds: float) -> float:
+    """The rate for each second of processor time. Systems count that in coarse steps: over many runs."""
+    begun, end, runs = time.process_time(), time.perf_counter() + seconds, 0
+    while (used := time.process_time() - begun) == 0 or time.perf_counter() < end:
+        jax.block_until_ready(probe.run())
+        runs += 1
+    return runs * probe.amount / used
+
+
 def _dots(device: jax.Device) -> Iterator[_Probe]:
     dot = jax.jit(jnp.dot, compiler_options=_OPTIMISED)
     for dtype in (jnp.float32, jnp.bfloat16):
-        for size in (256, 384, 512):
+        for size in _SIZES:
             square = jax.device_put(np.ones((size, size), dtype), device)
             yield _Probe(square.dtype.name, 2 * size**3, partial(dot, square, square))
 
