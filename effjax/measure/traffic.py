@@ -133,8 +133,11 @@ def _standing(graph: Graph, storage: list[int]) -> frozenset[int]:
     for node in graph.nodes:
         if not is_fused(node):
             standing.update(node.results)
-        if node.name in _READERS or node.name == "optimization_barrier" or is_update(node):
+        if node.name in _READERS or node.name == "optimization_barrier" or node.name.startswith("scatter"):
             standing.update(storage[operand] for operand in node.operands)
+        elif is_update(node):
+            # What is put is computed in place; what it is put into stands.
+            standing.add(storage[node.operands[0]])
     standing.update(storage[out] for out in graph.outputs if out is not None)
     return frozenset(standing - graph.literals.keys())
 

@@ -9,7 +9,7 @@ from effjax.matching import Rules, compile_rules
 from effjax.measure import loops, operations
 from effjax.measure.arithmetic import arithmetic
 from effjax.measure.bits import bytes_of
-from effjax.measure.graph import Graph, Node, devices_of, flatten, jaxprs_of, join_scopes, scan_layout
+from effjax.measure.graph import Graph, Node, devices_of, join_scopes, scan_layout
 from effjax.measure.traffic import is_view, traffic_of
 from effjax.measure.work import Tally, Work
 
@@ -105,10 +105,12 @@ class Walker:
             return kind, Work(macs, 2 * macs)
         if name == "pallas_call":
             return "kernel", _kernel(node, scope, tally)
-        if operations.is_opaque(name) or self._hides_work(equation):
-            tally.unknown.append(f"{name} at {scope or 'the top'}: its work is not known")
+        known = arithmetic(equation)
+        if known is None:
+            line = f"{name} at {scope or 'the top'}: its work is not known"
+            tally.unknown += [line] if line not in tally.unknown else []
             return operations.kind_of(equation), Work()
-        flops, transcendentals = arithmetic(equation)
+        flops, transcendentals = known
         return operations.kind_of(equation), Work(0, flops, transcendentals)
 
     def _shard_map(self, node: Node, values: list[Value], scope: str) -> tuple[Tally, list[Value]]:
@@ -171,15 +173,6 @@ class Walker:
             known = did_you_mean("", [str(index) for index in range(len(node.bodies))])
             raise UsageError(f"branches: {scope!r} has no branch {chosen}. {known}")
         return chosen
-
-    def _hides_work(self, equation: Any) -> bool:
-        """Whether an equation of no known form holds a computation that multiplies and adds."""
-        for jaxpr in jaxprs_of(equation):
-            graph = flatten(jaxpr)
-            tally, _ = self.walk(graph, [Value()] * len(graph.inputs))
-            if tally.total().macs or tally.unknown:
-                return True
-        return False
 
 
 def _price(tally: Tally) -> tuple[int, int, int, int]:
