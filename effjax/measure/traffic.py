@@ -4,7 +4,7 @@ A value is *materialised*, that is, stands in memory, where
 
 - it is an input, a captured constant or an output of the function or of a loop's body;
 - or what makes it is no elementwise or layout operation: a dot, convolution, gather, scatter, sort,
-  reduction, running sum, loop, branch, kernel, or random bits;
+  reduction, running sum, loop, branch, kernel, update of a slice, or random bits;
 - or what takes it reads its operands from memory: a dot, convolution, scatter, sort, loop, branch, kernel.
 
 All else is fused into what takes it. Each materialised value is written once, and read once by each
