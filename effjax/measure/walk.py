@@ -22,19 +22,14 @@ class Value(NamedTuple):
     number: int | None = None
     """Its value, where it is a known integer scalar: a loop's bound, mostly."""
     leaves: frozenset[int] = frozenset()
-    """The parameters that it is a view, a slice or another type of."""
+    """The parameters it comes from, element by element: through slices, types and scales, not products."""
 
 
 _CONSTANT = Value(weight=True)
-# Through these a parameter remains itself.
-_KEEPS_LEAF = {
-    "broadcast_in_dim",
-    "convert_element_type",
-    "copy",
-    "dynamic_slice",
-    "reduce_precision",
-    "slice",
-}
+# What takes a part of a parameter, or gives it another type, leaves it that parameter.
+_PARTS = {"convert_element_type", "copy", "dynamic_slice", "gather", "reduce_precision", "slice"}
+# So does arithmetic with other parameters and constants: scales, masks, updates of low rank.
+_ARITHMETIC = {"add", "div", "mul", "select_n", "sub"}
 
 
 class Walker:
@@ -197,10 +192,12 @@ def _kernel(node: Node, scope: str, tally: Tally) -> Work:
 def _result(node: Node, values: list[Value]) -> Value:
     """What is known of the results of a node without bodies."""
     weight = all(value.weight for value in values)
-    if not values or not (is_view(node) or node.name in _KEEPS_LEAF):
-        return Value(weight)
-    number = values[0].number if node.name == "convert_element_type" else None
-    return Value(weight, number, values[0].leaves)
+    if values and (is_view(node) or node.name in _PARTS):
+        number = values[0].number if node.name == "convert_element_type" else None
+        return Value(weight, number, values[0].leaves)
+    if weight and node.name in _ARITHMETIC:
+        return Value(weight, leaves=frozenset().union(*(value.leaves for value in values)))
+    return Value(weight)
 
 
 def _choose(rules: list[tuple[re.Pattern[str], Any]], scope: str) -> int | None:

@@ -144,6 +144,25 @@ def test_loops_move_what_their_bodies_do_every_trip():
     assert moved(counted, X) == pytest.approx((6 * N, 6 * N), abs=6 * 3 * F)
 
 
+def test_every_device_of_a_shard_map_moves_its_own():
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=auto)
+    rows = jax.sharding.PartitionSpec("data", None)
+
+    def each(x, w):
+        return jax.shard_map(
+            lambda x, w: jnp.exp(x) @ w,
+            mesh=mesh,
+            in_specs=(rows, jax.sharding.PartitionSpec()),
+            out_specs=rows,
+            check_vma=False,
+        )(x, w)
+
+    w, out = 32 * 8 * F, 16 * 8 * F
+    # Each reads its rows twice, as they come and as their exponentials, and the whole of w.
+    assert moved(each, X, shape(32, 8)) == (2 * N + 4 * w, N + out)
+
+
 def test_of_branches_the_dearest_or_the_named():
     def branching(x):
         return lax.cond(x[0, 0] > 0, lambda x: jnp.sort(x), lambda x: x + 1.0, x)

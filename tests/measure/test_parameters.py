@@ -63,6 +63,16 @@ def einsums(params, x):
     return jnp.zeros_like(x).at[chosen].add(out) + x @ params["dense"]["kernel"]
 
 
+def gathered(params, x):
+    """Every token takes its experts' matrices; those are stored in 8 bits, with a scale for each column."""
+    weights, chosen = lax.top_k(jax.nn.softmax(x @ params["router"]["kernel"]), TOP)
+    up, down = params["experts"]["up"], params["experts"]["down"]
+    scaled = up["kernel"].astype(jnp.int8).astype(f32) * jnp.ones((EXPERTS, 1, HIDDEN))
+    hidden = jax.nn.relu(jnp.einsum("nd,nkdf->nkf", x, scaled[chosen]))
+    out = jnp.einsum("nkf,nkfd->nkd", hidden, down["kernel"][chosen]) + down["bias"][chosen]
+    return jnp.einsum("nkd,nk->nd", out, weights) + x @ params["dense"]["kernel"]
+
+
 def once(layer):
     return lambda params, x: layer(nn.meta.unbox(params), x)
 
@@ -78,7 +88,9 @@ MATRICES, BIAS = 2 * EXPERTS * DIM * HIDDEN, EXPERTS * DIM
 SHARED = DIM * EXPERTS + DIM * DIM
 
 
-@pytest.mark.parametrize(("layer", "share"), [(ragged, TOP / EXPERTS), (einsums, CAPACITY / TOKENS)])
+@pytest.mark.parametrize(
+    ("layer", "share"), [(ragged, TOP / EXPERTS), (einsums, CAPACITY / TOKENS), (gathered, TOP / EXPERTS)]
+)
 def test_a_token_uses_the_experts_it_is_sent_to(layer, share):
     cost = count(once(layer), mixture(), X, tokens=TOKENS)
     assert cost.unknown == ()
