@@ -1,14 +1,18 @@
 """Peak memory of one call, by the life of each value that stands in memory.
 
 Which values stand is decided by `effjax.measure.traffic`; the order is that of the program. A value lives
-from the equation that makes it to the last one that reads it, through fused operations. Arguments live for the
-whole call, donated ones until they are last read; outputs live to the end. A fused operation, an update of a
-slice or a loop's carry takes the memory of an operand of its size that dies there. A loop's body adds what
-it needs above its own inputs, and the stacked outputs of a scan stand from its start; of a `cond` the branch that
-needs most counts, or the one that a rule picks. Work done again under rematerialisation stands where it runs.
+from the equation that makes it to the last one that reads it, through fused operations. Arguments live for
+the whole call, donated ones until they are last read; outputs live to the end. A fused operation, an update
+of a slice or a loop's carry takes the memory of an operand of its size that dies there. A loop's body adds
+what it needs above its own inputs, and the stacked outputs of a scan stand from its start; of a `cond` the
+branch that needs most counts, or the one that a rule picks. Work done again under rematerialisation stands
+where it runs.
 
-What a compiler does differently: it reorders, shares memory of values whose sizes differ, pads, fuses less
-(a CPU) or more (a kernel of attention), and copies a loop's carries.
+What a compiler does differently: it reorders, shares memory between values of different sizes, pads, fuses
+less (a CPU) or more (a kernel of attention), and copies a loop's carries. Against XLA's plan for a CPU
+(arguments, outputs and temporaries, less what is aliased) the ratio lay between 0.68 and 1.22 for networks,
+scans, their gradients, and training steps of the three families twelve blocks deep with and without
+rematerialisation (0.96, 0.97, 0.97 without; 0.68, 1.01, 0.79 with it).
 """
 
 from collections.abc import Callable, Collection

@@ -9,22 +9,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-# Work that no shape reveals: a call out of the program, or an iterative or library factorisation.
-_CALLED_OUT = {"ffi_call", "io_callback", "pure_callback", "scaled_matmul_wrapper"}
-_FACTORISED = {"cholesky", "eig", "eigh", "hessenberg", "householder_product", "lu", "qr", "schur", "svd"}
-_SOLVED = {"triangular_solve", "tridiagonal", "tridiagonal_solve"}
-# Series, or loops until they converge, of a length that differs between versions of JAX.
-_SERIES = set(
-    """bessel_i0e bessel_i1e digamma igamma igamma_grad_a igammac lgamma polygamma random_gamma
-    random_gamma_grad regularized_incomplete_beta zeta""".split()  # noqa: SIM905
-)
-OPAQUE = frozenset(_CALLED_OUT | _FACTORISED | _SOLVED | _SERIES)
-
-
-def is_opaque(name: str) -> bool:
-    """Whether a primitive hides its work: `OPAQUE`, or cuDNN's fused attention, forward or backward."""
-    return name in OPAQUE or name.startswith("dot_product_attention")
-
 
 def dot_macs(equation: Any) -> int:
     """`dot_general`: every output element sums over the contracted dimensions."""

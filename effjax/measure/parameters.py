@@ -70,7 +70,8 @@ def active_by_path(
 
     A parameter with an `expert` axis counts size * min(1, MACs / (size * tokens)): a matrix that every token
     meets does one multiply-accumulate for each element and token. One that is not multiplied but added (a
-    bias of each expert) takes the share of all the others together. What has no such axis counts whole.
+    bias of each expert) takes the share of those of which tokens use a part. What has no such axis counts
+    whole, and so does a router, which every token meets.
 
     Args:
       sizes: elements by path.
@@ -78,9 +79,9 @@ def active_by_path(
       macs: multiply-accumulates of one forward pass by path.
       tokens: how many tokens pass.
     """
-    multiplied = [path for path in alternatives if macs.get(path)]
-    whole = sum(sizes[path] for path in multiplied)
-    typical = min(1.0, sum(macs[path] for path in multiplied) / (whole * tokens)) if whole else 1.0
+    partly = [path for path in alternatives if 0 < macs.get(path, 0) < sizes[path] * tokens]
+    whole = sum(sizes[path] for path in partly)
+    typical = sum(macs[path] for path in partly) / (whole * tokens) if whole else 1.0
     active = dict(sizes)
     for path in alternatives:
         share = macs[path] / (sizes[path] * tokens) if macs.get(path) else typical

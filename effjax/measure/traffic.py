@@ -4,7 +4,7 @@ A value is *materialised*, that is, stands in memory, where
 
 - it is an input, a captured constant or an output of the function or of a loop's body;
 - or what makes it is no elementwise or layout operation: a dot, convolution, gather, scatter, sort,
-  reduction, running sum, loop, branch, kernel, or random bits;
+  reduction, running sum, loop, branch, kernel, update of a slice, or random bits;
 - or what takes it reads its operands from memory: a dot, convolution, scatter, sort, loop, branch, kernel.
 
 All else is fused into what takes it. Each materialised value is written once, and read once by each
@@ -133,8 +133,11 @@ def _standing(graph: Graph, storage: list[int]) -> frozenset[int]:
     for node in graph.nodes:
         if not is_fused(node):
             standing.update(node.results)
-        if node.name in _READERS or node.name == "optimization_barrier" or is_update(node):
+        if node.name in _READERS or node.name == "optimization_barrier" or node.name.startswith("scatter"):
             standing.update(storage[operand] for operand in node.operands)
+        elif is_update(node):
+            # What is put is computed in place; what it is put into stands.
+            standing.add(storage[node.operands[0]])
     standing.update(storage[out] for out in graph.outputs if out is not None)
     return frozenset(standing - graph.literals.keys())
 

@@ -9,7 +9,7 @@ from effjax.matching import Rules, compile_rules
 from effjax.measure import loops, operations
 from effjax.measure.arithmetic import arithmetic
 from effjax.measure.bits import bytes_of
-from effjax.measure.graph import Graph, Node, devices_of, flatten, jaxprs_of, join_scopes, scan_layout
+from effjax.measure.graph import Graph, Node, devices_of, join_scopes, scan_layout
 from effjax.measure.traffic import is_view, traffic_of
 from effjax.measure.work import Tally, Work
 
@@ -22,19 +22,14 @@ class Value(NamedTuple):
     number: int | None = None
     """Its value, where it is a known integer scalar: a loop's bound, mostly."""
     leaves: frozenset[int] = frozenset()
-    """The parameters that it is a view, a slice or another type of."""
+    """The parameters it comes from, element by element: through slices, types and scales, not products."""
 
 
 _CONSTANT = Value(weight=True)
-# Through these a parameter remains itself.
-_KEEPS_LEAF = {
-    "broadcast_in_dim",
-    "convert_element_type",
-    "copy",
-    "dynamic_slice",
-    "reduce_precision",
-    "slice",
-}
+# What takes a part of a parameter, or gives it another type, leaves it that parameter.
+_PARTS = {"convert_element_type", "copy", "dynamic_slice", "gather", "reduce_precision", "slice"}
+# So does arithmetic with other parameters and constants: scales, masks, updates of low rank.
+_ARITHMETIC = {"add", "div", "mul", "select_n", "sub"}
 
 
 class Walker:
@@ -105,10 +100,12 @@ class Walker:
             return kind, Work(macs, 2 * macs)
         if name == "pallas_call":
             return "kernel", _kernel(node, scope, tally)
-        if operations.is_opaque(name) or self._hides_work(equation):
-            tally.unknown.append(f"{name} at {scope or 'the top'}: its work is not known")
+        known = arithmetic(equation)
+        if known is None:
+            line = f"{name} at {scope or 'the top'}: its work is not known"
+            tally.unknown += [line] if line not in tally.unknown else []
             return operations.kind_of(equation), Work()
-        flops, transcendentals = arithmetic(equation)
+        flops, transcendentals = known
         return operations.kind_of(equation), Work(0, flops, transcendentals)
 
     def _shard_map(self, node: Node, values: list[Value], scope: str) -> tuple[Tally, list[Value]]:
@@ -172,15 +169,6 @@ class Walker:
             raise UsageError(f"branches: {scope!r} has no branch {chosen}. {known}")
         return chosen
 
-    def _hides_work(self, equation: Any) -> bool:
-        """Whether an equation of no known form holds a computation that multiplies and adds."""
-        for jaxpr in jaxprs_of(equation):
-            graph = flatten(jaxpr)
-            tally, _ = self.walk(graph, [Value()] * len(graph.inputs))
-            if tally.total().macs or tally.unknown:
-                return True
-        return False
-
 
 def _price(tally: Tally) -> tuple[int, int, int, int]:
     """What makes one branch dearer than another."""
@@ -204,10 +192,12 @@ def _kernel(node: Node, scope: str, tally: Tally) -> Work:
 def _result(node: Node, values: list[Value]) -> Value:
     """What is known of the results of a node without bodies."""
     weight = all(value.weight for value in values)
-    if not values or not (is_view(node) or node.name in _KEEPS_LEAF):
-        return Value(weight)
-    number = values[0].number if node.name == "convert_element_type" else None
-    return Value(weight, number, values[0].leaves)
+    if values and (is_view(node) or node.name in _PARTS):
+        number = values[0].number if node.name == "convert_element_type" else None
+        return Value(weight, number, values[0].leaves)
+    if weight and node.name in _ARITHMETIC:
+        return Value(weight, leaves=frozenset().union(*(value.leaves for value in values)))
+    return Value(weight)
 
 
 def _choose(rules: list[tuple[re.Pattern[str], Any]], scope: str) -> int | None:

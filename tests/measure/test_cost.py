@@ -206,3 +206,28 @@ def test_a_parameter_position_that_is_no_argument():
 )
 def test_short(number, text):
     assert short(number) == text
+
+
+def test_the_tree_holds_all_work_and_the_table_what_moves():
+    model, variables = net()
+    cost = count(model.apply, variables, IMAGES)
+    whole = tree(cost)
+    assert whole.whole == cost.work
+    assert whole.flops == cost.flops_by_kind
+    head = by_path(whole)["head"].work["dense"]
+    # The input of the head, its kernel, its output.
+    assert (head.flops, head.bytes) == (2 * HEAD, 4 * (2 * 8 + 8 * 5 + 2 * 5))
+    console = Console(width=200, file=io.StringIO())
+    console.print(table(whole, depth=1))
+    row = next(line for line in console.file.getvalue().splitlines() if "head" in line)
+    assert short(by_path(whole)["head"].whole.bytes) in row
+    assert f"{by_path(whole)['head'].whole.intensity:.1f}" in row
+
+
+def test_bytes_and_flops_of_a_scan_are_those_of_its_trips():
+    model, variables = net()
+    rows = by_path(tree(count(model.apply, variables, IMAGES)))
+    up = rows["blocks/up"].work["dense"]
+    # Three trips, each reads 2 x 16 tokens of 8 channels and one layer's kernel, and writes 16 channels.
+    assert up.flops == 3 * 2 * (2 * 16 * 8 * 16)
+    assert up.bytes == 3 * 4 * (2 * 16 * 8 + 8 * 16 + 2 * 16 * 16)
