@@ -19,7 +19,8 @@ took = time.perf_counter() - began
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized(), "a device was touched"
 assert dict(os.environ) == before, "the environment was changed"
-heavy = {"libtpu", "tensorflow", "torch", "matplotlib", "sklearn", "tokenizers", "beartype"} & set(sys.modules)
+heavy = {"libtpu", "tensorflow", "torch", "matplotlib", "sklearn", "tokenizers", "beartype"}
+heavy &= set(sys.modules)
 assert not heavy, heavy
 print(took)
 """

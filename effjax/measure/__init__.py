@@ -1,4 +1,4 @@
-"""What things cost: work, bytes and memory from the jaxpr, time from the clock, floors from a table of chips."""
+"""What things cost: work and memory from the jaxpr, time from the clock, floors from a table of chips."""
 
 from effjax.measure.chips import CHIPS, Chip, chip
 from effjax.measure.cost import Cost, count

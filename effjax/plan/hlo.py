@@ -137,23 +137,46 @@ def _walk(
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:
-    """How often a `while` runs: as the compiler says, or the bound that its condition compares with.
+    """How often a `while` runs: as the compiler says, or as its condition and its body show.
 
-    JAX's loops count from 0 in steps of 1 up to a constant, so a condition with one integer constant and
-    a less-than is such a loop.
+    The condition compares one carried integer with a constant, the body adds constants to it, and it starts
+    at 0, as JAX's loops and those that the partitioner makes do. None for any other loop.
     """
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known.group(1))
-    constants, less_than = [], False
-    names = list(loop.called("condition"))
-    while names:
-        for instruction in module.computations.get(names.pop(), {}).values():
-            if instruction.opcode == "constant" and instruction.type.startswith(("s32[]", "s64[]", "u32[]")):
-                constants.append(int(instruction.attributes))
-            less_than |= "direction=LT" in instruction.attributes
-            names += instruction.called("calls")
-    return constants[0] if len(constants) == 1 and less_than else None
+    (condition,) = (module.computations.get(name, {}) for name in loop.called("condition"))
+    (body,) = (module.computations.get(name, {}) for name in loop.called("body"))
+    compared = [one for one in condition.values() if "direction=LT" in one.attributes]
+    if len(compared) != 1 or compared[0].opcode != "compare":
+        return None
+    counter, bound = (condition.get(name) for name in compared[0].operands)
+    if counter is None or bound is None or bound.opcode != "constant":
+        return None
+    place = _place(counter)
+    step = None if place is None else _step(body, place)
+    return -(-int(bound.attributes) // step) if step else None
+
+
+def _place(instruction: Instruction) -> int | None:
+    """Which carried value an instruction takes out of the loop's tuple."""
+    found = re.search(r"index=(\d+)", instruction.attributes)
+    return int(found.group(1)) if instruction.opcode == "get-tuple-element" and found else None
+
+
+def _step(body: Mapping[str, Instruction], place: int) -> int | None:
+    """What one trip adds to the carried value at a place."""
+    root = list(body.values())[-1]
+    current = body.get(root.operands[place]) if root.opcode == "tuple" else None
+    total = 0
+    while current is not None and current.opcode == "add":
+        operands = [body[name] for name in current.operands]
+        amounts = [int(one.attributes) for one in operands if one.opcode == "constant"]
+        if len(amounts) != 1:
+            return None
+        total += amounts[0]
+        current = next(one for one in operands if one.opcode != "constant")
+    return total if current is not None and _place(current) == place else None
 
 
 def multiply_accumulates(module: Module) -> tuple[int, list[str]]:

@@ -13,8 +13,12 @@ def program(line, body=""):
 
 %body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {{
   %p = (s32[], f32[8,4]{{1,0}}) parameter(0)
+  %k = s32[] get-tuple-element(%p), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%k, %one)
   %x = f32[8,4]{{1,0:T(8,128)}} get-tuple-element(%p), index=1
 {body}
+  ROOT %out = (s32[], f32[8,4]{{1,0}}) tuple(%next, %x)
 }}
 
 %condition (q: (s32[], f32[8,4])) -> pred[] {{

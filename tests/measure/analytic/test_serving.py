@@ -62,11 +62,12 @@ def test_flops_are_those_of_the_counter(size):
     # The library multiplies the whole square, and masks: c is 4.
     result = serve(shape, A100, context, attention=4)
     prefill = count(lambda p, t: model.apply({"params": p}, t), params, tokens)
-    assert result.prefill_flops == pytest.approx(prefill.flops, rel=0.02)
+    # The closed form is that of matrix products; elementwise work comes on top.
+    assert result.prefill_flops == pytest.approx(2 * prefill.macs, rel=0.02)
     cache = jax.eval_shape(lambda: model.init_cache(1, context))
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     step = count(lambda p, t, c: model.apply({"params": p}, t, c, method="step"), params, token, cache)
-    assert result.decode_flops_per_token == pytest.approx(step.flops, rel=0.02)
+    assert result.decode_flops_per_token == pytest.approx(2 * step.macs, rel=0.02)
 
 
 def test_the_papers_caches():
