@@ -28,7 +28,8 @@ def compulsory(graph: Graph, donated: Collection[int] = ()) -> Compulsory:
 
     Of an input that only gathers and slices touch (a table of embeddings), the rows taken count. An input
     returned as it came counts nothing. Where a donated input is updated in part and returned (a cache of keys
-    and values), the other parts stay where they are and count only if something reads them.
+    and values), the other parts stay where they are and count only if something reads them. Of the branches
+    of a `cond` the one that asks for least counts; of a `while` only its condition, as it may end at once.
 
     Args:
       graph: the whole function.

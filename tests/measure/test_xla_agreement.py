@@ -45,7 +45,10 @@ def unrolled(file, variant):
 
 @pytest.mark.parametrize(("file", "variant"), SMOKE)
 def test_smoke_configs(file, variant):
-    """The evaluation pass, and the whole step: loss, backward pass, optimiser, average, metrics."""
+    """The evaluation pass, and the whole step: loss, backward pass, optimiser, average, metrics.
+
+    Within 0.9%: what remains are equal expressions and constant arrays, which XLA finds as it reads.
+    """
     program = unrolled(file, variant)
     train, state, batch = program.experiment.train, program.shapes, program.batch_shapes()
     step = make_step(
@@ -70,6 +73,7 @@ def test_smoke_configs(file, variant):
         assert cost.unknown == ()
         assert cost.flops == pytest.approx(xla["flops"], rel=0.02)
         assert cost.transcendentals == pytest.approx(xla["transcendentals"], rel=0.02)
+        assert 0 < cost.compulsory_bytes < cost.bytes
 
 
 # Without asin, which jax 0.10 and 0.12 expand differently.
