@@ -4,6 +4,7 @@ Only what a plan needs: names, types, opcodes, operands and attributes of instru
 and CPU programs differs in layouts and in what the compilers fuse, not in this.
 """
 
+import collections
 import dataclasses
 import math
 import re
@@ -179,6 +180,41 @@ def _step(body: Mapping[str, Instruction], place: int) -> int | None:
     return total if current is not None and _place(current) == place else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Matrix products `[batch, m, k] x [batch, k, n]` of one shape."""
+
+    batch: int
+    m: int
+    n: int
+    k: int
+    times: int
+    """How many, those of all trips together."""
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of all of them."""
+        return self.batch * self.m * self.n * self.k * self.times
+
+
+def products(module: Module) -> list[Product]:
+    """The matrix products of a program whose dots are still written out, those with the most work first."""
+    found: collections.Counter[tuple[int, int, int, int]] = collections.Counter()
+    for instruction, computation, times in walk(module):
+        if instruction.opcode == "dot" and times is not None:
+            lhs, rhs = (arrays(computation[name].type)[0][1] for name in instruction.operands[:2])
+            batch = math.prod(lhs[side] for side in _sides(instruction, "lhs_batch_dims"))
+            k = math.prod(lhs[side] for side in _sides(instruction, "lhs_contracting_dims"))
+            found[batch, math.prod(lhs) // (batch * k), math.prod(rhs) // (batch * k), k] += times
+    listed = [Product(*shape, times) for shape, times in found.items()]
+    return sorted(listed, key=lambda one: -one.macs)
+
+
+def _sides(instruction: Instruction, name: str) -> list[int]:
+    found = re.search(rf"{name}=\{{([\d,]*)\}}", instruction.attributes)
+    return [int(side) for side in found.group(1).split(",") if side] if found else []
+
+
 def multiply_accumulates(module: Module) -> tuple[int, list[str]]:
     """What one device multiplies and adds, in a program whose dots and convolutions are still written out.
 
@@ -202,9 +238,7 @@ def _macs(instruction: Instruction, computation: Mapping[str, Instruction]) -> i
     lhs, rhs = (arrays(computation[name].type)[0][1] for name in instruction.operands[:2])
     if instruction.opcode == "convolution":
         return _convolution(instruction.attributes, arrays(instruction.type)[0][1], lhs, rhs)
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-    sides = [lhs[int(side)] for side in contracted.group(1).split(",") if side] if contracted else []
-    return output * math.prod(sides)
+    return output * math.prod(lhs[side] for side in _sides(instruction, "lhs_contracting_dims"))
 
 
 def _convolution(attributes: str, output: tuple[int, ...], lhs: tuple[int, ...], rhs: tuple[int, ...]) -> int:
