@@ -158,7 +158,9 @@ def users(served: Sequence[Serving]) -> Table:
 def points(found: Mapping[str, Any]) -> Points:
     """The step and its kinds of work by their arithmetic intensity; none of them was timed."""
     placed: dict[str, tuple[float, float | None]] = {}
-    for kind, work in found["work"].items():
+    names = ("flops", "bytes_read", "bytes_written")
+    whole = {name: sum(work[name] for work in found["work"].values()) for name in names}
+    for kind, work in {"step": whole, **found["work"]}.items():
         moved = work["bytes_read"] + work["bytes_written"]
         if work["flops"] and moved:
             placed[kind] = (work["flops"] / moved, None)

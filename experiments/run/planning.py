@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from rich.console import Console
 
 from effjax.errors import EffjaxError, UsageError
@@ -104,14 +105,21 @@ def concurrency(request: Request, out: str) -> int:
     context = request.context or (packing.length if packing else 1)
     shape, chip = DecoderShape.of(experiment.model), CHIPS[topology.chip]
     dtype = experiment.train.precision.compute
+    size = jnp.dtype(dtype).itemsize
     served = [
-        serve(shape, chip, tokens, devices=topology.devices, dtype=dtype, bytes_per_weight=2, bytes_per_kv=2)
+        serve(
+            shape,
+            chip,
+            tokens,
+            devices=topology.devices,
+            dtype=dtype,
+            bytes_per_weight=size,
+            bytes_per_kv=size,
+        )
         for tokens in (context, 4 * context, 16 * context)
     ]
-    said = [jsonable(dataclasses.asdict(one)) for one in served]
-    write_atomic(
-        out, to_json({"config": request.loaded.name, "topology": str(topology), "serving": said}) + "\n"
-    )
+    said = {"config": request.loaded.name, "topology": str(topology)}
+    write_atomic(out, to_json({**said, "serving": [dataclasses.asdict(one) for one in served]}) + "\n")
     tables().print(views.users(served))
     return 0 if served[0].users else DOES_NOT_FIT
 
