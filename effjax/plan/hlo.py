@@ -62,6 +62,7 @@ def parse(text: str) -> Module:
         elif current is not None and (found := _LINE.match(line)):
             instruction = _instruction(*found.groups())
             if instruction is not None:
+                current.update(_taken(instruction, current))
                 current[instruction.name] = instruction
     return Module(computations, entry)
 
@@ -78,6 +79,28 @@ def _instruction(name: str, rest: str) -> Instruction | None:
         attributes = inside
     operands = tuple(re.findall(r"%([^\s,()]+)", inside))
     return Instruction(name, type_, opcode.group(1), operands, attributes)
+
+
+def _taken(instruction: Instruction, before: Mapping[str, Instruction]) -> dict[str, Instruction]:
+    """The elements of tuples that an instruction takes in passing: newer compilers write `%tuple#1`."""
+    found = {}
+    for operand in instruction.operands:
+        name, mark, place = operand.rpartition("#")
+        if mark and operand not in before and name in before:
+            type_ = _elements(before[name].type)[int(place)]
+            found[operand] = Instruction(operand, type_, "get-tuple-element", (name,), f"index={place}")
+    return found
+
+
+def _elements(type_: str) -> list[str]:
+    """The types of a tuple's elements."""
+    elements, depth, start = [], 0, 1
+    for place, letter in enumerate(type_):
+        depth += (letter in "([{") - (letter in ")]}")
+        if (letter == "," and depth == 1) or (letter == ")" and depth == 0):
+            elements.append(re.sub(r"/\*.*?\*/", "", type_[start:place]).strip())
+            start = place + 1
+    return elements
 
 
 def _close(text: str, start: int) -> int:
@@ -170,12 +193,12 @@ def _step(body: Mapping[str, Instruction], place: int) -> int | None:
     root = list(body.values())[-1]
     current = body.get(root.operands[place]) if root.opcode == "tuple" else None
     total = 0
-    while current is not None and current.opcode == "add":
+    while current is not None and current.opcode in ("add", "copy"):
         operands = [body[name] for name in current.operands]
         amounts = [int(one.attributes) for one in operands if one.opcode == "constant"]
-        if len(amounts) != 1:
+        if len(amounts) != (current.opcode == "add"):
             return None
-        total += amounts[0]
+        total += sum(amounts)
         current = next(one for one in operands if one.opcode != "constant")
     return total if current is not None and _place(current) == place else None
 
