@@ -61,6 +61,7 @@ def test_one_config_of_each_family(tmp_path, family, topology, devices):
     assert f"floor             {found['floor']['seconds'] * 1e3:.3g} ms" in output
 
 
+@pytest.mark.slow
 def test_a_mesh_shows_in_the_collectives(tmp_path):
     """Tensor parallelism adds activations up in every layer; hosts of two GPUs are told from their links."""
     flags = ("--config.mesh.data=2", "--config.mesh.tensor=2", "--config.model.unroll=1")
@@ -152,6 +153,7 @@ def test_users_of_a_language_model(tmp_path):
     assert str(one["users"]) in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "topology", "flag", "message"),
     [
@@ -176,3 +178,7 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path, family, topology, flag, me
 def test_a_topology_is_needed():
     _, errors = drive("plan", f"--config={CONFIGS['vision']}", code=2)
     assert "--topology is missing" in errors
+
+
+def test_a_step_that_a_config_does_not_have():
+    assert "decoding needs a language config" in refused(CONFIGS["vision"], "cpu:2", "--step=decode")
