@@ -1,0 +1,99 @@
+"""Weights in and out on behalf of `experiments.convert`."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from effjax.errors import UsageError
+from effjax.interop import export_to, load_converted, load_pretrained, save_converted
+from effjax.interop.load import config_of, parse_config
+from experiments.run.formatting import count
+from experiments.run.restore import load_run
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def inwards(
+    source: str,
+    weights: str,
+    out: str,
+    *,
+    library_config: str | None,
+    classes: str,
+    dtype: str | None,
+    allow_nan: bool,
+    shard_bytes: int,
+) -> int:
+    """Loads another library's weights and writes them as ours; returns the exit code."""
+    if dtype is not None and dtype not in _DTYPES:
+        raise UsageError(f"--dtype is {dtype!r}; it can be {', '.join(_DTYPES)}.")
+    config = config_of(weights) if library_config is None else read_config(library_config)
+    console = Console(highlight=False)
+    with bar("reading", console) as progress:
+        model, params = load_pretrained(
+            source,
+            weights,
+            config,
+            classes=classes,
+            dtype=dtype,
+            allow_nan=allow_nan,
+            report=lambda line: console.print(line, markup=False, soft_wrap=True),
+            progress=progress,
+        )
+    with bar("writing", console) as progress:
+        save_converted(out, model, params, source, config, shard_bytes=shard_bytes, progress=progress)
+    console.print(f"{_size(params)} of {source} are in {out}", markup=False, soft_wrap=True)
+    return 0
+
+
+def outwards(target: str, folder: str, out: str, shard_bytes: int, allow_nan: bool) -> int:
+    """Writes converted parameters as another library's weights; returns the exit code."""
+    console = Console(highlight=False)
+    with bar("reading", console) as progress:
+        model, params, _ = load_converted(folder, allow_nan=allow_nan, progress=progress)
+    return _write_theirs(console, model, params, target, out, shard_bytes)
+
+
+def outwards_from_run(target: str, workdir: str, out: str, shard_bytes: int, step: int | None) -> int:
+    """Writes the newest weights of a training run as another library's; returns the exit code."""
+    program, variables = load_run(workdir, step)
+    model = program.task.model
+    return _write_theirs(Console(highlight=False), model, variables["params"], target, out, shard_bytes)
+
+
+def _write_theirs(console: Console, model: Any, params: Any, target: str, out: str, shard_bytes: int) -> int:
+    with bar("writing", console) as progress:
+        files = export_to(out, model, params, target, shard_bytes=shard_bytes, progress=progress)
+    console.print(
+        f"{_size(params)} for {target} are in {out}: {', '.join(files)}", markup=False, soft_wrap=True
+    )
+    return 0
+
+
+def read_config(given: str) -> dict[str, Any]:
+    """Reads `--library_config`: a JSON file, or the JSON itself."""
+    if given.lstrip().startswith("{"):
+        return parse_config(given, "--library_config")
+    if not Path(given).is_file():
+        raise UsageError(f"--library_config='{given}' is neither a file nor JSON like '{{...}}'.")
+    return parse_config(Path(given).read_bytes(), f"'{given}'")
+
+
+@contextlib.contextmanager
+def bar(label: str, console: Console) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar in bytes on a terminal, nothing elsewhere; gives what is to be called with the state."""
+    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(label)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _size(params: Any) -> str:
+    leaves = jax.tree.leaves(params)
+    return f"{count(sum(int(np.size(leaf)) for leaf in leaves))} parameters in {len(leaves)} leaves"
