@@ -95,13 +95,43 @@ def load_converted(
         raise RunError(f"'{file}' is not what experiments.convert writes: {error!r}.") from None
     model = build_kind(models.KINDS, sections[0], f"{file}: model")
     leaves = leaf_specs(model, inputs)
+    params = read_parameters(folder, leaves, "its own config.json", allow_nan=allow_nan, progress=progress)
+    return model, params, sections[1]
+
+
+def read_parameters(
+    folder: str | os.PathLike[str],
+    leaves: Any,
+    of: str,
+    *,
+    dtype: Any = None,
+    allow_nan: bool = False,
+    progress: Progress | None = None,
+) -> Any:
+    """Reads parameters that lie under our own paths, for any definition that has these leaves.
+
+    Args:
+      folder: what `save_converted` wrote.
+      leaves: shapes and dtypes of the parameters, as a tree.
+      of: what the leaves belong to, for messages.
+      dtype: of all parameters; None keeps each as it is.
+      allow_nan: whether a tensor may hold NaN.
+      progress: called with the bytes read so far and in all.
+
+    Returns:
+      The parameters as numpy arrays, in a tree like `leaves`.
+
+    Raises:
+      UsageError: where they are not the same, in one message with every path, its expected and found shape.
+      RunError: for a damaged file, or a tensor with NaN in it.
+    """
     rows = [Name(path, path) for path in named_leaves(leaves)]
     entries, _ = resolve(rows, named_leaves(leaves))
     with closing(open_weights(folder)) as opened:
-        what = f"{opened.where} for its own config.json"
+        what = f"{opened.where} for {of}"
         plan = compare(what, opened.specs, rows, entries, (), request=Request(), replace=False)
-        filled = fill(plan, opened, None, allow_nan, progress)
-    return model, traverse_util.unflatten_dict(filled, sep="/"), sections[1]
+        filled = fill(plan, opened, dtype, allow_nan, progress)
+    return traverse_util.unflatten_dict(filled, sep="/")
 
 
 def section(part: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
