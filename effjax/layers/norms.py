@@ -4,8 +4,11 @@ layer_norm:  y = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias      Ba e
 rms_norm:    y = x / sqrt(mean(x^2) + epsilon) * scale                      Zhang and Sennrich 2019
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 
+from effjax.errors import UsageError, did_you_mean
 from effjax.layers.dense import named, zeros
 
 _ones = nn.initializers.ones_init()
@@ -26,3 +29,14 @@ def layer_norm(epsilon: float = 1e-6, affine: bool = True, name: str | None = No
 def rms_norm(epsilon: float = 1e-6, name: str | None = None) -> nn.RMSNorm:
     """RMS norm with a learned scale."""
     return nn.RMSNorm(epsilon=epsilon, scale_init=named(_ones, ("norm",)), name=name)
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {"layer": layer_norm, "rms": rms_norm}
+"""Norms with learned parameters, by the name a config gives them."""
+
+
+def norm_layer(kind: str, epsilon: float = 1e-6, name: str | None = None) -> nn.Module:
+    """Makes a norm of `NORMS`; an unknown name is answered with the nearest."""
+    if kind not in NORMS:
+        raise UsageError(f"norm is {kind!r}. {did_you_mean(kind, NORMS)}")
+    return NORMS[kind](epsilon, name=name)
