@@ -1,0 +1,223 @@
+"""Weights of another library as one of our models and its parameters.
+
+    model, params = load_pretrained("timm:vit_small_patch16_224", "model.safetensors")
+    logits = model.apply({"params": params}, images)
+
+First everything is compared, names and shapes and dtypes, from headers alone; then memory is made and tensors
+are read into it one at a time. Parameters are numpy arrays, most of them transposed views of memory that is
+laid out as in the file: a tensor is read once, straight to where it stays, and goes to a device when it is
+used. `export` reads the same memory back, which is why a round trip is exact.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+
+from effjax.errors import RunError, UsageError, did_you_mean
+from effjax.interop.families import FAMILIES
+from effjax.interop.family import Family
+from effjax.interop.match import Plan, Step, compare
+from effjax.interop.names import resolve
+from effjax.interop.resize import Request
+from effjax.interop.weights import Source, Weights, closing, open_weights
+from effjax.matching import named_leaves
+
+Report = Callable[[str], None]
+Progress = Callable[[int, int], None]
+
+
+def family_of(source: str) -> Family:
+    """Looks up `timm:<architecture>`, `transformers:<model_type>` or `diffusers:<class name>`.
+
+    A pretrained tag of timm (`timm:vit_tiny_patch16_224.augreg_in21k`) names weights, not an architecture,
+    and is left out.
+    """
+    library, _, name = source.partition(":")
+    key = f"{library}:{name.partition('.')[0]}" if library == "timm" else source
+    if key not in FAMILIES:
+        raise UsageError(f"{source!r} is not known here. {did_you_mean(key, FAMILIES)}")
+    return FAMILIES[key]
+
+
+def load_pretrained(
+    source: str,
+    weights: Weights,
+    config: Mapping[str, Any] | None = None,
+    *,
+    classes: str = "keep",
+    dtype: Any = None,
+    allow_nan: bool = False,
+    source_grid: tuple[int, int] | None = None,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> tuple[nn.Module, Any]:
+    """Builds a model from another library's configuration and fills it with that library's weights.
+
+    Args:
+      source: `timm:<architecture>`, `transformers:<model_type>` or `diffusers:<class name>`.
+      weights: a `.safetensors` file, a folder with one or with shards and their index, or a mapping of names
+        to numpy arrays.
+      config: the other library's configuration: keyword arguments of `timm.create_model`, or the content of
+        config.json. Where it asks for another picture or patch size than the weights have, position tables,
+        relative position biases and patch kernels are resized.
+      classes: `"keep"` refuses a classifier of another number of classes; `"replace"` starts it anew as the
+        model itself would.
+      dtype: of all parameters; None keeps each as it is.
+      allow_nan: whether a tensor may hold NaN.
+      source_grid: rows and columns of the position table in the weights, where these are not equal.
+      report: told, in a sentence, of each tensor that was resized, replaced or left out.
+      progress: called with the bytes read so far and in all.
+
+    Returns:
+      The model, and its parameters: the tree of `model.init(...)["params"]`, unboxed, as numpy arrays.
+
+    Raises:
+      UsageError: for an unknown source, a configuration that is not understood, and weights that do not fit,
+        in one message with every name, its expected and its found shape.
+      RunError: for a damaged file, or a tensor with NaN in it.
+    """
+    if classes not in ("keep", "replace"):
+        raise UsageError(f"classes is {classes!r}. {did_you_mean(classes, ['keep', 'replace'])}")
+    family = family_of(source)
+    config = {**family.defaults, **(config or {})}
+    model = family.build(config)
+    inputs = family.inputs(model, config)
+    leaves = leaf_specs(model, inputs)
+    entries, absent = resolve(family.names(model), named_leaves(leaves))
+    with closing(open_weights(weights)) as opened:
+        plan = compare(
+            f"{opened.where} for {source}",
+            opened.specs,
+            family.names(model),
+            entries,
+            absent,
+            request=Request(_picture(inputs), source_grid),
+            replace=classes == "replace",
+        )
+        for line in plan.notes if report else ():
+            report(line)
+        filled = _read(plan, opened, None if dtype is None else jnp.dtype(dtype), allow_nan, progress)
+    if plan.fresh:
+        filled.update(_initial(model, inputs, plan.fresh))
+    structure = jax.tree.structure(leaves)
+    return model, jax.tree.unflatten(structure, [filled[path] for path in named_leaves(leaves)])
+
+
+def leaf_specs(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    """Shapes and dtypes of a model's parameters, unboxed; nothing is computed."""
+    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    return meta.unbox(variables["params"])
+
+
+def contains_nan(array: np.ndarray) -> bool:
+    """Whether a contiguous array holds NaN, in pieces that fit a cache and by bits where that is faster."""
+    bits = _NAN_ABOVE.get(array.dtype.name)
+    flat = array.reshape(-1)
+    if bits is None:
+        return array.dtype.kind in "fcV" and bool(np.isnan(flat).any())
+    word, infinity = bits
+    flat = flat.view(word)
+    magnitude = word(np.iinfo(word).max >> 1)
+    piece = 2**18 // flat.itemsize
+    return any(
+        flat.size and int((flat[i : i + piece] & magnitude).max()) > infinity
+        for i in range(0, flat.size, piece)
+    )
+
+
+# Without its sign, a number whose bits are above those of infinity is NaN.
+_NAN_ABOVE: dict[str, tuple[Any, int]] = {
+    "float64": (np.uint64, 0x7FF0000000000000),
+    "float32": (np.uint32, 0x7F800000),
+    "float16": (np.uint16, 0x7C00),
+    "bfloat16": (np.uint16, 0x7F80),
+    "float8_e5m2": (np.uint8, 0x7C),
+    "float8_e4m3fn": (np.uint8, 0x7E),
+}
+
+
+def _read(
+    plan: Plan, source: Source, dtype: Any, allow_nan: bool, progress: Progress | None
+) -> dict[str, np.ndarray]:
+    """Reads every tensor of a plan; returns our leaves by path."""
+    total = sum(_bytes(source.specs[name]) for step in plan.steps for name in step.tensors())
+    done = 0
+    filled: dict[str, np.ndarray] = {}
+
+    def read(name: str, out: np.ndarray) -> None:
+        nonlocal done
+        source.read(name, out)
+        if not allow_nan and contains_nan(out):
+            raise RunError(
+                f"{source.where}: {name!r} holds NaN, as weights of a run that diverged or of a damaged file "
+                f"do. Load with allow_nan=True to take it as it is."
+            )
+        done += out.nbytes
+        if progress:
+            progress(done, total)
+
+    for step in plan.steps:
+        straight = step.entry.viewable and not step.changes and dtype in (None, step.dtype)
+        leaves = _read_straight(step, read) if straight else _read_copying(step, source, dtype, read)
+        filled.update(zip(step.entry.row.our_paths, leaves, strict=True))
+    return filled
+
+
+def _read_straight(step: Step, read: Callable[[str, np.ndarray], None]) -> list[np.ndarray]:
+    """Reads into memory laid out as theirs; ours are views of it."""
+    entry = step.entry
+    memory = np.empty((*entry.counts, *entry.joined), step.dtype)
+    for index in entry.indices():
+        for name, cut in zip(entry.names(index), entry.slices(), strict=True):
+            part = memory[index][cut] if len(entry.shapes) > 1 else memory[(*index, ...)]
+            if part.flags.c_contiguous:
+                read(name, part)
+            else:
+                whole = np.empty(part.shape, part.dtype)
+                read(name, whole)
+                part[...] = whole
+    return entry.to_ours(memory)
+
+
+def _read_copying(
+    step: Step, source: Source, dtype: Any, read: Callable[[str, np.ndarray], None]
+) -> list[np.ndarray]:
+    """Reads one tensor at a time, changes its size, layout and dtype, and copies it to its place."""
+    entry = step.entry
+    ours = [np.empty((*entry.counts, *shape), dtype or step.dtype) for shape in entry.ours]
+    for index in entry.indices():
+        parts = []
+        for name in entry.names(index):
+            part = np.empty(source.specs[name].shape, step.dtype)
+            read(name, part)
+            parts.append(step.changes[name](part) if name in step.changes else part)
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=entry.row.axis)
+        for leaf, piece in zip(ours, entry.to_ours(joined), strict=True):
+            leaf[(*index, ...)] = piece
+    return ours
+
+
+def _initial(model: nn.Module, inputs: tuple[Any, ...], paths: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The values a fresh model would start these leaves at; what they do not need is never computed."""
+
+    def some(key: Any) -> dict[str, Any]:
+        arrays = jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), inputs)
+        leaves = named_leaves(meta.unbox(model.init(key, *arrays)["params"]))
+        return {path: leaves[path] for path in paths}
+
+    return jax.tree.map(np.array, jax.jit(some)(jax.random.key(0)))
+
+
+def _picture(inputs: tuple[Any, ...]) -> tuple[int, int] | None:
+    """Height and width, where the first input is a batch of pictures."""
+    shape = inputs[0].shape
+    return (shape[1], shape[2]) if len(shape) == 4 else None
+
+
+def _bytes(spec: Any) -> int:
+    return int(np.prod(spec.shape, dtype=np.int64)) * np.dtype(spec.dtype).itemsize
