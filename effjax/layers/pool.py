@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 
 from effjax import ffn
 from effjax.config import part
+from effjax.layers import norms
 from effjax.layers.dense import Dense, named, truncated_normal
-from effjax.layers.norms import norm_layer
 
 
 class AttentionPool(nn.Module):
@@ -24,13 +24,13 @@ class AttentionPool(nn.Module):
       heads: heads of the attention.
       ffn: how the channels of the pooled vector mix.
       epsilon: of the norm.
-      norm: which norm, a name in `effjax.layers.norms.NORMS`.
+      norm: which norm, a kind in `effjax.layers.norms`.
     """
 
     heads: int
     ffn: nn.Module = part(ffn.KINDS)
     epsilon: float = 1e-6
-    norm: str = "layer"
+    norm: norms.NormKind = "layer"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"], train: bool = False) -> Float[Array, "b c"]:
@@ -44,4 +44,4 @@ class AttentionPool(nn.Module):
         k, v = Dense(head, axes, name="key")(x), Dense(head, axes, name="value")(x)  # [B, N, H, D]
         y = jax.nn.dot_product_attention(q, k, v)  # [B, 1, H, D]
         y = Dense(dim, ("heads", "head_dim", "embed"), inputs=2, name="output")(y)[:, 0]  # [B, C]
-        return y + self.ffn(norm_layer(self.norm, self.epsilon, name="ffn_norm")(y), train=train)
+        return y + self.ffn(norms.norm(self.norm, self.epsilon, "ffn_norm")(y), train=train)

@@ -17,9 +17,9 @@ from jaxtyping import Array, Float
 
 from effjax import ffn, mixers
 from effjax.config import part
+from effjax.layers import norms
 from effjax.layers.dense import named
 from effjax.layers.drop import drop_path
-from effjax.layers.norms import norm_layer
 from effjax.mixers.context import Context
 
 
@@ -32,7 +32,7 @@ class Block(nn.Module):
       epsilon: of the norms.
       dropout: rate of ordinary dropout on both branches.
       layer_scale: initial value of the channel scales; None leaves them out.
-      norm: which norm, a name in `effjax.layers.norms.NORMS`.
+      norm: which norm, a kind in `effjax.layers.norms`.
       order: where the norms stand, see above; `parallel` has one norm and one scale.
     """
 
@@ -41,7 +41,7 @@ class Block(nn.Module):
     epsilon: float = 1e-6
     dropout: float = 0.0
     layer_scale: float | None = None
-    norm: str = "layer"
+    norm: norms.NormKind = "layer"
     order: Literal["pre_norm", "res_post_norm", "parallel"] = "pre_norm"
 
     @nn.compact
@@ -67,7 +67,7 @@ class Block(nn.Module):
 
     @nn.nowrap
     def _norm(self, name: str, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        return norm_layer(self.norm, self.epsilon, name=name)(x)
+        return norms.norm(self.norm, self.epsilon, name)(x)
 
     @nn.nowrap
     def _branch(

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from effjax.errors import UsageError
 from effjax.layers.dense import Dense, named, truncated_normal, zeros
 from effjax.layers.drop import linear_rates
-from effjax.layers.norms import norm_layer
+from effjax.layers.norms import norm
 from effjax.layers.patches import PatchEmbed
 from effjax.layers.pool import AttentionPool
 from effjax.layers.stack import Stack
@@ -148,7 +148,7 @@ class ViT(nn.Module):
 
     @nn.nowrap
     def _norm(self, name: str, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
-        return norm_layer(self.block.norm, self.block.epsilon, name=name)(x)
+        return norm(self.block.norm, self.block.epsilon, name)(x)
 
     @nn.nowrap
     def _prefix(self, x: Float[Array, "b n c"]) -> list[Float[Array, "b m c"]]:
