@@ -1,7 +1,7 @@
 """Parameters of ours as the tensors of another library."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +10,23 @@ import numpy as np
 from flax.core import meta
 
 from effjax.interop.load import family_of
-from effjax.interop.names import Entry, resolve
+from effjax.interop.names import Entry
 from effjax.interop.weights import Spec
 from effjax.interop.write import SHARD_BYTES, new_folder, write_weights
 from effjax.matching import named_leaves
 
 
-def export(model: nn.Module, params: Any, target: str) -> dict[str, np.ndarray]:
+def export(
+    model: nn.Module, params: Any, target: str, *, like: Collection[str] = ()
+) -> dict[str, np.ndarray]:
     """Names and lays out parameters as another library has them.
 
     Args:
       model: the definition that the parameters belong to.
       params: its parameters, numpy or jax arrays, boxed or not.
       target: `timm:<architecture>`, `transformers:<model_type>` or `diffusers:<class name>`.
+      like: names that the tensors are to have, where the library spells them in several ways: those of a
+        `state_dict()`, say. By default they are spelled as in its files.
 
     Returns:
       `{their name: contiguous array}`, in the dtype of the parameters. What was loaded and not changed comes
@@ -31,7 +35,7 @@ def export(model: nn.Module, params: Any, target: str) -> dict[str, np.ndarray]:
     Raises:
       UsageError: for an unknown target, or a model that it has no names for.
     """
-    leaves, entries = _resolved(model, params, target)
+    leaves, entries = _resolved(model, params, target, like)
     return dict(_tensors(leaves, entries))
 
 
@@ -82,9 +86,11 @@ def export_to(
         return [Path(file).name for file in write_weights(hidden, stem, specs, counted(), shard_bytes)]
 
 
-def _resolved(model: nn.Module, params: Any, target: str) -> tuple[dict[str, Any], list[Entry]]:
+def _resolved(
+    model: nn.Module, params: Any, target: str, like: Collection[str] = ()
+) -> tuple[dict[str, Any], list[Entry]]:
     leaves = named_leaves(meta.unbox(params))
-    entries, _ = resolve(family_of(target).names(model), leaves)
+    _, entries, _ = family_of(target).resolved(model, leaves, like)
     return leaves, entries
 
 

@@ -22,7 +22,6 @@ from effjax.errors import RunError, UsageError, did_you_mean
 from effjax.interop.families import FAMILIES
 from effjax.interop.family import Family
 from effjax.interop.match import Plan, Step, compare
-from effjax.interop.names import resolve
 from effjax.interop.resize import Request
 from effjax.interop.weights import Renamed, Source, Weights, closing, open_weights
 from effjax.matching import named_leaves
@@ -85,16 +84,18 @@ def load_pretrained(
         raise UsageError(f"classes is {classes!r}. {did_you_mean(classes, ['keep', 'replace'])}")
     family = family_of(source)
     config = {**family.defaults, **(config or {})}
-    model = family.build(config)
-    inputs = family.inputs(model, config)
-    leaves = leaf_specs(model, inputs)
-    entries, absent = resolve(family.names(model), named_leaves(leaves))
     with closing(open_weights(weights)) as opened:
         opened = Renamed(opened, family.renames) if family.renames else opened
+        if family.complete:
+            config = family.complete(config, opened.specs)
+        model = family.build(config)
+        inputs = family.inputs(model, config)
+        leaves = leaf_specs(model, inputs)
+        rows, entries, absent = family.resolved(model, named_leaves(leaves), opened.specs)
         plan = compare(
             f"{opened.where} for {source}",
             opened.specs,
-            family.names(model),
+            rows,
             entries,
             absent,
             request=Request(_picture(inputs), source_grid),

@@ -15,7 +15,7 @@ from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from effjax.errors import UsageError
 from effjax.layers.dense import Dense, named, truncated_normal, zeros
@@ -56,6 +56,7 @@ class ViT(nn.Module):
       pool_all: whether the pool also sees the tokens that are no patches.
       attention_pool: the pooling of `pool="attention"`.
       representation: channels of a tanh layer between pool and head; None leaves it out.
+      mask_token: whether there is a token that takes the place of masked patches.
     """
 
     block: Block
@@ -79,6 +80,7 @@ class ViT(nn.Module):
     pool_all: bool = False
     attention_pool: AttentionPool | None = None
     representation: int | None = None
+    mask_token: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,13 +110,17 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "b height width channels"], train: bool = False
+        self,
+        images: Float[Array, "b height width channels"],
+        train: bool = False,
+        masked: Bool[Array, "b n"] | None = None,
     ) -> Float[Array, "b *tokens classes"]:
         """Returns logits: one vector a picture, or with `pool="none"` one a token.
 
         Args:
           images: standardised pictures; both sides must be multiples of the patch.
           train: switches dropout and stochastic depth on; then a `dropout` key must be given.
+          masked: patches, row by row, whose content is hidden behind the mask token.
 
         Raises:
           UsageError: where patches do not tile the picture, or the picture is not of the size that the
@@ -124,6 +130,10 @@ class ViT(nn.Module):
         x = x.reshape(x.shape[0], -1, self.dim)  # [B, h w, C]
         if self.patch_norm:
             x = self._norm("patch_norm", x)
+        if self.mask_token:
+            init = named(zeros, (None, "embed"))
+            token = self.param("mask_token", init, (1, self.dim), jnp.float32).astype(x.dtype)
+            x = x if masked is None else jnp.where(masked[:, :, None], token[None], x)
         x = self._add_positions(jnp.concatenate([*self._prefix(x), x], axis=1))  # [B, N, C]
         if self.dropout:
             x = nn.Dropout(self.dropout, deterministic=not train)(x)

@@ -221,7 +221,7 @@ def names(model: ViT, packed: bool = False) -> tuple[n.Row, ...]:
         rows += norm_rows("norm" if model.final_norm == "before_pool" else "fc_norm", "norm", norm)
     if model.attention_pool is not None:
         rows += _pool_rows(model.attention_pool)
-    rows += _parallel_rows(model.block) if model.block.order == "parallel" else _block_rows(model.block, packed)
+    rows += _block_rows(model.block, packed)
     return (*rows, *linear("head", "head", classifier=True))
 
 
@@ -315,6 +315,7 @@ def _pool_rows(pool: AttentionPool) -> list[n.Row]:
 _packed = functools.partial(names, packed=True)
 
 TIMM: dict[str, Family] = {
-    name: Family(build, _packed if defaults.get("mlp_layer") == "swiglupacked" else names, inputs, defaults)
+    name: Family(build, *maps[:1], inputs, defaults, spellings=maps[1:])
     for name, defaults in architectures().items()
+    for maps in [(_packed, names) if defaults.get("mlp_layer") == "swiglupacked" else (names, _packed)]
 }
