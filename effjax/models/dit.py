@@ -44,7 +44,8 @@ def time_frequencies(
 ) -> Float[Array, "b count"]:
     """Cosines, then sines, of `t` times `count / 2` frequencies that fall from 1 towards `1 / longest`.
 
-    `inclusive` spaces them so that the last one is `1 / longest`, as diffusers does. Computed in float32, whatever the network computes in: at `t = 999` half precision would lose the phase.
+    `inclusive` spaces them so that the last one is `1 / longest`, as diffusers does. Computed in float32,
+    whatever the network computes in: at `t = 999` half precision would lose the phase.
     """
     half = count // 2
     frequencies = jnp.exp(-math.log(longest) * jnp.arange(half, dtype=jnp.float32) / (half - inclusive))

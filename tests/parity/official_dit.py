@@ -77,7 +77,14 @@ class OfficialDiT(nn.Module):
     """The whole network, with learned variances."""
 
     def __init__(
-        self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16, num_classes=1000
+        self,
+        input_size=32,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=1152,
+        depth=28,
+        num_heads=16,
+        num_classes=1000,
     ) -> None:
         super().__init__()
         self.side, self.patch, self.out = input_size // patch_size, patch_size, 2 * in_channels
@@ -85,7 +92,7 @@ class OfficialDiT(nn.Module):
         self.t_embedder = Times(hidden_size)
         self.y_embedder = Labels(num_classes, hidden_size)
         table = torch.from_numpy(sincos_table((self.side, self.side), hidden_size))
-        self.pos_embed = nn.Parameter(table[None], requires_grad=False)
+        self.register_buffer("pos_embed", table[None])  # a parameter there, which is never trained
         self.blocks = nn.ModuleList(Layer(hidden_size, num_heads) for _ in range(depth))
         self.final_layer = Last(hidden_size, patch_size**2 * self.out)
 

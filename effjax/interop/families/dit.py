@@ -74,7 +74,7 @@ def build_diffusers(config: Mapping[str, Any]) -> DiT:
     """
     c = _read(config)
     if c.activation_fn not in _FFNS:
-        raise UsageError(f"config.activation_fn is {c.activation_fn!r}. {did_you_mean(c.activation_fn, _FFNS)}")
+        raise UsageError(f"activation_fn is {c.activation_fn!r}. {did_you_mean(c.activation_fn, _FFNS)}")
     if c.norm_type != "ada_norm_zero" or c.dropout:
         raise UsageError("config.norm_type must be 'ada_norm_zero' and config.dropout 0.")
     activation, gated = _FFNS[c.activation_fn]

@@ -1,7 +1,7 @@
 """What the names of timm's vision transformers stand for: keyword arguments that differ from the defaults.
 
-Source: the registered functions and default configurations of timm 1.0.31, `timm/models/vision_transformer.py`
-and `timm/models/deit.py`; `tests/parity` holds this table against them.
+Source: the registered functions and default configurations of timm 1.0.31, in its
+`models/vision_transformer.py` and `models/deit.py`; `tests/parity` holds this table against them.
 """
 
 from collections.abc import Mapping
@@ -196,7 +196,12 @@ _AIM = dict(
     mlp_layer="swiglu",
     num_classes=0,
 )
-_AIM_WIDTHS = {"large": (1024, 8, 2.75), "huge": (1536, 12, 2.6667), "1b": (2048, 16, 2.75), "3b": (3072, 24, 2.6667)}
+_AIM_WIDTHS = {
+    "large": (1024, 8, 2.75),
+    "huge": (1536, 12, 2.6667),
+    "1b": (2048, 16, 2.75),
+    "3b": (3072, 24, 2.6667),
+}
 _TEST = dict(img_size=160, patch_size=16, embed_dim=64, depth=6, num_heads=2, mlp_ratio=3.0)
 _TEST_REG = dict(_TEST, class_token=False, reg_tokens=1, init_values=1e-5)
 _TEST_96 = dict(_TEST_REG, embed_dim=96, depth=9, num_heads=3)

@@ -102,11 +102,13 @@ def build(config: Mapping[str, Any]) -> ViT:
     """
     c = read(config)
     if c.attention_probs_dropout_prob:
-        raise UsageError("config.attention_probs_dropout_prob must be 0: attention weights are not dropped here.")
+        raise UsageError("attention_probs_dropout_prob must be 0: attention weights are not dropped here.")
     architecture = c.architectures[0] if c.architectures else "ForImageClassification"
     classifies, teacher = "ForImageClassification" in architecture, architecture.endswith("WithTeacher")
     if not classifies and not architecture.endswith("Model"):
-        raise UsageError(f"config.architectures is {architecture!r}: a classifier or a bare model is read here.")
+        raise UsageError(
+            f"config.architectures is {architecture!r}: a classifier or a bare model is read here."
+        )
     labels = 2 if c.id2label is None else len(c.id2label)
     options: dict[str, Any] = {}
     if not classifies and c.add_pooling_layer and c.model_type in ("vit", "deit"):
@@ -184,9 +186,14 @@ class Spelling:
     gated: tuple[str, ...] = ()
 
 
-_IN_FILES = tuple(f"attention.attention.{part}" for part in ("query", "key", "value")) + ("attention.output.dense",)
+_HEADS_IN_FILES = (f"attention.attention.{part}" for part in ("query", "key", "value"))
+_IN_FILES = (*_HEADS_IN_FILES, "attention.output.dense")
 _IN_MODULES = tuple(f"attention.{part}_proj" for part in "qkvo")
-_LAYER, _NORMS, _NORMS_DINO = "encoder.layer.{layer}", ("layernorm_before", "layernorm_after"), ("norm1", "norm2")
+_LAYER, _NORMS, _NORMS_DINO = (
+    "encoder.layer.{layer}",
+    ("layernorm_before", "layernorm_after"),
+    ("norm1", "norm2"),
+)
 
 FILES = Spelling(_LAYER, _IN_FILES, _NORMS, "intermediate.dense", "output.dense")
 MODULES = Spelling("layers.{layer}", _IN_MODULES, _NORMS, "mlp.fc1", "mlp.fc2")

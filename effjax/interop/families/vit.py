@@ -1,4 +1,4 @@
-"""timm's VisionTransformer and its distilled form: ViT, DeiT, DeiT III, CLIP, SigLIP, DINOv2, AIMv2, FlexiViT.
+"""timm's VisionTransformer and its distilled form: ViT, DeiT, CLIP, SigLIP, DINOv2, AIMv2, FlexiViT.
 
 Source of names, defaults and shapes: timm 1.0.31, `timm/models/vision_transformer.py`, `timm/models/deit.py`,
 `timm/layers/attention.py`, `mlp.py`, `attention_pool.py`.
@@ -152,7 +152,9 @@ def _block(c: TimmViT, ffn: nn.Module, norm: NormKind, epsilon: float) -> Block:
 
 def _ffn(c: TimmViT) -> nn.Module:
     hidden = int(c.embed_dim * c.mlp_ratio)
-    activation = ACTIVATIONS["gelu" if c.act_layer is None else _among_key(ACTIVATIONS, c.act_layer, "act_layer")]
+    activation = ACTIVATIONS[
+        "gelu" if c.act_layer is None else _among_key(ACTIVATIONS, c.act_layer, "act_layer")
+    ]
     kind, options = _named("mlp" if c.mlp_layer is None else c.mlp_layer)
     if kind == "mlp":
         return MLP(hidden=hidden, activation=activation, use_bias=c.proj_bias)
