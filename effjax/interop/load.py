@@ -30,6 +30,7 @@ from effjax.matching import named_leaves
 
 Report = Callable[[str], None]
 Progress = Callable[[int, int], None]
+ReadInto = Callable[[str, np.ndarray], None]
 
 
 def family_of(source: str) -> Family:
@@ -194,35 +195,33 @@ def fill(
             progress(done, total)
 
     for step in plan.steps:
-        straight = step.entry.viewable and not step.changes and dtype in (None, step.dtype)
-        leaves = _read_straight(step, read) if straight else _read_copying(step, source, dtype, read)
+        straight = step.entry.viewable and not step.changes
+        leaves = (_read_straight if straight else _read_copying)(step, source, dtype or step.dtype, read)
         filled.update(zip(step.entry.row.our_paths, leaves, strict=True))
     return filled
 
 
-def _read_straight(step: Step, read: Callable[[str, np.ndarray], None]) -> list[np.ndarray]:
+def _read_straight(step: Step, source: Source, dtype: Any, read: ReadInto) -> list[np.ndarray]:
     """Reads into memory laid out as theirs; ours are views of it."""
     entry = step.entry
-    memory = np.empty((*entry.counts, *entry.joined), step.dtype)
+    memory = np.empty((*entry.counts, *entry.joined), dtype)
     for index in entry.indices():
         for name, cut in zip(entry.names(index), entry.slices(), strict=True):
             here: Any = (*index, *cut) if len(entry.shapes) > 1 else (*index, ...)
             part = memory[here]
-            if part.flags.c_contiguous:
+            if part.flags.c_contiguous and dtype == step.dtype:
                 read(name, part)
             else:
-                whole = np.empty(part.shape, part.dtype)
+                whole = np.empty(part.shape, step.dtype)
                 read(name, whole)
                 part[...] = whole
     return entry.to_ours(memory)
 
 
-def _read_copying(
-    step: Step, source: Source, dtype: Any, read: Callable[[str, np.ndarray], None]
-) -> list[np.ndarray]:
+def _read_copying(step: Step, source: Source, dtype: Any, read: ReadInto) -> list[np.ndarray]:
     """Reads one tensor at a time, changes its size, layout and dtype, and copies it to its place."""
     entry = step.entry
-    ours = [np.empty((*entry.counts, *shape), dtype or step.dtype) for shape in entry.ours]
+    ours = [np.empty((*entry.counts, *shape), dtype) for shape in entry.ours]
     for index in entry.indices():
         parts = []
         for name in entry.names(index):

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import einops
+import jax.numpy as jnp
 import numpy as np
 
 from effjax.errors import UsageError
@@ -103,6 +104,7 @@ class Entry:
       ours: shapes of our leaves without those axes.
       joined: shape of their tensor, after joining where there are several.
       shapes: shape of each of their tensors.
+      floating: whether our leaves hold real numbers.
     """
 
     def __init__(self, row: Name, leaves: Mapping[str, Any]) -> None:
@@ -115,6 +117,7 @@ class Entry:
                 f"{self} has {lead} placeholders, which the leaves of shape {shapes} do not fit."
             )
         self.counts: Shape = shapes[0][:lead]
+        self.floating = all(jnp.issubdtype(leaves[path].dtype, jnp.floating) for path in row.our_paths)
         for placeholder, count in zip(self.placeholders, self.counts, strict=True):
             if len(row.at.get(placeholder, range(count))) != count:
                 raise UsageError(f"{self}: `at` lists another number of {placeholder} than our {count}.")
@@ -227,7 +230,7 @@ def resolve(rows: Sequence[Row], leaves: Mapping[str, Any]) -> tuple[list[Entry]
 
     Args:
       rows: the name map.
-      leaves: `{path: anything with a shape}` of the whole parameter tree.
+      leaves: `{path: anything with shape and dtype}` of the whole parameter tree.
 
     Returns:
       The resolved rows, and the classifier rows whose leaves this model does not have.

@@ -25,7 +25,8 @@ import safetensors
 from effjax.errors import RunError, UsageError
 
 Spec = jax.ShapeDtypeStruct
-Weights = str | os.PathLike[str] | Mapping[str, np.ndarray]
+# `Any` stands for arrays: what else is in a mapping is refused with a sentence.
+Weights = str | os.PathLike[str] | Mapping[str, Any]
 
 # By the name that a header gives them.
 DTYPES: dict[str, np.dtype] = {
@@ -117,13 +118,15 @@ class Arrays:
 
     where = "the mapping"
 
-    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, arrays: Mapping[str, Any]) -> None:
         for name, array in arrays.items():
             if not isinstance(array, np.ndarray):
                 raise UsageError(
                     f"weights[{name!r}] is a {type(array).__name__}, not a numpy array. "
                     f"For a torch tensor: t.detach().cpu().numpy()."
                 )
+            if array.dtype.newbyteorder("=") not in DTYPES.values():
+                raise UsageError(f"weights[{name!r}] is of dtype {array.dtype}, which holds no weights.")
         self._arrays = arrays
         self.specs = {name: Spec(a.shape, a.dtype.newbyteorder("=")) for name, a in arrays.items()}
 
@@ -274,7 +277,10 @@ def _checked_header(path: Path) -> tuple[int, dict[str, Any]]:
     except (safetensors.SafetensorError, OSError) as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
         raise RunError(f"'{path}' is no sound safetensors file: {_short(reason)}.") from None
-    header = json.loads(text, object_pairs_hook=lambda pairs: _unrepeated(path, pairs))
+    try:
+        header = json.loads(text, object_pairs_hook=lambda pairs: _unrepeated(path, pairs))
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"'{path}' is no sound safetensors file: {_short(str(error))}.") from None
     header.pop("__metadata__", None)
     return 8 + length, header
 

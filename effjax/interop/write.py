@@ -61,7 +61,9 @@ def write_weights(
                 )
             file, offset = places[tensor]
             file.seek(offset)
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            # A stack of layers that is a transposed view is made contiguous a layer at a time.
+            for part in [array] if array.flags.c_contiguous or array.ndim < 3 else array:
+                file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
             left.discard(tensor)
         if left:
             raise RunError(f"{len(left)} tensors were announced and did not come: {sorted(left)[:3]}.")
