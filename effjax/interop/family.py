@@ -22,8 +22,8 @@ class Family:
         prefix more or less) to those of the name map; `re.sub`, all of them in order, on reading only.
       spellings: further name maps, where a library spells the same parameters in several ways that renaming
         does not bring together: in files and in modules, joined and apart.
-      complete: adds to a configuration what the names of the tensors say and it does not: which of a library's
-        classes over one configuration they belong to.
+      complete: adds to a configuration what it does not say and the names of the tensors do: which of several
+        classes they belong to.
     """
 
     build: Callable[[Mapping[str, Any]], nn.Module]

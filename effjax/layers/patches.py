@@ -30,10 +30,15 @@ class PatchEmbed(nn.Module):
     dim: int
     kernel_init: Initializer = xavier
     use_bias: bool = True
+    crop: bool = False
+    """Leaves out the pixels below and right of the last whole patch, as a convolution does."""
 
     @nn.compact
     def __call__(self, images: Float[Array, "b height width c"]) -> Float[Array, "b h w dim"]:
         """Returns the grid of tokens."""
+        if self.crop:
+            h, w = (side // self.patch * self.patch for side in images.shape[1:3])
+            images = images[:, :h, :w]
         check_divides(images.shape[1], images.shape[2], self.patch)
         cut = "b (h p) (w q) c -> b h w (p q c)"
         x = einops.rearrange(images, cut, p=self.patch, q=self.patch)  # [B, H/p, W/p, p p C]

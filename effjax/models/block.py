@@ -3,8 +3,8 @@
     pre_norm        x <- x + drop(s_1 * mixer(norm(x)))
                     x <- x + drop(s_2 * ffn(norm(x)))                    Dosovitskiy et al. 2021, eqs. 2 and 3
     res_post_norm   x <- x + drop(s_1 * norm(mixer(x)))
-                    x <- x + drop(s_2 * norm(ffn(x)))                    Liu et al. 2022 (Swin V2), section 3.2
-    parallel        x <- x + drop(s * (mixer(h) + ffn(h))),  h = norm(x)    Dehghani et al. 2023
+                    x <- x + drop(s_2 * norm(ffn(x)))                    Liu et al. 2022, Swin V2, figure 1
+    parallel        x <- x + drop(s * (mixer(h) + ffn(h))), h = norm(x)  Dehghani et al. 2023, ViT-22B
 
 `drop` is stochastic depth and `s` an optional learned scale a channel (LayerScale, Touvron et al. 2021).
 """

@@ -50,6 +50,7 @@ class ViT(nn.Module):
       registers: tokens that are mixed with the others and read by nobody.
       positioned: which tokens have a place in the position table.
       patch_bias: bias of the patch projection.
+      crop: whether pixels beyond the last whole patch are left out; otherwise such a picture is refused.
       patch_norm: a norm on the projected patches.
       pre_norm: a norm before the first block.
       final_norm: where the norm behind the last block stands.
@@ -74,6 +75,7 @@ class ViT(nn.Module):
     registers: int = 0
     positioned: Literal["all", "class_and_patches", "patches", "none"] = "all"
     patch_bias: bool = True
+    crop: bool = False
     patch_norm: bool = False
     pre_norm: bool = False
     final_norm: Literal["before_pool", "after_pool", "none"] = "before_pool"
@@ -126,7 +128,8 @@ class ViT(nn.Module):
           UsageError: where patches do not tile the picture, or the picture is not of the size that the
             position table was made for.
         """
-        x = PatchEmbed(self.patch, self.dim, use_bias=self.patch_bias, name="embed")(images)  # [B, h, w, C]
+        options = dict(use_bias=self.patch_bias, crop=self.crop)
+        x = PatchEmbed(self.patch, self.dim, **options, name="embed")(images)  # [B, h, w, C]
         x = x.reshape(x.shape[0], -1, self.dim)  # [B, h w, C]
         if self.patch_norm:
             x = self._norm("patch_norm", x)

@@ -57,7 +57,7 @@ def kinds():
 
 @pytest.mark.parametrize("source", kinds())
 def test_names_of_timm_fit_every_structure(source):
-    model, leaves, entries = resolved(source, SMALL)
+    _, leaves, entries = resolved(source, SMALL)
     named = sum(np.prod(e.joined, dtype=int) * np.prod(e.counts, dtype=int) for e in entries)
     assert named == sum(leaf.size for leaf in jax.tree.leaves(leaves))
 

@@ -89,8 +89,8 @@ def build_diffusers(config: Mapping[str, Any]) -> DiT:
     out = c.in_channels if c.out_channels is None else c.out_channels
     if out not in (c.in_channels, 2 * c.in_channels):
         raise UsageError(
-            f"config.out_channels is {out}: a network predicts its {c.in_channels} channels, or twice as many "
-            f"with their variance."
+            f"config.out_channels is {out}: a network predicts its {c.in_channels} channels, or twice as "
+            f"many with their variance."
         )
     return DiT(
         block=block,

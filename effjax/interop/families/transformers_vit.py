@@ -98,11 +98,12 @@ def build(config: Mapping[str, Any]) -> ViT:
     """Makes the model of a configuration.
 
     Raises:
-      UsageError: for what has no counterpart here: dropout of attention weights, other activations or classes.
+      UsageError: for what has no counterpart here: dropout of attention weights, other activations, other
+        classes.
     """
     c = read(config)
     if c.attention_probs_dropout_prob:
-        raise UsageError("attention_probs_dropout_prob must be 0: attention weights are not dropped here.")
+        raise UsageError("attention_probs_dropout_prob must be 0: attention weights are not dropped.")
     architecture = c.architectures[0] if c.architectures else "ForImageClassification"
     classifies, teacher = "ForImageClassification" in architecture, architecture.endswith("WithTeacher")
     if not classifies and not architecture.endswith("Model"):
@@ -131,6 +132,7 @@ def build(config: Mapping[str, Any]) -> ViT:
         classes=(labels if c.num_labels is None else c.num_labels) if classifies else 0,
         drop_path=c.drop_path_rate,
         dropout=c.hidden_dropout_prob,
+        crop=True,
         **options,
     )
 

@@ -126,6 +126,7 @@ def build(config: Mapping[str, Any]) -> ViT:
         registers=c.reg_tokens,
         positioned="none" if c.pos_embed in ("", "none") else "patches" if c.no_embed_class else "all",
         patch_bias=not c.pre_norm,
+        crop=True,
         patch_norm=c.embed_norm_layer is not None,
         pre_norm=c.pre_norm,
         final_norm="none" if not c.final_norm else "after_pool" if after_pool else "before_pool",
@@ -137,6 +138,8 @@ def build(config: Mapping[str, Any]) -> ViT:
 def _block(c: TimmViT, ffn: nn.Module, norm: NormKind, epsilon: float) -> Block:
     orders = {"block": "pre_norm", "respostblock": "res_post_norm", "parallelscalingblock": "parallel"}
     order = _among(orders, "block" if c.block_fn is None else c.block_fn, "block_fn")
+    if order == "parallel" and not c.proj_bias:
+        raise UsageError("config.proj_bias is False: the parallel block is understood with biases alone.")
     mixer = Attention(
         heads=c.num_heads,
         qkv_bias=c.qkv_bias,
@@ -223,7 +226,9 @@ def names(model: ViT, packed: bool = False) -> tuple[n.Row, ...]:
         rows += norm_rows("norm" if model.final_norm == "before_pool" else "fc_norm", "norm", norm)
     if model.attention_pool is not None:
         rows += _pool_rows(model.attention_pool)
-    rows += _block_rows(model.block, packed)
+    rows += (
+        _parallel_rows(model.block) if model.block.order == "parallel" else _block_rows(model.block, packed)
+    )
     return (*rows, *linear("head", "head", classifier=True))
 
 
@@ -276,6 +281,31 @@ def _block_rows(block: Block, packed: bool) -> list[n.Row]:
     if block.layer_scale is not None:
         rows.append(n.Name(f"{theirs}.ls1.gamma", f"{ours}/mixer_scale"))
         rows.append(n.Name(f"{theirs}.ls2.gamma", f"{ours}/ffn_scale"))
+    return rows
+
+
+def _parallel_rows(block: Block) -> list[n.Row]:
+    """The rows of `ParallelScalingBlock`: one matrix into the FFN, queries, keys and values.
+
+    Without biases of the latter, the FFN's stands alone.
+    """
+    theirs, ours, mixer = "blocks.{layer}", "blocks", block.mixer
+    heads = tuple(f"{ours}/mixer/{part}" for part in ("query", "key", "value"))
+    kernels, biases = (tuple(f"{path}/{leaf}" for path in heads) for leaf in ("kernel", "bias"))
+    expand = f"{ours}/ffn/expand"
+    rows = norm_rows(f"{theirs}.in_norm", f"{ours}/norm", block.norm)
+    layout = (n.LINEAR, *[n.HEADS_IN] * 3)
+    rows.append(n.Name(f"{theirs}.in_proj.weight", (f"{expand}/kernel", *kernels), layout))
+    if mixer.qkv_bias:
+        layout = (n.AS_IS, *[n.HEADS_IN_BIAS] * 3)
+        rows.append(n.Name(f"{theirs}.in_proj.bias", (f"{expand}/bias", *biases), layout))
+    else:
+        rows.append(n.Name(f"{theirs}.mlp_bias", f"{expand}/bias"))
+    rows += linear(f"{theirs}.attn_out_proj", f"{ours}/mixer/output", n.HEADS_OUT, mixer.out_bias)
+    rows += linear(f"{theirs}.mlp_out_proj", f"{ours}/ffn/contract", bias=block.ffn.use_bias)
+    rows += _qk_norm_rows(theirs, mixer)
+    if block.layer_scale is not None:
+        rows.append(n.Name(f"{theirs}.ls.gamma", f"{ours}/scale"))
     return rows
 
 
