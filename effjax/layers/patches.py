@@ -42,8 +42,8 @@ class PatchEmbed(nn.Module):
         check_divides(images.shape[1], images.shape[2], self.patch)
         cut = "b (h p) (w q) c -> b h w (p q c)"
         x = einops.rearrange(images, cut, p=self.patch, q=self.patch)  # [B, H/p, W/p, p p C]
-        options = dict(use_bias=self.use_bias, kernel_init=self.kernel_init, name="projection")
-        return Dense(self.dim, (None, "embed"), **options)(x)
+        axes, init = (None, "embed"), self.kernel_init
+        return Dense(self.dim, axes, use_bias=self.use_bias, kernel_init=init, name="projection")(x)
 
 
 def unpatch(

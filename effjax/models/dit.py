@@ -146,6 +146,7 @@ class DiTBlock(nn.Module):
     ) -> tuple[Float[Array, "b n c"], None]:
         """Returns `(x, None)`; conditioned by `c` like every block, or by `each`, this block's own."""
         c = c if each is None else each
+        assert c is not None
         b_1, a_1, g_1, b_2, a_2, g_2 = Modulation(6, x.shape[-1], name="modulation")(c)  # 6 x [B, C]
         h = modulate(layer_norm(self.epsilon, affine=False, name="mixer_norm")(x), b_1, a_1)  # [B, N, C]
         x = x + g_1[:, None] * self.mixer(h, context, train=train)  # [B, N, C]

@@ -128,8 +128,8 @@ class ViT(nn.Module):
           UsageError: where patches do not tile the picture, or the picture is not of the size that the
             position table was made for.
         """
-        options = dict(use_bias=self.patch_bias, crop=self.crop)
-        x = PatchEmbed(self.patch, self.dim, **options, name="embed")(images)  # [B, h, w, C]
+        embed = PatchEmbed(self.patch, self.dim, use_bias=self.patch_bias, crop=self.crop, name="embed")
+        x = embed(images)  # [B, h, w, C]
         x = x.reshape(x.shape[0], -1, self.dim)  # [B, h w, C]
         if self.patch_norm:
             x = self._norm("patch_norm", x)

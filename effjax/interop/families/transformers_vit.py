@@ -82,7 +82,7 @@ def read(config: Mapping[str, Any]) -> VisionConfig:
 
 def complete(config: Mapping[str, Any], tensors: Collection[str]) -> Mapping[str, Any]:
     """Says which class the tensors belong to, and whether they have a pooler."""
-    found = {"add_pooling_layer": any(name.startswith("pooler.") for name in tensors)}
+    found: dict[str, Any] = {"add_pooling_layer": any(name.startswith("pooler.") for name in tensors)}
     if not config.get("architectures"):
         kind = "Model"
         if any(name.startswith("cls_classifier.") for name in tensors):
@@ -249,9 +249,11 @@ def _layer_rows(block: Block, theirs: str, spelling: Spelling) -> list[n.Row]:
         rows += linear(f"{theirs}.{spelling.contract}", "blocks/ffn/contract")
     else:
         *first, last = (f"{theirs}.mlp.{part}" for part in spelling.gated)
-        ours = ("blocks/ffn/gate", "blocks/ffn/expand")
-        apart = [row for pair in zip(first, ours, strict=False) for row in linear(*pair)]
-        rows += halves(first[0], ours, bias=True) if len(first) == 1 else apart
+        gate, expand = "blocks/ffn/gate", "blocks/ffn/expand"
+        if len(first) == 1:
+            rows += halves(first[0], (gate, expand), bias=True)
+        else:
+            rows += linear(first[0], gate) + linear(first[1], expand)
         rows += linear(last, "blocks/ffn/contract")
     if block.layer_scale is not None:
         rows.append(n.Name(f"{theirs}.layer_scale1.lambda1", "blocks/mixer_scale"))

@@ -309,7 +309,7 @@ def _parallel_rows(block: Block) -> list[n.Row]:
     return rows
 
 
-def _qk_norm_rows(theirs: str, mixer: Attention) -> list[n.Row]:
+def _qk_norm_rows(theirs: str, mixer: nn.Module) -> list[n.Row]:
     if not mixer.qk_norm:
         return []
     rows = norm_rows(f"{theirs}.q_norm", "blocks/mixer/query_norm", mixer.qk_norm_kind)
@@ -347,7 +347,7 @@ def _pool_rows(pool: AttentionPool) -> list[n.Row]:
 _packed = functools.partial(names, packed=True)
 
 TIMM: dict[str, Family] = {
-    name: Family(build, *maps[:1], inputs, defaults, spellings=maps[1:])
+    name: Family(build, first, inputs, defaults, spellings=(other,))
     for name, defaults in architectures().items()
-    for maps in [(_packed, names) if defaults.get("mlp_layer") == "swiglupacked" else (names, _packed)]
+    for first, other in [(_packed, names) if "packed" in defaults.get("mlp_layer", "") else (names, _packed)]
 }
