@@ -172,6 +172,8 @@ CASES = {
     "transformers_dinov2_registers": _encoder(
         "Dinov2WithRegistersForImageClassification", _ENCODER, fixture=True
     ),
+    "transformers_clip": _encoder("CLIPVisionModel", _PLAIN, _pooled),
+    "transformers_siglip": _encoder("SiglipVisionModel", _PLAIN, _pooled, fixture=True),
     "transformers_vit_base": _encoder("ViTForImageClassification", {}, side=224),
     "diffusers_dit": _diffusers({}, fixture=True),
     "diffusers_dit_sigma": _diffusers(dict(out_channels=8)),
