@@ -9,7 +9,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from flax.core import meta
 from effjax import models
 from effjax.config import build_kind, section_of
 from effjax.errors import RunError, UsageError
-from effjax.interop.load import Progress, family_of, fill, leaf_specs
+from effjax.interop.load import family_of, fill, leaf_specs
 from effjax.interop.match import compare
 from effjax.interop.names import Name, resolve
 from effjax.interop.resize import Request
 from effjax.interop.weights import Spec, closing, open_weights
-from effjax.interop.write import SHARD_BYTES, new_folder, write_weights
+from effjax.interop.write import SHARD_BYTES, Progress, counted, new_folder, write_weights
 from effjax.matching import named_leaves
 
 
@@ -39,6 +39,7 @@ def save_converted(
     config: Mapping[str, Any] | None = None,
     *,
     shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
 ) -> None:
     """Writes a model and its parameters; the folder appears whole or not at all.
 
@@ -48,7 +49,8 @@ def save_converted(
       params: its parameters.
       source: what they were loaded from, `timm:vit_small_patch16_224`.
       config: the other library's configuration that was given with it.
-      shard_bytes: size at which the file is cut into shards.
+      shard_bytes: size of a file that is not exceeded, unless one leaf alone does.
+      progress: called with the bytes written so far and in all.
 
     Raises:
       UsageError: where the folder holds something, or the model is in no table of kinds.
@@ -64,13 +66,9 @@ def save_converted(
     }
     leaves = named_leaves(meta.unbox(params))
     specs = {path: Spec(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in leaves.items()}
-
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for path, leaf in leaves.items():
-            yield path, np.asarray(leaf)
-
+    tensors = ((path, np.asarray(leaf)) for path, leaf in leaves.items())
     with new_folder(folder) as hidden:
-        write_weights(hidden, "params", specs, tensors(), shard_bytes)
+        write_weights(hidden, "params", specs, counted(specs, tensors, progress), shard_bytes)
         (hidden / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 

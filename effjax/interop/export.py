@@ -1,7 +1,7 @@
 """Parameters of ours as the tensors of another library."""
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from flax.core import meta
 from effjax.interop.load import family_of
 from effjax.interop.names import Entry
 from effjax.interop.weights import Spec
-from effjax.interop.write import SHARD_BYTES, new_folder, write_weights
+from effjax.interop.write import SHARD_BYTES, Progress, counted, new_folder, write_weights
 from effjax.matching import named_leaves
 
 
@@ -46,7 +46,7 @@ def export_to(
     target: str,
     *,
     shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Writes what `export` gives as safetensors, one tensor in memory at a time.
 
@@ -71,19 +71,10 @@ def export_to(
         for index in entry.indices()
         for name, shape in zip(entry.names(index), entry.shapes, strict=True)
     }
-    total = sum(np.asarray(leaf).nbytes for leaf in leaves.values())
-
-    def counted() -> Iterator[tuple[str, np.ndarray]]:
-        done = 0
-        for name, array in _tensors(leaves, entries):
-            yield name, array
-            done += array.nbytes
-            if progress:
-                progress(done, total)
-
     stem = "diffusion_pytorch_model" if target.startswith("diffusers:") else "model"
+    tensors = counted(specs, _tensors(leaves, entries), progress)
     with new_folder(folder) as hidden:
-        return [Path(file).name for file in write_weights(hidden, stem, specs, counted(), shard_bytes)]
+        return [Path(file).name for file in write_weights(hidden, stem, specs, tensors, shard_bytes)]
 
 
 def _resolved(

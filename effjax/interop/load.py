@@ -26,10 +26,10 @@ from effjax.interop.family import Family
 from effjax.interop.match import Plan, Step, compare
 from effjax.interop.resize import Request
 from effjax.interop.weights import Renamed, Source, Weights, closing, open_weights
+from effjax.interop.write import Progress
 from effjax.matching import named_leaves
 
 Report = Callable[[str], None]
-Progress = Callable[[int, int], None]
 ReadInto = Callable[[str, np.ndarray], None]
 
 

@@ -1,12 +1,15 @@
 """The convert driver, in a process of its own where that matters."""
 
 import json
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from effjax.errors import UsageError
+from effjax.interop import load_pretrained
 from experiments.run import converting
 from tests.experiments.driver import drive
 from tests.interop.toys import CONFIG, SOURCE, weights
@@ -42,12 +45,29 @@ def test_there_and_back_through_the_driver(tmp_path, file):
     assert all(np.array_equal(back[name], tensors[name]) for name in tensors)
 
 
+def test_the_weights_of_a_run_go_out(tmp_path, monkeypatch, capsys):
+    tensors = weights()
+    model, params = load_pretrained(SOURCE, tensors, CONFIG)
+    asked = []
+
+    def load_run(workdir, step):
+        asked.append((workdir, step))
+        return SimpleNamespace(task=SimpleNamespace(model=model)), {"params": jax.device_put(params)}
+
+    monkeypatch.setattr(converting, "load_run", load_run)
+    converting.outwards_from_run(SOURCE, "runs/x", str(tmp_path / "out"), 10**9, 7)
+    back = load_file(tmp_path / "out" / "model.safetensors")
+    assert asked == [("runs/x", 7)]
+    assert all(np.array_equal(back[name], tensors[name]) for name in tensors)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ([], "give one of --from"),
         ([f"--from={SOURCE}", f"--to={SOURCE}"], "give one of --from"),
         ([f"--from={SOURCE}"], "--weights is missing"),
+        ([f"--from={SOURCE}", "--workdir=runs/x", "--out=y"], "--workdir stands with --to"),
         (
             [f"--from={SOURCE}", "--weights=x.safetensors", "--out=y.safetensors"],
             "is a file: give the folder",
