@@ -204,7 +204,9 @@ DINO_FILES = Spelling(_LAYER, _IN_FILES, _NORMS_DINO, "mlp.fc1", "mlp.fc2", _GAT
 DINO_MODULES = Spelling(_LAYER, _IN_MODULES, _NORMS_DINO, "mlp.fc1", "mlp.fc2", _GATED_MODULES)
 
 
-def names(model: ViT, base: str, spelling: Spelling, bare: bool = False) -> tuple[n.Row, ...]:
+def names(
+    model: ViT, base: str, spelling: Spelling, bare: bool = False, bare_layers: bool = False
+) -> tuple[n.Row, ...]:
     """The name map of a class: `base` is its attribute that holds the encoder, unless it is the encoder.
 
     Args:
@@ -212,6 +214,7 @@ def names(model: ViT, base: str, spelling: Spelling, bare: bool = False) -> tupl
       base: prefix of the encoder within a classifier.
       spelling: of a layer.
       bare: whether the model is an encoder by itself; so is every model without a classifier.
+      bare_layers: whether the layers lack the prefix that the rest has, as in files of ViT-MSN from 5.23.
     """
     prefix = "" if bare or not model.classes else f"{base}."
     embeddings = f"{prefix}embeddings"
@@ -226,7 +229,7 @@ def names(model: ViT, base: str, spelling: Spelling, bare: bool = False) -> tupl
         rows.append(n.Name(f"{embeddings}.{registers}", "registers", TOKEN))
     if model.mask_token:
         rows.append(n.Name(f"{embeddings}.mask_token", "mask_token"))
-    rows += _layer_rows(model.block, prefix + spelling.layer, spelling)
+    rows += _layer_rows(model.block, ("" if bare_layers else prefix) + spelling.layer, spelling)
     rows += norm_rows(f"{prefix}layernorm", "norm", "layer")
     if model.representation:
         rows += linear(f"{prefix}pooler.dense", "representation")
@@ -267,6 +270,7 @@ def _family(kind: str, base: str, spellings: tuple[Spelling, ...], **defaults: A
         for spelling in spellings
         for bare in (False, True)
     )
+    others.append(functools.partial(names, base=base, spelling=spellings[0], bare_layers=True))
     defaults["model_type"] = kind
     return Family(build, first, inputs, defaults, spellings=tuple(others), complete=complete)
 

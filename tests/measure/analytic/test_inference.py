@@ -66,13 +66,18 @@ def test_dit_is_counted_exactly(size):
         dict(pool="token_mean", positioned="class_and_patches", registers=3),
         dict(positioned="none", final_norm="none", representation=7),
         dict(order="parallel", layer_scale=0.1, norm="rms"),
+        dict(qk_norm=True),
+        dict(qk_norm=True, qk_norm_kind="layer"),
+        dict(qk_norm=True, qk_norm_over="width"),
         dict(order="res_post_norm", layer_scale=0.1),
     ],
 )
 def test_variants_of_vit_are_counted_exactly(changes):
     of_block = {key: changes[key] for key in ("order", "layer_scale", "norm") if key in changes}
-    block = dict(mixer=dict(kind="attention", heads=3), ffn=dict(kind="mlp"), **of_block)
-    of_model = {key: value for key, value in changes.items() if key not in of_block}
+    of_mixer = {key: value for key, value in changes.items() if key.startswith("qk_norm")}
+    mixer = dict(kind="attention", heads=3, **of_mixer)
+    block = dict(mixer=mixer, ffn=dict(kind="mlp"), **of_block)
+    of_model = {key: value for key, value in changes.items() if key not in of_block | of_mixer}
     section = dict(kind="vit", patch=2, dim=12, depth=2, classes=5, block=block, **of_model)
     model = build_kind(KINDS, section, "config.model")
     tokens = 12 + model.prefix
