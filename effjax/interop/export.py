@@ -9,6 +9,7 @@ import flax.linen as nn
 import numpy as np
 from flax.core import meta
 
+from effjax.errors import UsageError
 from effjax.interop.load import family_of
 from effjax.interop.names import Entry
 from effjax.interop.weights import Spec
@@ -81,7 +82,11 @@ def _resolved(
     model: nn.Module, params: Any, target: str, like: Collection[str] = ()
 ) -> tuple[dict[str, Any], list[Entry]]:
     leaves = named_leaves(meta.unbox(params))
-    _, entries, _ = family_of(target).resolved(model, leaves, like)
+    try:
+        _, entries, _ = family_of(target).resolved(model, leaves, like)
+    except (UsageError, AttributeError) as error:
+        # A family reads the fields of its own models, which those of another may lack.
+        raise UsageError(f"{target} has no names for this {type(model).__name__}: {error}") from None
     return leaves, entries
 
 

@@ -21,9 +21,9 @@ class Family:
       renames: `(regexp, replacement)` pairs that bring other spellings of a checkpoint's names (older ones, a
         prefix more or less) to those of the name map; `re.sub`, all of them in order, on reading only.
       spellings: further name maps, where a library spells the same parameters in several ways that renaming
-        does not bring together: in its files and in its modules, joined and apart.
-      complete: adds to a configuration what the names of the tensors say and it does not: which of a
-        library's classes over one configuration they belong to.
+        does not bring together: in files and in modules, joined and apart.
+      complete: adds to a configuration what it does not say and the names of the tensors do: which of several
+        classes they belong to.
     """
 
     build: Callable[[Mapping[str, Any]], nn.Module]

@@ -86,6 +86,7 @@ def load_pretrained(
     """
     if classes not in ("keep", "replace"):
         raise UsageError(f"classes is {classes!r}. {did_you_mean(classes, ['keep', 'replace'])}")
+    wanted = None if dtype is None else _floating(dtype)
     family = family_of(source)
     config = {**family.defaults, **((config_of(weights) if config is None else config) or {})}
     with closing(open_weights(weights)) as opened:
@@ -108,7 +109,7 @@ def load_pretrained(
         if report:
             for line in plan.notes:
                 report(line)
-        filled = fill(plan, opened, None if dtype is None else jnp.dtype(dtype), allow_nan, progress)
+        filled = fill(plan, opened, wanted, allow_nan, progress)
     if plan.fresh:
         filled.update(_initial(model, inputs, plan.fresh))
     structure = jax.tree.structure(leaves)
@@ -244,6 +245,17 @@ def _initial(model: nn.Module, inputs: tuple[Any, ...], paths: tuple[str, ...]) 
         return {path: leaves[path] for path in paths}
 
     return jax.tree.map(np.array, jax.jit(some)(jax.random.key(0)))
+
+
+def _floating(dtype: Any) -> Any:
+    """A dtype for parameters."""
+    try:
+        wanted = jnp.dtype(dtype)
+    except TypeError:
+        wanted = None
+    if wanted is None or not jnp.issubdtype(wanted, jnp.floating):
+        raise UsageError(f"dtype is {dtype!r}; parameters are float32, bfloat16, float16 or the like.")
+    return wanted
 
 
 def _picture(inputs: tuple[Any, ...]) -> tuple[int, int] | None:

@@ -9,6 +9,7 @@ axes than numpy has, dtypes that numpy does not have, a message that names the f
 offset, since the library hands out copies and the tensors of all layers belong into one array.
 """
 
+import collections
 import contextlib
 import json
 import os
@@ -51,7 +52,7 @@ DTYPES: dict[str, np.dtype] = {
 # Names that the libraries give a file of their own folders, and its index where it is cut into shards.
 STEMS = ("model", "diffusion_pytorch_model", "params")
 
-_HEADER_LIMIT = 32 * 2**20  # bytes; about 300,000 tensors
+_HEADER_LIMIT = 16 * 2**20  # bytes; about 150,000 tensors
 _MAX_AXES = 64  # of a numpy array
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")
@@ -306,8 +307,7 @@ def _checked_index(index: Path) -> dict[str, str]:
 def _unrepeated(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        [(twice, _)] = collections.Counter(name for name, _ in pairs).most_common(1)
         raise RunError(f"'{path}' has {_short(twice)!r} twice in its header.")
     return result
 

@@ -50,6 +50,17 @@ def test_a_model_that_no_config_can_name_is_refused():
         section(MLP(), models.KINDS)
 
 
+def test_parameters_that_the_target_cannot_name_are_listed():
+    model, params = load_pretrained(SOURCE, weights(), CONFIG)
+    params["rotary"] = {"table": params.pop("norm")["scale"]}
+    with pytest.raises(UsageError) as error:
+        export(model, params, SOURCE)
+    message = str(error.value)
+    assert message.startswith(f"{SOURCE} has no names for this ViT")
+    assert "norm/scale is in the name map and not in the model" in message
+    assert "rotary/table [12] is in the model and not in the name map" in message
+
+
 def test_a_folder_of_something_else(tmp_path):
     with pytest.raises(UsageError, match=r"no config\.json"):
         load_converted(tmp_path)

@@ -65,6 +65,12 @@ def test_a_dtype_may_be_asked_for():
     assert np.array_equal(params["class_token"], tensors["cls_token"][0].astype(np.float32))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float99", jnp.int32])
+def test_parameters_are_real_numbers(dtype):
+    with pytest.raises(UsageError, match="parameters are float32"):
+        load(weights(), dtype=dtype)
+
+
 def test_a_head_shows_where_it_came_from():
     tensors = weights()
     _, params = load(tensors)

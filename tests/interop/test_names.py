@@ -86,6 +86,15 @@ def test_unequal_leaves_lie_one_after_another():
     assert np.array_equal(row.to_theirs([q[1], k[1]])[0], memory[1])
 
 
+def test_leaves_of_different_kinds_may_share_a_tensor():
+    row = entry(Name("x", ("a", "b"), (n.LINEAR, n.AS_IS)), a=(3, 2), b=(4, 3))
+    assert row.shapes == ((6, 3),)
+    a, b = row.to_ours(numbers((6, 3)))
+    assert np.array_equal(a, numbers((6, 3))[:2].T)
+    assert np.array_equal(b, numbers((6, 3))[2:])
+    assert np.array_equal(row.to_theirs([a, b])[0], numbers((6, 3)))
+
+
 def test_several_of_theirs_are_joined():
     row = entry(Name(("cls", "reg"), "tokens", "1 n c -> n c", axis=1, parts=(1, 4)), tokens=(5, 6))
     assert row.shapes == ((1, 1, 6), (1, 4, 6))

@@ -1,5 +1,6 @@
 import json
 import struct
+import time
 
 import ml_dtypes
 import numpy as np
@@ -143,6 +144,18 @@ def test_names_twice_in_a_header(tmp_path):
     text = f'{{"x": {one}, "x": {one}}}'.encode()
     with pytest.raises(RunError, match="'x' twice"):
         open_weights(header(tmp_path / "t.safetensors", text, b"\0" * 8))
+
+
+def test_fifty_thousand_names_are_no_matter(tmp_path):
+    many = {f"layers.{i}.w": entry([0], 0, 0) for i in range(50_000)}
+    path = header(tmp_path / "t.safetensors", many)
+    began = time.perf_counter()
+    with closing(open_weights(path)) as source:
+        assert len(source.specs) == 50_000
+    text = path.read_bytes()[8:-1] + b', "layers.7.w": ' + json.dumps(entry([0], 0, 0)).encode() + b"}"
+    with pytest.raises(RunError, match=r"'layers\.7\.w' twice"):
+        open_weights(header(path, text))
+    assert time.perf_counter() - began < 15  # what is quadratic in the names takes longer
 
 
 @pytest.mark.parametrize("length", [9, 2**31, 2**40, 2**63, 2**64 - 1])
