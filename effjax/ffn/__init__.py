@@ -1,6 +1,7 @@
 """How channels mix. Each kind is a Linen module on `[..., C]`."""
 
 from effjax.ffn.gated import Gated
+from effjax.ffn.mixture import Mixture
 from effjax.ffn.mlp import MLP
 
-KINDS = {"mlp": MLP, "gated": Gated}
+KINDS = {"mlp": MLP, "gated": Gated, "mixture": Mixture}

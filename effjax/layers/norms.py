@@ -2,13 +2,23 @@
 
 layer_norm:  y = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias      Ba et al. 2016
 rms_norm:    y = x / sqrt(mean(x^2) + epsilon) * scale                      Zhang and Sennrich 2019
+
+`norm` makes either by the name a config gives it. The `offset` kinds keep their scale as its distance from
+one, as the Gemma and Nemotron families do, so that weight decay pulls it to one.
 """
 
+from typing import Any, Literal
+
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from effjax.layers.dense import named, zeros
 
 _ones = nn.initializers.ones_init()
+
+NormKind = Literal["rms", "rms_offset", "layer", "layer_no_bias", "layer_plain", "layer_offset"]
 
 
 def layer_norm(epsilon: float = 1e-6, affine: bool = True, name: str | None = None) -> nn.LayerNorm:
@@ -26,3 +36,62 @@ def layer_norm(epsilon: float = 1e-6, affine: bool = True, name: str | None = No
 def rms_norm(epsilon: float = 1e-6, name: str | None = None) -> nn.RMSNorm:
     """RMS norm with a learned scale."""
     return nn.RMSNorm(epsilon=epsilon, scale_init=named(_ones, ("norm",)), name=name)
+
+
+def norm(kind: NormKind, epsilon: float, name: str, reduced: int = 1, scaled: int = 1) -> nn.Module:
+    """A norm of one of the kinds that language models use.
+
+    Args:
+      kind: `rms` and `layer` as above; `layer_no_bias` has a scale alone, `layer_plain` neither scale nor
+        bias (OLMo); `rms_offset` and `layer_offset` multiply by `1 + scale`.
+      epsilon: added to the mean square or to the variance.
+      name: of the module among the parameters.
+      reduced: how many trailing axes mean and variance are taken over.
+      scaled: how many trailing axes scale and bias span.
+    """
+    if kind.endswith("offset"):
+        return OffsetNorm(kind == "layer_offset", epsilon, name=name)
+    axes = ("norm",) * scaled
+    options: dict[str, Any] = dict(
+        epsilon=epsilon,
+        use_scale=kind != "layer_plain",
+        scale_init=named(_ones, axes),
+        reduction_axes=tuple(range(-reduced, 0)),
+        feature_axes=tuple(range(-scaled, 0)),
+        name=name,
+    )
+    if kind == "rms":
+        return nn.RMSNorm(**options)
+    return nn.LayerNorm(use_bias=kind == "layer", bias_init=named(zeros, axes), **options)
+
+
+def norm_size(kind: NormKind, channels: int) -> int:
+    """How many parameters a norm over so many channels has."""
+    return channels * {"layer": 2, "layer_offset": 2, "layer_plain": 0}.get(kind, 1)
+
+
+class OffsetNorm(nn.Module):
+    """Multiplies by `1 + scale`; with `centred` it is a layer norm and has a bias.
+
+    Attributes:
+      centred: layer norm instead of RMS norm.
+      epsilon: added to the mean square or to the variance.
+    """
+
+    centred: bool
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
+        """Normalises the last axis."""
+        shape = (1,) * (x.ndim - 1) + x.shape[-1:]
+        scale = self.param("scale", named(zeros, ("norm",)), x.shape[-1:], jnp.float32)
+        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.centred:
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + self.epsilon)
+        y = y * (1 + scale.astype(y.dtype)).reshape(shape)
+        if self.centred:
+            bias = self.param("bias", named(zeros, ("norm",)), x.shape[-1:], jnp.float32)
+            y = y + bias.astype(y.dtype).reshape(shape)
+        return y.astype(x.dtype)

@@ -29,14 +29,21 @@ class PatchEmbed(nn.Module):
     patch: int
     dim: int
     kernel_init: Initializer = xavier
+    use_bias: bool = True
+    crop: bool = False
+    """Leaves out the pixels below and right of the last whole patch, as a convolution does."""
 
     @nn.compact
     def __call__(self, images: Float[Array, "b height width c"]) -> Float[Array, "b h w dim"]:
         """Returns the grid of tokens."""
+        if self.crop:
+            h, w = (side // self.patch * self.patch for side in images.shape[1:3])
+            images = images[:, :h, :w]
         check_divides(images.shape[1], images.shape[2], self.patch)
         cut = "b (h p) (w q) c -> b h w (p q c)"
         x = einops.rearrange(images, cut, p=self.patch, q=self.patch)  # [B, H/p, W/p, p p C]
-        return Dense(self.dim, (None, "embed"), kernel_init=self.kernel_init, name="projection")(x)
+        axes, init = (None, "embed"), self.kernel_init
+        return Dense(self.dim, axes, use_bias=self.use_bias, kernel_init=init, name="projection")(x)
 
 
 def unpatch(
@@ -47,12 +54,21 @@ def unpatch(
     return einops.rearrange(tokens, "b (h w) (p q c) -> b (h p) (w q) c", h=h, w=w, p=patch, q=patch)
 
 
-def sincos_table(grid: tuple[int, int], dim: int, base: float = 10_000.0) -> Float[np.ndarray, "n dim"]:
+def sincos_table(
+    grid: tuple[int, int], dim: int, base: float = 10_000.0, span: int | None = None
+) -> Float[np.ndarray, "n dim"]:
     """Fixed 2-D positions: half of the channels for the column, half for the row, each half sines then
     cosines.
 
     The frequencies are `base ** (-k / (dim / 4))` for `k = 0 .. dim / 4 - 1`; rows of the table run over
     the grid row by row. This is the table of MAE and of DiT.
+
+    Args:
+      grid: rows and columns.
+      dim: channels.
+      base: of the frequencies.
+      span: positions run from 0 to below it on a grid of any size; None counts patches. diffusers stretches
+        the grid of another picture size over the positions that training has seen.
 
     Raises:
       UsageError: where `dim` is no multiple of four.
@@ -65,7 +81,8 @@ def sincos_table(grid: tuple[int, int], dim: int, base: float = 10_000.0) -> Flo
         angle = position.reshape(-1, 1) * frequencies[None, :]  # [N, dim / 4]
         return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
 
-    rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    row, column = (np.arange(n) * (1.0 if span is None else span / n) for n in grid)
+    rows, columns = np.meshgrid(row, column, indexing="ij")
     return np.concatenate([encode(columns), encode(rows)], axis=1).astype(np.float32)
 
 

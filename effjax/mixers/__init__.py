@@ -1,5 +1,6 @@
 """How tokens mix. Each kind is a Linen module with the same shape in and out."""
 
 from effjax.mixers.attention import Attention
+from effjax.mixers.mamba import Mamba
 
-KINDS = {"attention": Attention}
+KINDS = {"attention": Attention, "mamba": Mamba}

@@ -5,39 +5,30 @@
     out = y W_o + b_o                                                    Vaswani et al. 2017, section 3.2
 
 Grouped queries (`kv_heads < heads`): each key/value head serves `heads / kv_heads` query heads, Ainslie et
-al. 2023. Rotary positions (`rotary_base`): channels `i` and `i + d/2` of q and k turn by `position *
-base^(-2i/d)`, Su et al. 2021. Query-key normalisation (`qk_norm`): RMS norm of q and k over each head,
-Henry et al. 2020. Proportional attention (`Context.size`): a token that stands for s tokens counts s times,
-Bolya et al. 2023.
+al. 2023. Rotary positions (`rotary_base`): see `effjax.mixers.rotary`. Query-key normalisation (`qk_norm`):
+a norm of q and k over each head, Henry et al. 2020, or over all heads at once, as OLMo 2 has it. Sliding
+window (`window`): a token sees the last `window` tokens, Beltagy et al. 2020. Capped logits (`logit_cap`):
+`cap tanh(logits / cap)`, Gemma 2, 2024. Proportional attention (`Context.size`): a token that stands for s
+tokens counts s times, Bolya et al. 2023.
 
 One method computes both views of a sequence: `__call__` sees it whole, `step` sees the next tokens of it and
 a cache of those before.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from effjax.decoding.cache import Cache, append, init_cache, visible
+from effjax.config import part
+from effjax.decoding.cache import AXES, Cache, append, init_cache, visible
 from effjax.errors import UsageError
 from effjax.layers.dense import Dense
-from effjax.layers.norms import rms_norm
+from effjax.layers.norms import NormKind, norm
+from effjax.mixers import rotary
 from effjax.mixers.context import Context
-
-
-def rotate(
-    x: Float[Array, "b n heads d"], positions: Int[Array, "b n"], base: float
-) -> Float[Array, "b n heads d"]:
-    """Turns channel pairs `(i, i + d/2)` by their positions, in float32."""
-    half = x.shape[-1] // 2
-    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)  # [d/2]
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)  # [B, N, 1, d/2]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+from effjax.mixers.dot_product import band, softmax_attention
 
 
 class Attention(nn.Module):
@@ -49,8 +40,19 @@ class Attention(nn.Module):
       head_dim: channels of a head; None means width / heads.
       qkv_bias: bias on the query, key and value projections.
       out_bias: bias on the output projection.
-      qk_norm: RMS norm on queries and keys.
+      qk_norm: a norm on queries and keys, before they are rotated.
+      qk_norm_kind: which, a name in `effjax.layers.norms`.
+      qk_norm_over: what it normalises: the channels of each `head`, all heads' channels together (`width`),
+        or each head with a scale of its own (`each_head`).
+      qk_norm_epsilon: of that norm.
+      clip: queries, keys and values are cut to `[-clip, clip]`; None leaves them.
       rotary_base: base of the rotary frequencies; None means no rotary positions.
+      rotary_scaling: how they are rescaled for long contexts, a kind in `effjax.mixers.rotary`.
+      rotary_dims: channels of a head that turn, the first ones; None means all.
+      rotary_pairs: which channels turn together: `(i, i + d/2)` or `(2i, 2i + 1)`.
+      scale: factor of the logits; None means `1 / sqrt(head_dim)`.
+      logit_cap: bound of the logits; None leaves them free.
+      window: how many tokens back a token sees, itself included; None means all.
       causal: whether a token sees only itself and tokens before it.
     """
 
@@ -60,7 +62,17 @@ class Attention(nn.Module):
     qkv_bias: bool = True
     out_bias: bool = True
     qk_norm: bool = False
+    qk_norm_kind: NormKind = "rms"
+    qk_norm_over: Literal["head", "width", "each_head"] = "head"
+    qk_norm_epsilon: float = 1e-6
+    clip: float | None = None
     rotary_base: float | None = None
+    rotary_scaling: rotary.Scaling | None = part(rotary.SCALINGS, default=None)
+    rotary_dims: int | None = None
+    rotary_pairs: rotary.Pairs = "halves"
+    scale: float | None = None
+    logit_cap: float | None = None
+    window: int | None = None
     causal: bool = False
 
     def __call__(
@@ -96,6 +108,11 @@ class Attention(nn.Module):
         groups, size = self.sizes(width)
         return init_cache(batch, slots, groups, size, dtype)
 
+    @nn.nowrap
+    def cache_axes(self) -> Cache:
+        """Names of the axes of a cache."""
+        return AXES
+
     @nn.compact
     def attend(
         self, x: Float[Array, "b n c"], context: Context, cache: Cache | None
@@ -105,17 +122,26 @@ class Attention(nn.Module):
         if positions is None:
             following = jnp.arange(x.shape[1]) + (0 if cache is None else cache.written)
             positions = jnp.broadcast_to(following[None], x.shape[:2])
-        q, k, v = self.project(x, positions)
+        q, k, v = self.project(x, positions, context)
+        options: dict[str, Any] = dict(scale=self.scale, cap=self.logit_cap)
         if cache is None:
-            bias = None  # proportional attention: + log size of the key
-            if context.size is not None:
-                bias = jnp.log(context.size).astype(q.dtype)[:, None, None, :]  # [B, 1, 1, N]
-            mask, causal = context.mask(), self.causal
+            if context.size is not None:  # proportional attention: + log size of the key
+                options["bias"] = jnp.log(context.size).astype(q.dtype)[:, None, None, :]  # [B, 1, 1, N]
+            mask = context.mask()
+            if context.window is not None:
+                near = band(x.shape[1], context.window, self.causal)
+                mask = near if mask is None else mask & near
+            elif self.window is not None:
+                options["window"] = (self.window - 1, 0 if self.causal else self.window - 1)
+            y = softmax_attention(q, k, v, mask=mask, causal=self.causal, **options)  # [B, N, H, D]
         else:
             cache = append(cache, k, v, positions)
             k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)  # [B, S, G, D]
-            bias, mask, causal = None, visible(cache, positions, self.causal), False
-        y = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, is_causal=causal)  # [B, N, H, D]
+            mask = visible(cache, positions, self.causal)
+            window = self.window if context.window is None else context.window
+            if window is not None:
+                mask = mask & (cache.positions[:, None, None, :] > positions[:, None, :, None] - window)
+            y = softmax_attention(q, k, v, mask=mask, causal=False, **options)  # [B, N, H, D]
         return self.output(y, x.shape[-1]), cache
 
     @nn.nowrap
@@ -127,13 +153,24 @@ class Attention(nn.Module):
         if self.head_dim is None and width % self.heads:
             raise UsageError(f"heads={self.heads} does not divide the width {width}: set head_dim.")
         size = self.head_dim or width // self.heads
-        if self.rotary_base is not None and size % 2:
-            raise UsageError(f"rotary positions turn pairs of channels: a head of {size} has an odd one.")
+        turned = size if self.rotary_dims is None else self.rotary_dims
+        if self.rotary_base is not None and (turned % 2 or turned > size):
+            raise UsageError(
+                f"rotary positions turn pairs of channels: a head of {size} has no {turned} in pairs."
+            )
         return groups, size
 
     @nn.nowrap
+    def rotary_table(
+        self, width: int, base: float, scaling: rotary.Scaling | None, positions: Int[Array, "b n"] | None
+    ) -> rotary.Table:
+        """Frequencies and amplitude that turn this layer's heads."""
+        dims = self.rotary_dims or self.sizes(width)[1]
+        return rotary.table(base, dims, scaling, positions)
+
+    @nn.nowrap
     def project(
-        self, x: Float[Array, "b n c"], positions: Int[Array, "b n"]
+        self, x: Float[Array, "b n c"], positions: Int[Array, "b n"], context: Context
     ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n g d"], Float[Array, "b n g d"]]:
         """Returns queries `[B, N, H, D]`, keys and values `[B, N, G, D]`."""
         groups, size = self.sizes(x.shape[-1])
@@ -142,13 +179,27 @@ class Attention(nn.Module):
         k = Dense((groups, size), kv_axes, use_bias=self.qkv_bias, name="key")(x)  # [B, N, G, D]
         v = Dense((groups, size), kv_axes, use_bias=self.qkv_bias, name="value")(x)  # [B, N, G, D]
         if self.qk_norm:
-            q, k = rms_norm(name="query_norm")(q), rms_norm(name="key_norm")(k)
-        if self.rotary_base is not None:
-            q, k = rotate(q, positions, self.rotary_base), rotate(k, positions, self.rotary_base)
+            q, k = self.normalise(q, "query_norm"), self.normalise(k, "key_norm")
+        if self.clip is not None:
+            q, k, v = (jnp.clip(part, -self.clip, self.clip) for part in (q, k, v))
+        turns = context.rotary
+        if turns is None and self.rotary_base is not None:
+            turns = self.rotary_table(x.shape[-1], self.rotary_base, self.rotary_scaling, positions)
+        if turns is not None:
+            frequencies, amplitude = turns
+            q = rotary.rotate(q, positions, frequencies, amplitude, self.rotary_pairs)
+            k = rotary.rotate(k, positions, frequencies, amplitude, self.rotary_pairs)
         q = nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim"))
         k = nn.with_logical_constraint(k, ("batch", "length", "kv_heads", "head_dim"))
         v = nn.with_logical_constraint(v, ("batch", "length", "kv_heads", "head_dim"))
         return q, k, v
+
+    @nn.nowrap
+    def normalise(self, x: Float[Array, "b n h d"], name: str) -> Float[Array, "b n h d"]:
+        """The norm of queries or keys."""
+        reduced = 2 if self.qk_norm_over == "width" else 1
+        scaled = 1 if self.qk_norm_over == "head" else 2
+        return norm(self.qk_norm_kind, self.qk_norm_epsilon, name, reduced, scaled)(x)
 
     @nn.nowrap
     def output(self, y: Float[Array, "b n h d"], width: int) -> Float[Array, "b n c"]:

@@ -19,12 +19,18 @@ class Context:
       valid: `[B, N]` bool, tokens that exist; the others are never attended to.
       size: `[B, N]` float, how many original tokens each stands for; proportional attention adds its
         logarithm to the logits.
+      window: `[]` int, how many tokens back a token of this layer sees, itself included; in place of the
+        mixer's own `window` where layers differ.
+      rotary: `([D/2], [])` frequencies and amplitude of this layer's rotary positions; in place of the
+        mixer's own where layers differ.
     """
 
     positions: Any = None
     segments: Any = None
     valid: Any = None
     size: Any = None
+    window: Any = None
+    rotary: Any = None
 
     def mask(self) -> Bool[Array, "b 1 n n"] | None:
         """Which keys (last axis) each query may see, by segments and validity; None where all may see all."""

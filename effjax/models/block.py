@@ -1,10 +1,15 @@
-"""The pre-norm residual block of vision transformers.
+"""The residual block of vision transformers.
 
-    x <- x + drop(s_1 * mixer(norm(x)))
-    x <- x + drop(s_2 * ffn(norm(x)))                                    Dosovitskiy et al. 2021, eqs. 2 and 3
+    pre_norm        x <- x + drop(s_1 * mixer(norm(x)))
+                    x <- x + drop(s_2 * ffn(norm(x)))                    Dosovitskiy et al. 2021, eqs. 2 and 3
+    res_post_norm   x <- x + drop(s_1 * norm(mixer(x)))
+                    x <- x + drop(s_2 * norm(ffn(x)))                    Liu et al. 2022, Swin V2, figure 1
+    parallel        x <- x + drop(s * (mixer(h) + ffn(h))), h = norm(x)  Dehghani et al. 2023, ViT-22B
 
 `drop` is stochastic depth and `s` an optional learned scale a channel (LayerScale, Touvron et al. 2021).
 """
+
+from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,21 +17,23 @@ from jaxtyping import Array, Float
 
 from effjax import ffn, mixers
 from effjax.config import part
+from effjax.layers import norms
 from effjax.layers.dense import named
 from effjax.layers.drop import drop_path
-from effjax.layers.norms import layer_norm
 from effjax.mixers.context import Context
 
 
 class Block(nn.Module):
-    """One mixer and one FFN, each behind a layer norm and a residual connection.
+    """One mixer and one FFN, each with a norm and a residual connection.
 
     Attributes:
       mixer: how tokens mix.
       ffn: how channels mix.
-      epsilon: of both layer norms.
+      epsilon: of the norms.
       dropout: rate of ordinary dropout on both branches.
       layer_scale: initial value of the channel scales; None leaves them out.
+      norm: which norm, a kind in `effjax.layers.norms`.
+      order: where the norms stand, see above; `parallel` has one norm and one scale.
     """
 
     mixer: nn.Module = part(mixers.KINDS)
@@ -34,17 +41,33 @@ class Block(nn.Module):
     epsilon: float = 1e-6
     dropout: float = 0.0
     layer_scale: float | None = None
+    norm: norms.NormKind = "layer"
+    order: Literal["pre_norm", "res_post_norm", "parallel"] = "pre_norm"
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b n c"], drop_rate: Float[Array, ""], context: Context, train: bool = False
     ) -> tuple[Float[Array, "b n c"], None]:
         """Returns `(x, None)`; `drop_rate` is this layer's stochastic depth."""
-        h = self.mixer(layer_norm(self.epsilon, name="mixer_norm")(x), context, train=train)  # [B, N, C]
-        x = x + self._branch(h, drop_rate, "mixer_scale", train)
-        h = self.ffn(layer_norm(self.epsilon, name="ffn_norm")(x), train=train)  # [B, N, C]
-        x = x + self._branch(h, drop_rate, "ffn_scale", train)
+        if self.order == "parallel":
+            h = self._norm("norm", x)  # [B, N, C]
+            h = self.mixer(h, context, train=train) + self.ffn(h, train=train)  # [B, N, C]
+            x = x + self._branch(h, drop_rate, "scale", train)
+        elif self.order == "res_post_norm":
+            h = self._norm("mixer_norm", self.mixer(x, context, train=train))  # [B, N, C]
+            x = x + self._branch(h, drop_rate, "mixer_scale", train)
+            h = self._norm("ffn_norm", self.ffn(x, train=train))  # [B, N, C]
+            x = x + self._branch(h, drop_rate, "ffn_scale", train)
+        else:
+            h = self.mixer(self._norm("mixer_norm", x), context, train=train)  # [B, N, C]
+            x = x + self._branch(h, drop_rate, "mixer_scale", train)
+            h = self.ffn(self._norm("ffn_norm", x), train=train)  # [B, N, C]
+            x = x + self._branch(h, drop_rate, "ffn_scale", train)
         return nn.with_logical_constraint(x, ("batch", "length", "features")), None
+
+    @nn.nowrap
+    def _norm(self, name: str, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        return norms.norm(self.norm, self.epsilon, name)(x)
 
     @nn.nowrap
     def _branch(

@@ -14,6 +14,7 @@ three matrices, whose Xavier bound is sqrt(2) larger.
 """
 
 import math
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -38,13 +39,16 @@ def modulate(
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def time_frequencies(t: Float[Array, " b"], count: int, longest: float = 10_000.0) -> Float[Array, "b count"]:
+def time_frequencies(
+    t: Float[Array, " b"], count: int, longest: float = 10_000.0, inclusive: bool = False
+) -> Float[Array, "b count"]:
     """Cosines, then sines, of `t` times `count / 2` frequencies that fall from 1 towards `1 / longest`.
 
-    Computed in float32, whatever the network computes in: at `t = 999` half precision would lose the phase.
+    `inclusive` spaces them so that the last one is `1 / longest`, as diffusers does. Computed in float32,
+    whatever the network computes in: at `t = 999` half precision would lose the phase.
     """
     half = count // 2
-    frequencies = jnp.exp(-math.log(longest) * jnp.arange(half, dtype=jnp.float32) / half)  # [count / 2]
+    frequencies = jnp.exp(-math.log(longest) * jnp.arange(half, dtype=jnp.float32) / (half - inclusive))
     angle = t.astype(jnp.float32)[:, None] * frequencies[None]  # [B, count / 2]
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
@@ -74,17 +78,44 @@ class TimeEmbed(nn.Module):
     Attributes:
       dim: channels of the vector.
       frequencies: sines and cosines together.
+      inclusive: whether the last frequency is the lowest itself, see `time_frequencies`.
     """
 
     dim: int
     frequencies: int = 256
+    inclusive: bool = False
 
     @nn.compact
     def __call__(self, t: Float[Array, " b"], dtype: jax.typing.DTypeLike) -> Float[Array, "b dim"]:
         """Embeds times in the unit of training steps, 0 to 1000; `dtype` is what the network computes in."""
-        h = time_frequencies(t, self.frequencies).astype(dtype)  # [B, frequencies]
+        h = time_frequencies(t, self.frequencies, inclusive=self.inclusive).astype(dtype)  # [B, frequencies]
         h = Dense(self.dim, (None, "mlp"), kernel_init=_normal, name="expand")(h)  # [B, C]
         return Dense(self.dim, ("mlp", "embed"), kernel_init=_normal, name="contract")(nn.silu(h))  # [B, C]
+
+
+class Condition(nn.Module):
+    """What a block is told: time plus class.
+
+    Attributes:
+      rows: of the label table.
+      dim: channels.
+      frequencies, inclusive: of the time embedding.
+    """
+
+    rows: int
+    dim: int
+    frequencies: int
+    inclusive: bool
+
+    @nn.compact
+    def __call__(
+        self, t: Float[Array, " b"], label: Int[Array, " b"], dtype: jax.typing.DTypeLike
+    ) -> Float[Array, "b c"]:
+        """Embeds times and labels in `dtype` and adds them."""
+        init = named(_normal, (None, "embed"))
+        label_embed = nn.Embed(self.rows, self.dim, embedding_init=init, name="label_embed")(label)  # [B, C]
+        time_embed = TimeEmbed(self.dim, self.frequencies, self.inclusive, name="time_embed")(t, dtype)
+        return time_embed + label_embed.astype(time_embed.dtype)
 
 
 class DiTBlock(nn.Module):
@@ -93,27 +124,35 @@ class DiTBlock(nn.Module):
     Attributes:
       mixer: how tokens mix.
       ffn: how channels mix.
-      epsilon: of both layer norms.
+      epsilon: of the layer norms.
+      ffn_epsilon: of the second one; None means `epsilon`.
+      ffn_affine: whether the second one has a scale and a bias of its own besides the modulation.
     """
 
     mixer: nn.Module = part(mixers.KINDS)
     ffn: nn.Module = part(ffn.KINDS)
     epsilon: float = 1e-6
+    ffn_epsilon: float | None = None
+    ffn_affine: bool = False
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "b n c"],
-        each: None,
-        c: Float[Array, "b c"],
+        each: Float[Array, "b c"] | None,
+        c: Float[Array, "b c"] | None,
         context: Context,
         train: bool = False,
     ) -> tuple[Float[Array, "b n c"], None]:
-        """Returns `(x, None)`; `c` conditions every block alike, and no layer has an input of its own."""
+        """Returns `(x, None)`; conditioned by `c` like every block, or by `each`, this block's own."""
+        c = c if each is None else each
+        assert c is not None
         b_1, a_1, g_1, b_2, a_2, g_2 = Modulation(6, x.shape[-1], name="modulation")(c)  # 6 x [B, C]
         h = modulate(layer_norm(self.epsilon, affine=False, name="mixer_norm")(x), b_1, a_1)  # [B, N, C]
         x = x + g_1[:, None] * self.mixer(h, context, train=train)  # [B, N, C]
-        h = modulate(layer_norm(self.epsilon, affine=False, name="ffn_norm")(x), b_2, a_2)  # [B, N, C]
+        epsilon = self.epsilon if self.ffn_epsilon is None else self.ffn_epsilon
+        h = layer_norm(epsilon, affine=self.ffn_affine, name="ffn_norm")(x)  # [B, N, C]
+        h = modulate(h, b_2, a_2)
         x = x + g_2[:, None] * self.ffn(h, train=train)  # [B, N, C]
         return nn.with_logical_constraint(x, ("batch", "length", "features")), None
 
@@ -132,6 +171,10 @@ class DiT(nn.Module):
       frequencies: sines and cosines in the time embedding.
       remat: rematerialisation policy, a name in `effjax.layers.stack.REMAT`.
       unroll: layers a scan iteration.
+      condition: whether all blocks share one embedding of time and class, or each has its own; the last
+        modulation reads the first block's. diffusers stores it a block, in its published weights all alike.
+      inclusive_frequencies: whether the last time frequency is the lowest itself, see `time_frequencies`.
+      position_span: the grid that positions are stretched over; None counts patches, see `sincos_table`.
     """
 
     block: DiTBlock
@@ -144,6 +187,9 @@ class DiT(nn.Module):
     frequencies: int = 256
     remat: str = "none"
     unroll: int = 1
+    condition: Literal["shared", "per_block"] = "shared"
+    inclusive_frequencies: bool = False
+    position_span: int | None = None
 
     @nn.compact
     def __call__(
@@ -168,12 +214,13 @@ class DiT(nn.Module):
         x = PatchEmbed(self.patch, self.dim, name="embed")(x_t)  # [B, h, w, C]
         grid = x.shape[1], x.shape[2]
         x = x.reshape(x.shape[0], -1, self.dim)  # [B, h w, C]
-        x = add_positions(x, jnp.asarray(sincos_table(grid, self.dim)))  # [B, h w, C]
+        table = sincos_table(grid, self.dim, span=self.position_span)
+        x = add_positions(x, jnp.asarray(table))  # [B, h w, C]
         x = nn.with_logical_constraint(x, ("batch", "length", "features"))
-        c = self._condition(t, label, x.dtype)  # [B, C]
+        c, each = self._condition(t, label, x.dtype)  # [B, C], [depth, B, C]
 
         stack = Stack(self.block, self.depth, remat=self.remat, unroll=self.unroll, name="blocks")
-        x, _ = stack(x, c, Context(), train=train)  # [B, h w, C]
+        x, _ = stack(x, None if each is not None else c, Context(), each=each, train=train)  # [B, h w, C]
 
         shift, scale = Modulation(2, self.dim, name="modulation")(c)  # 2 x [B, C]
         x = layer_norm(self.block.epsilon, affine=False, name="norm")(x)  # [B, h w, C]
@@ -185,10 +232,20 @@ class DiT(nn.Module):
     @nn.nowrap
     def _condition(
         self, t: Float[Array, " b"], label: Int[Array, " b"], dtype: jax.typing.DTypeLike
-    ) -> Float[Array, "b c"]:
-        """What all blocks are told: time plus class."""
-        rows = self.classes + self.null_class
-        init = named(_normal, (None, "embed"))
-        label_embed = nn.Embed(rows, self.dim, embedding_init=init, name="label_embed")(label)  # [B, C]
-        time_embed = TimeEmbed(self.dim, self.frequencies, name="time_embed")(t, dtype)  # [B, C]
-        return time_embed + label_embed.astype(time_embed.dtype)
+    ) -> tuple[Float[Array, "b c"], Float[Array, "depth b c"] | None]:
+        """What the last modulation is told, and what each block is told where that is its own."""
+        fields = (self.classes + self.null_class, self.dim, self.frequencies, self.inclusive_frequencies)
+        if self.condition == "shared":
+            shared = Condition(*fields)
+            nn.share_scope(self, shared)  # its parameters stand beside the others
+            return shared(t, label, dtype), None
+        own = nn.vmap(
+            Condition,
+            in_axes=None,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            axis_size=self.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        each = own(*fields, name="conditions")(t, label, dtype)  # [depth, B, C]
+        return each[0], each

@@ -1,15 +1,19 @@
-"""Decoder-only language model of the Llama family.
+"""Decoder-only language model.
 
     x_0 = E[tokens]
     x <- x + mixer(norm(x)),   x <- x + ffn(norm(x))                      depth times
     logits = norm(x_depth) W,  W = E^T where the embedding is tied
 
-`norm` is RMS norm, the mixer causal attention with rotary positions and grouped queries, the FFN SwiGLU, and
-nothing has a bias: Touvron et al. 2023, section 2.2. Grouped queries and the sizes of Llama 3: Grattafiori et
-al. 2024, table 3.
+As the defaults stand this is the Llama family: `norm` is RMS norm, the mixer causal attention with rotary
+positions and grouped queries, the FFN SwiGLU, and nothing has a bias: Touvron et al. 2023, section 2.2.
+Grouped queries and the sizes of Llama 3: Grattafiori et al. 2024, table 3. The fields span its relatives: a
+learned position table and layer norm (GPT-2), norms after the branches (OLMo 2) or on both sides of them
+(Gemma 2), both branches from one input (GPT-J), no FFN at all (Mamba), layers that differ in window and
+rotary positions (Gemma 3).
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -19,51 +23,98 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from effjax import ffn, mixers
 from effjax.config import part
 from effjax.errors import UsageError
-from effjax.layers.dense import named, truncated_normal
-from effjax.layers.norms import rms_norm
+from effjax.layers.dense import named, truncated_normal, zeros
+from effjax.layers.norms import NormKind, norm
 from effjax.layers.stack import Stack
+from effjax.mixers import rotary
 from effjax.mixers.context import Context
 
 
-class DecoderBlock(nn.Module):
-    """One mixer and one FFN, each behind an RMS norm and a residual connection.
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What may differ between layers of one stack; it travels through the scan as data.
 
     Attributes:
-      mixer: how tokens mix; its `step` and `init_cache` serve decoding.
-      ffn: how channels mix.
-      epsilon: of both RMS norms.
+      window: how many tokens back a token sees, itself included; None means all.
+      rotary_base: base of the rotary frequencies; None means that this layer turns nothing.
+      rotary_scaling: how they are rescaled, a kind in `effjax.mixers.rotary`.
+    """
+
+    window: int | None = None
+    rotary_base: float | None = None
+    rotary_scaling: rotary.Scaling | None = part(rotary.SCALINGS, default=None)
+
+
+class DecoderBlock(nn.Module):
+    """One mixer and one FFN, each in a residual branch with its norms.
+
+    Attributes:
+      mixer: how tokens mix; its `step`, `init_cache` and `cache_axes` serve decoding.
+      ffn: how channels mix; None means that the mixer does that too.
+      epsilon: of the norms.
+      norm: their kind, a name in `effjax.layers.norms`; the model's last norm is of it too.
+      norm_at: whether a branch's norm stands before its layer, after it, or both.
+      parallel: whether both branches read the same `x`: with a norm each (`two_norms`) or the mixer's norm
+        for both (`one_norm`).
+      residual_scale: factor of both branches.
     """
 
     mixer: nn.Module = part(mixers.KINDS)
-    ffn: nn.Module = part(ffn.KINDS)
+    ffn: nn.Module | None = part(ffn.KINDS)
     epsilon: float = 1e-5
+    norm: NormKind = "rms"
+    norm_at: Literal["before", "after", "both"] = "before"
+    parallel: Literal["no", "one_norm", "two_norms"] = "no"
+    residual_scale: float = 1.0
 
     def __call__(
-        self, x: Float[Array, "b n c"], each: None, context: Context, train: bool = False
+        self, x: Float[Array, "b n c"], each: Any, context: Context, train: bool = False
     ) -> tuple[Float[Array, "b n c"], None]:
-        """Returns `(x, None)` for whole sequences; layers have no input of their own."""
-        x, _ = self.residual(x, None, context, train)
+        """Returns `(x, None)` for whole sequences; `each` holds this layer's window and rotary table."""
+        _, own = each
+        x, _ = self.residual(x, None, dataclasses.replace(context, **own), train)
         return x, None
 
     def step(
-        self, x: Float[Array, "b n c"], cache: Any, context: Context, train: bool = False
+        self, x: Float[Array, "b n c"], each: Any, context: Context, train: bool = False
     ) -> tuple[Float[Array, "b n c"], Any]:
-        """Returns `(x, cache)` for the next tokens, given this layer's cache of those before."""
-        return self.residual(x, cache, context, train)
+        """Returns `(x, cache)` for the next tokens; `each` starts with this layer's cache of those before."""
+        cache, own = each
+        return self.residual(x, cache, dataclasses.replace(context, **own), train)
 
     @nn.compact
     def residual(
         self, x: Float[Array, "b n c"], cache: Any, context: Context, train: bool
     ) -> tuple[Float[Array, "b n c"], Any]:
         """Both branches; without a cache the tokens are whole sequences."""
-        h = rms_norm(self.epsilon, name="mixer_norm")(x)
+        first = self._before(x, "mixer_norm")  # [B, N, C]
         if cache is None:
-            h = self.mixer(h, context, train=train)  # [B, N, C]
+            h = self.mixer(first, context, train=train)  # [B, N, C]
         else:
-            h, cache = self.mixer.step(h, cache, context)  # [B, N, C]
-        x = x + h
-        x = x + self.ffn(rms_norm(self.epsilon, name="ffn_norm")(x), train=train)  # [B, N, C]
-        return nn.with_logical_constraint(x, ("batch", "length", "features")), cache
+            h, cache = self.mixer.step(first, cache, context)  # [B, N, C]
+        mixed = x + self._after(h, "mixer_norm")
+        if self.ffn is None:
+            return self._named(mixed), cache
+        if self.parallel == "one_norm":
+            h = first
+        else:
+            h = self._before(mixed if self.parallel == "no" else x, "ffn_norm")
+        x = mixed + self._after(self.ffn(h, train=train), "ffn_norm")  # [B, N, C]
+        return self._named(x), cache
+
+    @nn.nowrap
+    def _before(self, x: Float[Array, "b n c"], name: str) -> Float[Array, "b n c"]:
+        return x if self.norm_at == "after" else norm(self.norm, self.epsilon, name)(x)
+
+    @nn.nowrap
+    def _after(self, h: Float[Array, "b n c"], name: str) -> Float[Array, "b n c"]:
+        if self.norm_at != "before":
+            h = norm(self.norm, self.epsilon, f"{name}_after")(h)
+        return h if self.residual_scale == 1.0 else h * jnp.asarray(self.residual_scale, h.dtype)
+
+    @nn.nowrap
+    def _named(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        return nn.with_logical_constraint(x, ("batch", "length", "features"))
 
 
 class LM(nn.Module):
@@ -79,6 +130,15 @@ class LM(nn.Module):
         none. A clone with another value keeps the parameters.
       remat: rematerialisation policy, a name in `effjax.layers.stack.REMAT`.
       unroll: layers a scan iteration.
+      layers: kinds of layers, taken in turn: layer `i` is of kind `i mod len(layers)`. Where any of them has
+        a window it replaces the mixer's in all layers, and so with rotary positions; empty means that all
+        layers are as the mixer says.
+      position_table: rows of a learned table that is added to the embedding; 0 means there is none.
+      position_offset: row of the first position.
+      embedding_scale: factor of the embedding.
+      head_bias: whether the head has a bias.
+      logit_scale: factor of the logits.
+      logit_cap: bound of the logits, which become `cap tanh(logits / cap)`; None leaves them free.
     """
 
     block: DecoderBlock
@@ -89,6 +149,13 @@ class LM(nn.Module):
     max_length: int | None = None
     remat: str = "none"
     unroll: int = 1
+    layers: tuple[Layer, ...] = ()
+    position_table: int = 0
+    position_offset: int = 0
+    embedding_scale: float = 1.0
+    head_bias: bool = False
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
 
     def __call__(
         self,
@@ -138,6 +205,11 @@ class LM(nn.Module):
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (self.depth, *leaf.shape)), cache)
 
     @nn.nowrap
+    def cache_axes(self) -> Any:
+        """Names of the axes of one layer's cache; depth comes in front of them."""
+        return self.block.mixer.cache_axes()
+
+    @nn.nowrap
     def check_length(self, tokens: int) -> None:
         """Refuses sequences that the model is not made for."""
         if self.max_length is not None and tokens > self.max_length:
@@ -151,19 +223,68 @@ class LM(nn.Module):
         self, tokens: Int[Array, "b n"], context: Context, caches: Any, train: bool
     ) -> tuple[Float[Array, "b n vocab"], Any]:
         """Embedding, blocks and head; without caches the tokens are whole sequences."""
-        init = named(truncated_normal(0.02), ("vocab", "embed"))
-        table = self.param("embedding", init, (self.vocab, self.dim), jnp.float32)
-        x = jnp.take(table, tokens, axis=0)  # [B, N, C]
-        x = nn.with_logical_constraint(x, ("batch", "length", "features"))
+        x, table = self.embed(tokens, context, caches)  # [B, N, C]
 
         stack = Stack(self.block, self.depth, remat=self.remat, unroll=self.unroll, name="blocks")
         method = "__call__" if caches is None else "step"
-        x, caches = stack(x, context, each=caches, method=method, train=train)  # [B, N, C]
+        x, caches = stack(x, context, each=(caches, self.own()), method=method, train=train)  # [B, N, C]
 
-        x = rms_norm(self.block.epsilon, name="norm")(x)  # [B, N, C]
+        x = norm(self.block.norm, self.block.epsilon, "norm")(x)  # [B, N, C]
         if not self.tied:
             init = named(truncated_normal(0.02), ("vocab", "embed"))
             table = self.param("head", init, (self.vocab, self.dim), jnp.float32)
         # Operands keep their dtype and the sums are float32: no float32 copy of a table of 128k rows.
         logits = jnp.einsum("bnc,vc->bnv", x, table, preferred_element_type=jnp.float32)  # [B, N, V]
+        if self.head_bias:
+            bias = self.param("head_bias", named(zeros, ("vocab",)), (self.vocab,), jnp.float32)
+            logits = logits + bias.astype(logits.dtype)[None, None, :]
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.logit_cap is not None:
+            logits = self.logit_cap * jnp.tanh(logits / self.logit_cap)
         return nn.with_logical_constraint(logits, ("batch", "length", "vocab")), caches
+
+    @nn.nowrap
+    def embed(
+        self, tokens: Int[Array, "b n"], context: Context, caches: Any
+    ) -> tuple[Float[Array, "b n c"], Float[Array, "vocab c"]]:
+        """Returns what goes into the first block, and the embedding table."""
+        init = named(truncated_normal(0.02), ("vocab", "embed"))
+        table = self.param("embedding", init, (self.vocab, self.dim), jnp.float32)
+        x = jnp.take(table, tokens, axis=0)  # [B, N, C]
+        if self.embedding_scale != 1.0:
+            x = x * jnp.asarray(self.embedding_scale, x.dtype)
+        if self.position_table:
+            init = named(truncated_normal(0.02), ("length_table", "embed"))
+            rows = self.param("positions", init, (self.position_table, self.dim), jnp.float32)
+            positions = context.positions
+            if positions is None:
+                start = 0 if caches is None else caches.written[0]
+                positions = jnp.broadcast_to((start + jnp.arange(tokens.shape[1]))[None], tokens.shape)
+            # Padding stands at negative positions, and nobody sees it.
+            at = jnp.maximum(positions, 0) + self.position_offset
+            x = x + jnp.take(rows, at, axis=0).astype(x.dtype)  # [B, N, C]
+        return nn.with_logical_constraint(x, ("batch", "length", "features")), table
+
+    @nn.nowrap
+    def own(self) -> dict[str, Any]:
+        """What each layer has for itself, depth in front: fields of its `Context`."""
+        if not self.layers:
+            return {}
+        kinds = [self.layers[i % len(self.layers)] for i in range(self.depth)]
+        own: dict[str, Any] = {}
+        if any(kind.window is not None for kind in kinds):
+            everything = 2**30
+            own["window"] = jnp.asarray([kind.window or everything for kind in kinds], jnp.int32)  # [L]
+        if any(kind.rotary_base is not None for kind in kinds):
+            tables = {kind: self.rotary_table(kind) for kind in set(kinds)}
+            frequencies, amplitudes = zip(*(tables[kind] for kind in kinds), strict=True)
+            own["rotary"] = jnp.stack(frequencies), jnp.asarray(amplitudes, jnp.float32)  # [L, D/2], [L]
+        return own
+
+    @nn.nowrap
+    def rotary_table(self, kind: Layer) -> rotary.Table:
+        """Frequencies and amplitude of one kind of layer; frequencies of 0 turn nothing."""
+        base = 1.0 if kind.rotary_base is None else kind.rotary_base
+        frequencies, amplitude = self.block.mixer.rotary_table(self.dim, base, kind.rotary_scaling, None)
+        return (frequencies * 0.0, 1.0) if kind.rotary_base is None else (frequencies, amplitude)

@@ -1,8 +1,12 @@
 """Vision transformer: patches, a stack of equal blocks, a linear head.
 
-    z_0 = [class; patches W] + positions
+    z_0 = [class; distillation; registers; patches W] + positions
     z_l = Block(z_{l-1}),  l = 1 .. depth
     logits = norm(z_depth)[class] W_head                          Dosovitskiy et al. 2021, eqs. 1 to 4
+
+What later papers add: a second class token and head taught by another network and averaged with the first
+(`distillation`, Touvron et al. 2021), tokens that nobody reads (`registers`, Darcet et al. 2024), a norm
+before the blocks (`pre_norm`, Radford et al. 2021), attention pooling (`pool="attention"`, Zhai et al. 2022).
 
 Sources: "An Image is Worth 16x16 Words" (2021); DeiT's sizes and recipe, Touvron et al. 2021.
 """
@@ -11,16 +15,19 @@ from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from effjax.errors import UsageError
 from effjax.layers.dense import Dense, named, truncated_normal, zeros
 from effjax.layers.drop import linear_rates
-from effjax.layers.norms import layer_norm
+from effjax.layers.norms import norm
 from effjax.layers.patches import PatchEmbed
+from effjax.layers.pool import AttentionPool
 from effjax.layers.stack import Stack
 from effjax.mixers.context import Context
 from effjax.models.block import Block
+
+Pool = Literal["token", "mean", "max", "mean_max", "token_mean", "attention", "none"]
 
 
 class ViT(nn.Module):
@@ -32,11 +39,25 @@ class ViT(nn.Module):
       dim: channels of a token.
       depth: number of blocks.
       classes: outputs of the head; 0 leaves the head out and returns pooled features.
-      pool: what the head reads: the class token, or the mean of the patches (then there is no class token).
+      pool: what the head reads: the class token, the mean or the largest value of the patches or half of
+        both, the class token beside the mean, an attention over the patches; "none" gives every token to it.
       drop_path: stochastic depth of the last block, growing linearly from 0.
       dropout: rate after adding the positions.
       remat: rematerialisation policy, a name in `effjax.layers.stack.REMAT`.
       unroll: layers a scan iteration.
+      class_token: whether there is one; None means where the pool reads it.
+      distillation: whether a second token with a head of its own follows; logits are averaged.
+      registers: tokens that are mixed with the others and read by nobody.
+      positioned: which tokens have a place in the position table.
+      patch_bias: bias of the patch projection.
+      crop: whether pixels beyond the last whole patch are left out; otherwise such a picture is refused.
+      patch_norm: a norm on the projected patches.
+      pre_norm: a norm before the first block.
+      final_norm: where the norm behind the last block stands.
+      pool_all: whether the pool also sees the tokens that are no patches.
+      attention_pool: the pooling of `pool="attention"`.
+      representation: channels of a tanh layer between pool and head; None leaves it out.
+      mask_token: whether there is a token that takes the place of masked patches.
     """
 
     block: Block
@@ -44,55 +65,162 @@ class ViT(nn.Module):
     dim: int
     depth: int
     classes: int
-    pool: Literal["token", "mean"] = "token"
+    pool: Pool = "token"
     drop_path: float = 0.0
     dropout: float = 0.0
     remat: str = "none"
     unroll: int = 1
+    class_token: bool | None = None
+    distillation: bool = False
+    registers: int = 0
+    positioned: Literal["all", "class_and_patches", "patches", "none"] = "all"
+    patch_bias: bool = True
+    crop: bool = False
+    patch_norm: bool = False
+    pre_norm: bool = False
+    final_norm: Literal["before_pool", "after_pool", "none"] = "before_pool"
+    pool_all: bool = False
+    attention_pool: AttentionPool | None = None
+    representation: int | None = None
+    mask_token: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pool in ("token", "token_mean") and not self.has_class_token:
+            raise UsageError(f"pool={self.pool!r} reads a class token: leave class_token=False out.")
+        if self.distillation and self.pool != "token":
+            raise UsageError(f"distillation reads two tokens: it goes with pool='token', not {self.pool!r}.")
+        if (self.pool == "attention") != (self.attention_pool is not None):
+            raise UsageError("pool='attention' and attention_pool=dict(heads=..., ffn=...) go together.")
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether there is a class token."""
+        reads = self.pool in ("token", "token_mean")
+        return reads if self.class_token is None else self.class_token
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before those of the patches."""
+        return self.has_class_token + self.distillation + self.registers
+
+    @property
+    def positioned_prefix(self) -> int:
+        """Those of them that have a place in the position table."""
+        of = {"all": self.prefix, "class_and_patches": self.has_class_token + self.distillation}
+        return of.get(self.positioned, 0)
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "b height width channels"], train: bool = False
-    ) -> Float[Array, "b classes"]:
-        """Returns logits.
+        self,
+        images: Float[Array, "b height width channels"],
+        train: bool = False,
+        masked: Bool[Array, "b n"] | None = None,
+    ) -> Float[Array, "b *tokens classes"]:
+        """Returns logits: one vector a picture, or with `pool="none"` one a token.
 
         Args:
           images: standardised pictures; both sides must be multiples of the patch.
           train: switches dropout and stochastic depth on; then a `dropout` key must be given.
+          masked: patches, row by row, whose content is hidden behind the mask token.
 
         Raises:
           UsageError: where patches do not tile the picture, or the picture is not of the size that the
             position table was made for.
         """
-        x = PatchEmbed(self.patch, self.dim, name="embed")(images)  # [B, h, w, C]
+        embed = PatchEmbed(self.patch, self.dim, use_bias=self.patch_bias, crop=self.crop, name="embed")
+        x = embed(images)  # [B, h, w, C]
         x = x.reshape(x.shape[0], -1, self.dim)  # [B, h w, C]
-        if self.pool == "token":
-            token = self.param("class_token", named(zeros, (None, "embed")), (1, self.dim), jnp.float32)
-            token = jnp.broadcast_to(token.astype(x.dtype)[None], (x.shape[0], 1, self.dim))
-            x = jnp.concatenate([token, x], axis=1)  # [B, 1 + h w, C]
-        x = x + self._positions(x.shape[1]).astype(x.dtype)[None]  # [B, N, C]
+        if self.patch_norm:
+            x = self._norm("patch_norm", x)
+        if self.mask_token:
+            init = named(zeros, (None, "embed"))
+            token = self.param("mask_token", init, (1, self.dim), jnp.float32).astype(x.dtype)
+            x = x if masked is None else jnp.where(masked[:, :, None], token[None], x)
+        x = self._add_positions(jnp.concatenate([*self._prefix(x), x], axis=1))  # [B, N, C]
         if self.dropout:
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        if self.pre_norm:
+            x = self._norm("pre_norm", x)
         x = nn.with_logical_constraint(x, ("batch", "length", "features"))
 
         stack = Stack(self.block, self.depth, remat=self.remat, unroll=self.unroll, name="blocks")
         x, _ = stack(x, Context(), each=linear_rates(self.drop_path, self.depth), train=train)  # [B, N, C]
 
-        x = layer_norm(self.block.epsilon, name="norm")(x)  # [B, N, C]
-        x = x[:, 0] if self.pool == "token" else jnp.mean(x, axis=1)  # [B, C]
-        if not self.classes:
-            return x
-        return Dense(self.classes, ("embed", "classes"), kernel_init=zeros, name="head")(x)  # [B, classes]
+        if self.final_norm == "before_pool":
+            x = self._norm("norm", x)  # [B, N, C]
+        second = x[:, 1] if self.distillation else None  # [B, C]
+        x = self._pooled(x, train)  # [B, C]
+        if self.final_norm == "after_pool":
+            x = self._norm("norm", x)
+        if self.representation:
+            x = nn.tanh(Dense(self.representation, ("embed", "mlp"), name="representation")(x))
+        if second is None:
+            return self._head("head", x)  # [B, classes]
+        return (self._head("head", x) + self._head("distillation_head", second)) / 2
 
     @nn.nowrap
-    def _positions(self, tokens: int) -> Float[Array, "n c"]:
-        """The learned table, class token first."""
+    def _norm(self, name: str, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
+        return norm(self.block.norm, self.block.epsilon, name)(x)
+
+    @nn.nowrap
+    def _prefix(self, x: Float[Array, "b n c"]) -> list[Float[Array, "b m c"]]:
+        """The learned tokens before the patches, for every example."""
+        drawn = truncated_normal(0.02)  # equal registers would stay equal
+        kinds = (
+            ("class_token", int(self.has_class_token), zeros),
+            ("distillation_token", int(self.distillation), drawn),
+            ("registers", self.registers, drawn),
+        )
+        tokens = []
+        for name, count, init in kinds:
+            if count:
+                shape = count, self.dim
+                token = self.param(name, named(init, (None, "embed")), shape, jnp.float32).astype(x.dtype)
+                tokens.append(jnp.broadcast_to(token[None], (x.shape[0], count, self.dim)))
+        return tokens
+
+    @nn.nowrap
+    def _add_positions(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """Adds the learned table to the tokens that have a place in it, class token first."""
+        if self.positioned == "none":
+            return x
+        places = x.shape[1] - self.prefix + self.positioned_prefix
         if self.has_variable("params", "positions"):
             held: int = self.get_variable("params", "positions").shape[0]
-            if held != tokens:
+            if held != places:
                 raise UsageError(
-                    f"the position table holds {held} tokens and this picture makes {tokens}: resize the "
+                    f"the position table holds {held} tokens and this picture makes {places}: resize the "
                     f"picture, or interpolate the table when loading the weights."
                 )
         init = named(truncated_normal(0.02), ("length_table", "embed"))
-        return self.param("positions", init, (tokens, self.dim), jnp.float32)
+        table = self.param("positions", init, (places, self.dim), jnp.float32).astype(x.dtype)[None]
+        first, last = self.positioned_prefix, self.prefix
+        if first == last:
+            return x + table
+        parts = x[:, :first] + table[:, :first], x[:, first:last], x[:, last:] + table[:, first:]
+        return jnp.concatenate(parts, axis=1)
+
+    @nn.nowrap
+    def _pooled(self, x: Float[Array, "b n c"], train: bool) -> Float[Array, "b *tokens c2"]:
+        """What the head reads."""
+        patches = x if self.pool_all else x[:, self.prefix :]  # [B, h w, C]
+        if self.pool == "token":
+            return x[:, 0]
+        if self.pool == "none":
+            return x
+        if self.attention_pool is not None:
+            return self.attention_pool(patches, train=train)
+        mean = jnp.mean(patches, axis=1)  # [B, C]
+        if self.pool == "mean":
+            return mean
+        if self.pool == "token_mean":
+            return jnp.concatenate([x[:, 0], mean], axis=-1)  # [B, 2 C]
+        largest = jnp.max(patches, axis=1)  # [B, C]
+        return largest if self.pool == "max" else (largest + mean) / 2
+
+    @nn.nowrap
+    def _head(self, name: str, x: Float[Array, "*batch c"]) -> Float[Array, "*batch classes"]:
+        if not self.classes:
+            return x
+        return Dense(self.classes, ("embed", "classes"), kernel_init=zeros, name=name)(x)

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from effjax.decoding import cache
 from effjax.diffusion.examples import example_keys
 from effjax.diffusion.generate import check_request, sample_classes
 from effjax.diffusion.samplers import Sampler
@@ -253,4 +252,4 @@ def _caches(program: Program, batch: int, slots: int) -> Any:
         sharding = NamedSharding(program.mesh, spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree.map(lay_out, shapes, cache.AXES)
+    return jax.tree.map(lay_out, shapes, program.task.model.cache_axes())

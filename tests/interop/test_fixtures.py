@@ -38,7 +38,7 @@ def test_outputs_are_those_of_the_original(path):
 def test_what_was_loaded_goes_back_bit_by_bit(path):
     source, config, weights, _, _ = read(path)
     model, params = load_pretrained(source, weights, config)
-    back = export(model, params, source)
+    back = export(model, params, source, like=weights)
     assert back
     for name, array in back.items():
         assert array.dtype == weights[name].dtype

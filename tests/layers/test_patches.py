@@ -44,3 +44,9 @@ def test_sincos_table_separates_every_position_and_is_of_equal_length():
     np.testing.assert_array_equal(table[0, :16], table[7, :16])
     with pytest.raises(UsageError, match="multiple of 4"):
         sincos_table((2, 2), 6)
+
+
+def test_sincos_table_may_be_stretched():
+    np.testing.assert_array_equal(sincos_table((4, 4), 16, span=4), sincos_table((4, 4), 16))
+    wide = sincos_table((8, 8), 16, span=4).reshape(8, 8, 16)
+    np.testing.assert_allclose(wide[::2, ::2], sincos_table((4, 4), 16).reshape(4, 4, 16), atol=1e-6)

@@ -9,8 +9,8 @@ from flax.core import meta
 from effjax.decoding.cache import init_cache
 from effjax.errors import UsageError
 from effjax.mixers import Attention
-from effjax.mixers.attention import rotate
 from effjax.mixers.context import Context
+from effjax.mixers.rotary import plain_frequencies, rotate
 
 
 def made(x, **fields):
@@ -67,7 +67,7 @@ def test_segments_and_validity_hide_keys(x):
 def test_rotation_by_hand():
     # Two pairs of channels; base 100 gives frequencies 1 and 1/10.
     x = jnp.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
-    turned = rotate(x, jnp.array([[5]]), 100.0)[0, 0, 0]
+    turned = rotate(x, jnp.array([[5]]), jnp.float32(plain_frequencies(100.0, 4)))[0, 0, 0]
     pairs = np.array([1 + 3j, 2 + 4j]) * np.exp(1j * 5 * np.array([1.0, 0.1]))
     np.testing.assert_allclose(turned, [*pairs.real, *pairs.imag], rtol=1e-5)
 
@@ -115,7 +115,7 @@ def test_bad_requests_are_named(x):
         start(heads=4, kv_heads=3)
     with pytest.raises(UsageError, match="heads=3 does not divide the width 16"):
         start(heads=3)
-    with pytest.raises(UsageError, match="a head of 1 "):
+    with pytest.raises(UsageError, match="a head of 1 has no 1 in pairs"):
         start(heads=16, rotary_base=10.0)
     attention, params = made(x, heads=2)
     with pytest.raises(UsageError, match="by position alone"):

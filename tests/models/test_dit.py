@@ -213,3 +213,41 @@ def test_picture_that_patches_do_not_tile_is_refused():
     x, t, label = inputs(size=5)
     with pytest.raises(UsageError, match="5 x 5 cannot be cut into patches of 2 x 2"):
         tiny().init(jax.random.key(0), x, t, label)
+
+
+def test_a_condition_a_block_that_is_alike_everywhere_is_the_shared_one():
+    shared, own = tiny(), tiny(condition="per_block")
+    params = randomised(shared)
+    each = {name: params[name] for name in ("time_embed", "label_embed")}
+    rest = {name: leaf for name, leaf in params.items() if name not in each}
+    alike = {**rest, "conditions": jax.tree.map(lambda a: jnp.stack([a, a]), each)}
+    np.testing.assert_allclose(
+        run(own, alike, *inputs()), run(shared, params, *inputs()), rtol=1e-5, atol=1e-5
+    )
+    # The last modulation reads the first block's: changing the second block's leaves it alone.
+    silent = jax.tree.map(jnp.zeros_like, alike["blocks"]["modulation"])
+    alike = {**alike, "blocks": {**alike["blocks"], "modulation": silent}}
+    table = alike["conditions"]["label_embed"]["embedding"]
+    second, first = table.at[1].add(1.0), table.at[0].add(1.0)
+
+    def output(table):
+        conditions = {**alike["conditions"], "label_embed": {"embedding": table}}
+        return run(own, {**alike, "conditions": conditions}, *inputs())
+
+    np.testing.assert_array_equal(output(second), output(table))
+    assert np.max(np.abs(output(first) - output(table))) > 1e-3
+
+
+def test_frequencies_may_end_at_the_lowest():
+    got = time_frequencies(jnp.array([999.0]), 256, inclusive=True)
+    assert got[0, 128] == pytest.approx(math.sin(999.0), abs=1e-4)
+    assert got[0, 255] == pytest.approx(math.sin(999.0 * 1e-4), abs=1e-6)
+
+
+def test_the_norm_before_the_ffn_may_differ():
+    block = DiTBlock(mixer=Attention(heads=2), ffn=MLP(), ffn_epsilon=1e3, ffn_affine=True)
+    model = tiny(block=block)
+    params = randomised(model)
+    assert params["blocks"]["ffn_norm"].keys() == {"scale", "bias"}
+    small = tiny(block=block.clone(ffn_epsilon=None))
+    assert np.max(np.abs(run(model, params, *inputs()) - run(small, params, *inputs()))) > 1e-3

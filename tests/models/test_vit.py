@@ -6,6 +6,7 @@ from flax.core import meta
 
 from effjax.config import build_kind
 from effjax.errors import UsageError
+from effjax.mixers.context import Context
 from effjax.models import KINDS
 
 
@@ -147,3 +148,152 @@ def test_another_picture_size_is_refused_by_name():
         model.apply(params, jnp.zeros((1, 8, 8, 3)))
     with pytest.raises(UsageError, match=r"heads=5 does not divide the width 24"):
         params_of(vit(block=dict(mixer=dict(kind="attention", heads=5), ffn=dict(kind="mlp"))))
+
+
+def randomised(model, images=IMAGES):
+    shapes = meta.unbox(jax.eval_shape(model.init, jax.random.key(0), images))["params"]
+    draw = np.random.default_rng(9)
+    return jax.tree.map(lambda s: jnp.asarray(0.3 * draw.normal(size=s.shape), s.dtype), shapes)
+
+
+def apply(model, params, **options):
+    return jax.jit(lambda p: model.apply({"params": p}, IMAGES, **options))(params)
+
+
+def test_two_heads_are_averaged():
+    model = vit(distillation=True)
+    params = randomised(model)
+    assert params["positions"].shape == (14, 24)
+
+    def logits(scale, other):
+        heads = {name: jax.tree.map(lambda a, s=s: s * a, params[name]) for name, s in (scale, other)}
+        return apply(model, {**params, **heads})
+
+    first = logits(("head", 1.0), ("distillation_head", 0.0))
+    second = logits(("head", 0.0), ("distillation_head", 1.0))
+    assert np.abs(first - second).max() > 1e-2
+    np.testing.assert_allclose(
+        logits(("head", 1.0), ("distillation_head", 1.0)), first + second, rtol=1e-4, atol=1e-5
+    )
+    alone = {k: v for k, v in params.items() if k not in ("distillation_head", "distillation_token")}
+    alone["registers"] = params["distillation_token"]  # a token that is mixed and not read
+    plain = apply(vit(registers=1), alone)
+    np.testing.assert_allclose(2 * first, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_registers_without_a_place_are_tokens_without_positions():
+    everywhere, elsewhere = vit(registers=2), vit(registers=2, positioned="class_and_patches")
+    params = randomised(everywhere)
+    places = params["positions"]
+    assert places.shape == (15, 24)
+    without = {**params, "positions": jnp.delete(places, jnp.array([1, 2]), axis=0)}
+    with_zeros = {**params, "positions": places.at[1:3].set(0.0)}
+    np.testing.assert_allclose(apply(elsewhere, without), apply(everywhere, with_zeros), rtol=1e-5, atol=1e-6)
+    patches = vit(registers=2, positioned="patches")
+    only = {**params, "positions": places[3:]}
+    np.testing.assert_allclose(
+        apply(patches, only),
+        apply(everywhere, {**params, "positions": places.at[:3].set(0.0)}),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    nowhere = {name: leaf for name, leaf in params.items() if name != "positions"}
+    np.testing.assert_allclose(
+        apply(vit(registers=2, positioned="none"), nowhere),
+        apply(everywhere, {**params, "positions": 0 * places}),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("pool", ["mean", "max", "mean_max", "token_mean"])
+@pytest.mark.parametrize("pool_all", [False, True])
+def test_pools_are_functions_of_the_tokens(pool, pool_all):
+    options = dict(class_token=True, registers=1, classes=0)
+    tokens = vit(pool="none", **options)
+    params = randomised(tokens)
+    x = apply(tokens, params)
+    assert x.shape == (2, 14, 24)
+    seen = x if pool_all else x[:, 2:]
+    expected = {
+        "mean": seen.mean(1),
+        "max": seen.max(1),
+        "mean_max": (seen.mean(1) + seen.max(1)) / 2,
+        "token_mean": jnp.concatenate([x[:, 0], seen.mean(1)], axis=1),
+    }[pool]
+    got = apply(vit(pool=pool, pool_all=pool_all, **options), params)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_last_norm_after_the_pool_or_nowhere():
+    bare = vit(pool="mean", final_norm="none", classes=0)
+    params = randomised(vit(pool="mean", classes=0))
+    rest = {name: leaf for name, leaf in params.items() if name != "norm"}
+    x = np.asarray(apply(bare, rest), np.float64)
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    expected = x * params["norm"]["scale"][None] + params["norm"]["bias"][None]
+    after = apply(vit(pool="mean", final_norm="after_pool", classes=0), params)
+    np.testing.assert_allclose(after, expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(apply(vit(pool="mean", classes=0), params) - after).max() > 1e-2
+
+
+def test_masked_patches_are_hidden():
+    model = vit(mask_token=True)
+    params = randomised(model)
+    masked = jnp.zeros((2, 12), bool).at[:, 3].set(True)
+    run = jax.jit(lambda images, masked: model.apply({"params": params}, images, masked=masked))
+    # The fourth patch is in the second row of three, at its left.
+    changed = IMAGES.at[:, 2:4, 0:2].add(5.0)
+    np.testing.assert_array_equal(run(IMAGES, masked), run(changed, masked))
+    assert np.abs(run(IMAGES, ~masked) - run(changed, ~masked)).max() > 1e-3
+
+
+def test_attention_pooling_asks_with_one_vector():
+    pool = dict(heads=3, ffn=dict(kind="mlp"))
+    model = vit(pool="attention", attention_pool=pool, classes=0)
+    params = randomised(model)
+    x = np.asarray(apply(vit(pool="none", class_token=False, classes=0), params), np.float64)  # same trunk
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params["attention_pool"])
+    q = np.einsum("c,chd->hd", p["query_token"][0], p["query"]["kernel"]) + p["query"]["bias"]
+    k, v = (np.einsum("bnc,chd->bnhd", x, p[n]["kernel"]) + p[n]["bias"] for n in ("key", "value"))
+    weights = np.exp(np.einsum("hd,bnhd->bhn", q, k) / np.sqrt(8))
+    weights /= weights.sum(-1, keepdims=True)
+    y = np.einsum("bhn,bnhd,hdc->bc", weights, v, p["output"]["kernel"]) + p["output"]["bias"]
+    h = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-6)
+    h = h * p["ffn_norm"]["scale"] + p["ffn_norm"]["bias"]
+    h = h @ p["ffn"]["expand"]["kernel"] + p["ffn"]["expand"]["bias"]
+    h = np.asarray(jax.nn.gelu(jnp.asarray(h, jnp.float32), approximate=False), np.float64)
+    expected = y + h @ p["ffn"]["contract"]["kernel"] + p["ffn"]["contract"]["bias"]
+    np.testing.assert_allclose(apply(model, params), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("order", ["res_post_norm", "parallel"])
+def test_orders_of_a_block(order):
+    block = vit(depth=1).block.clone(order=order, layer_scale=1.0)
+    x, context = jax.random.normal(jax.random.key(3), (2, 5, 24)), Context()
+    params = meta.unbox(block.init(jax.random.key(4), x, jnp.float32(0), context)["params"])
+    got, _ = block.apply({"params": params}, x, jnp.float32(0), context)
+
+    def part(name, x):
+        module, own = getattr(block, name), {"params": params[name]}
+        return module.apply(own, x, context) if name == "mixer" else module.apply(own, x)
+
+    def norm(x):  # fresh norms: scale one, bias zero
+        return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
+
+    if order == "parallel":
+        assert params.keys() == {"norm", "mixer", "ffn", "scale"}
+        expected = x + part("mixer", norm(x)) + part("ffn", norm(x))
+    else:
+        h = x + norm(part("mixer", x))
+        expected = h + norm(part("ffn", h))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pools_that_contradict_themselves_are_refused():
+    with pytest.raises(UsageError, match="reads a class token"):
+        vit(class_token=False)
+    with pytest.raises(UsageError, match="distillation reads two tokens"):
+        vit(distillation=True, pool="mean")
+    with pytest.raises(UsageError, match="go together"):
+        vit(pool="attention")

@@ -1,11 +1,16 @@
 """The architectures whose weights can be read and written, by the name a user gives them.
 
-`timm:<architecture>`, `transformers:<model_type>`, `diffusers:<class name>`.
+`timm:<architecture>`, `transformers:<model_type>`, `diffusers:<class name>`, and `official:<name>` for the
+checkpoints that authors publish beside their papers.
 """
 
-from effjax.interop.families import vit
+from effjax.interop.families import dit, transformers_clip, transformers_vit, vit
 from effjax.interop.family import Family
 
 FAMILIES: dict[str, Family] = {
     **{f"timm:{name}": family for name, family in vit.TIMM.items()},
+    **{f"transformers:{name}": family for name, family in transformers_vit.TRANSFORMERS.items()},
+    **{f"transformers:{name}": family for name, family in transformers_clip.TRANSFORMERS.items()},
+    **{f"diffusers:{name}": family for name, family in dit.DIFFUSERS.items()},
+    **{f"official:{name}": family for name, family in dit.OFFICIAL.items()},
 }

@@ -23,6 +23,7 @@ from typing import Literal
 from effjax.errors import UsageError
 from effjax.ffn.gated import Gated
 from effjax.ffn.mlp import MLP
+from effjax.layers.norms import norm_size
 from effjax.measure.analytic.shape import (
     Chip,
     DecoderShape,
@@ -111,14 +112,28 @@ class Transformer:
 
     @classmethod
     def of_vit(cls, model: ViT, tokens: int, channels: int = 3) -> "Transformer":
-        """A classifier of this library for pictures of `tokens` tokens, the class token included."""
+        """A classifier of this library for pictures of `tokens` tokens, those before the patches included.
+
+        Raises:
+          UsageError: for a pool that gives more than one vector, or has parameters.
+        """
+        if model.pool in ("none", "attention"):
+            raise UsageError(f"no closed form for pool={model.pool!r}: count it with effjax.measure.count.")
+        dim, block = model.dim, model.block
+        norm, heads = norm_size(block.norm, dim), 1 + model.distillation
+        in_block = (norm + dim * (block.layer_scale is not None)) * (1 if block.order == "parallel" else 2)
+        pooled = dim * (2 if model.pool == "token_mean" else 1)
+        layer = model.representation or 0
+        outside = (model.final_norm != "none") + model.patch_norm + model.pre_norm
+        positions = 0 if model.positioned == "none" else tokens - model.prefix + model.positioned_prefix
+        rows = model.patch_bias + positions + model.prefix + model.mask_token
         return dataclasses.replace(
-            _blocks(model, norms=4 * model.dim),
-            token_matrices=model.patch**2 * channels * model.dim,
-            sample_matrices=model.dim * model.classes,
-            unembedded=int(model.pool == "token"),
-            # Patch bias, final norm, positions, class token, head bias.
-            tables=(3 + tokens + (model.pool == "token")) * model.dim + model.classes,
+            _blocks(model, norms=in_block),
+            token_matrices=model.patch**2 * channels * dim,
+            sample_matrices=pooled * layer + (layer or pooled) * model.classes * heads,
+            unembedded=model.prefix,
+            # Patch bias, positions and the tokens of their own; norms; biases of the layers behind the pool.
+            tables=rows * dim + outside * norm + layer + model.classes * heads,
         )
 
     @classmethod
@@ -127,13 +142,18 @@ class Transformer:
         pixels = model.patch**2 * channels
         out = pixels * (2 if model.learned_sigma else 1)
         dim = model.dim
+        own = model.condition == "per_block"  # then its embedding counts with the block
+        time = model.frequencies * dim + dim * dim
+        labels = (2 + model.classes + model.null_class) * dim  # and the two biases of the time embedding
+        # The norms have no weights unless the second one is affine, the modulation has a bias.
+        norms = (6 + 2 * model.block.ffn_affine) * dim + own * labels
         return dataclasses.replace(
-            _blocks(model, norms=6 * dim),  # the norms have no weights, the modulation has a bias
-            conditioning=6 * dim * dim,
+            _blocks(model, norms),
+            conditioning=6 * dim * dim + own * time,
             token_matrices=(pixels + out) * dim,
-            sample_matrices=model.frequencies * dim + 3 * dim * dim,  # time embedding, last modulation
-            # Patch bias, two biases of the time embedding, two vectors of modulation, labels, output bias.
-            tables=(5 + model.classes + model.null_class) * dim + out,
+            sample_matrices=2 * dim * dim + (not own) * time,  # last modulation, time embedding
+            # Patch bias, two vectors of modulation, output bias.
+            tables=3 * dim + out + (not own) * labels,
         )
 
 

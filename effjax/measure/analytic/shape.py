@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 from effjax.errors import UsageError
 from effjax.ffn.gated import Gated
 from effjax.ffn.mlp import MLP
+from effjax.layers.norms import norm_size
 from effjax.mixers.attention import Attention
 from effjax.models.lm import LM
 
@@ -126,7 +127,9 @@ def mixer_biases(mixer: Attention, dim: int) -> int:
     """Elements of an attention layer that are no matrix: biases, and the norms of query and key."""
     kv_heads, size = mixer.sizes(dim)
     inputs = size * (mixer.heads + 2 * kv_heads) if mixer.qkv_bias else 0
-    return inputs + (dim if mixer.out_bias else 0) + (2 * size if mixer.qk_norm else 0)
+    over = (1, 1) if mixer.qk_norm_over == "head" else (mixer.heads, kv_heads)
+    norms = sum(norm_size(mixer.qk_norm_kind, n * size) for n in over) if mixer.qk_norm else 0
+    return inputs + (dim if mixer.out_bias else 0) + norms
 
 
 def ffn_biases(use_bias: bool, gated: bool, dim: int, hidden: int) -> int:

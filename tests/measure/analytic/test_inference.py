@@ -58,6 +58,53 @@ def test_dit_is_counted_exactly(size):
     assert closed.matrix_macs(tokens) + closed.attention_macs(tokens, tokens) == cost.macs
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(distillation=True, registers=2, patch_norm=True, mask_token=True),
+        dict(pool="mean", class_token=True, final_norm="after_pool", patch_bias=False, pre_norm=True),
+        dict(pool="token_mean", positioned="class_and_patches", registers=3),
+        dict(positioned="none", final_norm="none", representation=7),
+        dict(order="parallel", layer_scale=0.1, norm="rms"),
+        dict(qk_norm=True),
+        dict(qk_norm=True, qk_norm_kind="layer"),
+        dict(qk_norm=True, qk_norm_over="width"),
+        dict(order="res_post_norm", layer_scale=0.1),
+    ],
+)
+def test_variants_of_vit_are_counted_exactly(changes):
+    of_block = {key: changes[key] for key in ("order", "layer_scale", "norm") if key in changes}
+    of_mixer = {key: value for key, value in changes.items() if key.startswith("qk_norm")}
+    mixer = dict(kind="attention", heads=3, **of_mixer)
+    block = dict(mixer=mixer, ffn=dict(kind="mlp"), **of_block)
+    of_model = {key: value for key, value in changes.items() if key not in of_block | of_mixer}
+    section = dict(kind="vit", patch=2, dim=12, depth=2, classes=5, block=block, **of_model)
+    model = build_kind(KINDS, section, "config.model")
+    tokens = 12 + model.prefix
+    cost, closed = counted(model, array(1, 8, 6, 3)), Transformer.of_vit(model, tokens)
+    assert closed.parameters == cost.parameters
+    assert closed.matrix_macs(tokens) + closed.attention_macs(tokens, tokens) == cost.macs
+
+
+def test_a_pool_with_parameters_has_no_closed_form():
+    pool = dict(heads=3, ffn=dict(kind="mlp"))
+    block = dict(mixer=dict(kind="attention", heads=3), ffn=dict(kind="mlp"))
+    section = dict(kind="vit", patch=2, dim=12, depth=2, classes=5, block=block)
+    model = build_kind(KINDS, section | dict(pool="attention", attention_pool=pool), "config.model")
+    with pytest.raises(UsageError, match="pool='attention'"):
+        Transformer.of_vit(model, 12)
+
+
+def test_dit_with_a_condition_a_block_is_counted_exactly():
+    block = dict(mixer=dict(kind="attention", heads=2), ffn=dict(kind="mlp"), ffn_affine=True)
+    section = dict(kind="dit", patch=2, dim=12, depth=3, classes=5, condition="per_block", block=block)
+    model = build_kind(KINDS, section, "config.model")
+    cost = counted(model, array(1, 4, 4, 4), array(1), array(1, dtype=jnp.int32))
+    closed = Transformer.of_dit(model)
+    assert closed.parameters == cost.parameters
+    assert closed.matrix_macs(4) + closed.attention_macs(4, 4) == cost.macs
+
+
 @pytest.mark.parametrize("size", ["smoke", "125m", "1b", "8b"])
 def test_lm_is_counted_exactly(size):
     model = built("language.lm", size)
