@@ -1,6 +1,8 @@
 """Parameters of ours as the tensors of another library."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -8,7 +10,9 @@ import numpy as np
 from flax.core import meta
 
 from effjax.interop.load import family_of
-from effjax.interop.names import resolve
+from effjax.interop.names import Entry, resolve
+from effjax.interop.weights import Spec
+from effjax.interop.write import SHARD_BYTES, new_folder, write_weights
 from effjax.matching import named_leaves
 
 
@@ -27,16 +31,68 @@ def export(model: nn.Module, params: Any, target: str) -> dict[str, np.ndarray]:
     Raises:
       UsageError: for an unknown target, or a model that it has no names for.
     """
-    return dict(exported(model, params, target))
+    leaves, entries = _resolved(model, params, target)
+    return dict(_tensors(leaves, entries))
 
 
-def exported(model: nn.Module, params: Any, target: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Like `export`, one tensor at a time, so that a large model need not stand in memory twice."""
+def export_to(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    params: Any,
+    target: str,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Writes what `export` gives as safetensors, one tensor in memory at a time.
+
+    The folder holds `model.safetensors` (`diffusion_pytorch_model.safetensors` for diffusers), or shards and
+    their index where the model is larger than `shard_bytes`. It appears whole or not at all.
+
+    Args:
+      folder: must be empty or not exist.
+      model: the definition that the parameters belong to.
+      params: its parameters.
+      target: as for `export`.
+      shard_bytes: size of a file that is not exceeded.
+      progress: called with the bytes written so far and in all.
+
+    Returns:
+      Names of the files written.
+    """
+    leaves, entries = _resolved(model, params, target)
+    specs = {
+        name: Spec(shape, np.dtype(leaves[entry.row.our_paths[0]].dtype))
+        for entry in entries
+        for index in entry.indices()
+        for name, shape in zip(entry.names(index), entry.shapes, strict=True)
+    }
+    total = sum(np.asarray(leaf).nbytes for leaf in leaves.values())
+
+    def counted() -> Iterator[tuple[str, np.ndarray]]:
+        done = 0
+        for name, array in _tensors(leaves, entries):
+            yield name, array
+            done += array.nbytes
+            if progress:
+                progress(done, total)
+
+    stem = "diffusion_pytorch_model" if target.startswith("diffusers:") else "model"
+    with new_folder(folder) as hidden:
+        return [Path(file).name for file in write_weights(hidden, stem, specs, counted(), shard_bytes)]
+
+
+def _resolved(model: nn.Module, params: Any, target: str) -> tuple[dict[str, Any], list[Entry]]:
     leaves = named_leaves(meta.unbox(params))
     entries, _ = resolve(family_of(target).names(model), leaves)
+    return leaves, entries
+
+
+def _tensors(leaves: dict[str, Any], entries: list[Entry]) -> Iterator[tuple[str, np.ndarray]]:
     for entry in entries:
         ours = [np.asarray(leaves[path]) for path in entry.row.our_paths]
         for index in entry.indices():
-            theirs = entry.to_theirs([leaf[(*index, ...)] for leaf in ours])
+            here: Any = (*index, ...)
+            theirs = entry.to_theirs([leaf[here] for leaf in ours])
             for name, array in zip(entry.names(index), theirs, strict=True):
                 yield name, np.ascontiguousarray(array)

@@ -18,9 +18,12 @@ class Family:
       names: the name map of a model; rows may depend on its fields.
       inputs: what the model is called with, as `jax.ShapeDtypeStruct`s; it decides shapes of parameters.
       defaults: what the architecture's name alone says: the keyword arguments behind a name of timm.
+      renames: `(regexp, replacement)` pairs that bring other spellings of a checkpoint's names (older ones, a
+        prefix more or less) to those of the name map; `re.sub`, all of them in order, on reading only.
     """
 
     build: Callable[[Mapping[str, Any]], nn.Module]
     names: Callable[[Any], tuple[Row, ...]]
     inputs: Callable[[Any, Mapping[str, Any]], tuple[Any, ...]]
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    renames: tuple[tuple[str, str], ...] = ()

@@ -24,7 +24,7 @@ from effjax.interop.family import Family
 from effjax.interop.match import Plan, Step, compare
 from effjax.interop.names import resolve
 from effjax.interop.resize import Request
-from effjax.interop.weights import Source, Weights, closing, open_weights
+from effjax.interop.weights import Renamed, Source, Weights, closing, open_weights
 from effjax.matching import named_leaves
 
 Report = Callable[[str], None]
@@ -90,6 +90,7 @@ def load_pretrained(
     leaves = leaf_specs(model, inputs)
     entries, absent = resolve(family.names(model), named_leaves(leaves))
     with closing(open_weights(weights)) as opened:
+        opened = Renamed(opened, family.renames) if family.renames else opened
         plan = compare(
             f"{opened.where} for {source}",
             opened.specs,
@@ -99,9 +100,10 @@ def load_pretrained(
             request=Request(_picture(inputs), source_grid),
             replace=classes == "replace",
         )
-        for line in plan.notes if report else ():
-            report(line)
-        filled = _read(plan, opened, None if dtype is None else jnp.dtype(dtype), allow_nan, progress)
+        if report:
+            for line in plan.notes:
+                report(line)
+        filled = fill(plan, opened, None if dtype is None else jnp.dtype(dtype), allow_nan, progress)
     if plan.fresh:
         filled.update(_initial(model, inputs, plan.fresh))
     structure = jax.tree.structure(leaves)
@@ -141,7 +143,7 @@ _NAN_ABOVE: dict[str, tuple[Any, int]] = {
 }
 
 
-def _read(
+def fill(
     plan: Plan, source: Source, dtype: Any, allow_nan: bool, progress: Progress | None
 ) -> dict[str, np.ndarray]:
     """Reads every tensor of a plan; returns our leaves by path."""
@@ -174,7 +176,8 @@ def _read_straight(step: Step, read: Callable[[str, np.ndarray], None]) -> list[
     memory = np.empty((*entry.counts, *entry.joined), step.dtype)
     for index in entry.indices():
         for name, cut in zip(entry.names(index), entry.slices(), strict=True):
-            part = memory[index][cut] if len(entry.shapes) > 1 else memory[(*index, ...)]
+            here: Any = (*index, *cut) if len(entry.shapes) > 1 else (*index, ...)
+            part = memory[here]
             if part.flags.c_contiguous:
                 read(name, part)
             else:
@@ -196,9 +199,10 @@ def _read_copying(
             part = np.empty(source.specs[name].shape, step.dtype)
             read(name, part)
             parts.append(step.changes[name](part) if name in step.changes else part)
+        here: Any = (*index, ...)
         joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=entry.row.axis)
         for leaf, piece in zip(ours, entry.to_ours(joined), strict=True):
-            leaf[(*index, ...)] = piece
+            leaf[here] = piece
     return ours
 
 

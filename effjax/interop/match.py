@@ -89,29 +89,33 @@ def compare(
       UsageError: where something is missing, unexpected, or of a shape that cannot be resized.
     """
     problems: list[Problem] = []
-    steps, fresh, notes = [], [], []
+    steps: list[Step] = []
+    fresh: list[str] = []
+    notes: list[tuple[str, str]] = []  # what happens, and to which name
     known = {name for row in absent for name in row.their_names} if replace else set()
-    notes += [f"{name} is left out: the model has no classifier." for name in known if name in specs]
+    notes += [("is left out: the model has no classifier", name) for name in sorted(known) if name in specs]
     for entry in entries:
         step, wrong = _match_row(entry, specs, request)
         known.update(step.tensors())
         if wrong and entry.row.classifier and replace:
             fresh += entry.row.our_paths
-            notes += [f"{path} starts anew." for path in entry.row.our_paths]
+            notes += [("starts anew", path) for path in entry.row.our_paths]
             continue
         problems += wrong
         steps.append(step)
-        notes += [f"{name} {_shape(specs[name].shape)} is resized." for name in step.changes]
-    for name in specs.keys() - known:
+        notes += [(f"{_shape(specs[name].shape)} is resized", name) for name in step.changes]
+    for name in specs:
+        if name in known:
+            continue
         ignored = ignored_by(rows, name)
         if ignored is None:
             remark = 'classes="replace" leaves it out' if _of(name, absent) else ""
             problems.append(Problem("unexpected", name, None, tuple(specs[name].shape), remark))
         else:
-            notes.append(f"{name} is left out: {ignored.reason}.")
+            notes.append((f"is left out: {ignored.reason}", name))
     if problems:
         raise UsageError(f"{what}: the weights do not fit.\n{describe(problems)}")
-    return Plan(tuple(steps), tuple(fresh), tuple(notes))
+    return Plan(tuple(steps), tuple(fresh), _sentences(notes))
 
 
 def _match_row(entry: Entry, specs: Mapping[str, Spec], request: Request) -> tuple[Step, list[Problem]]:
@@ -162,6 +166,14 @@ def describe(problems: Sequence[Problem]) -> str:
     lines.sort(key=lambda line: next(i for i, kind in enumerate(order) if line.startswith(f"  {kind}")))
     rest = len(lines) - _MOST_LINES
     return "\n".join([*lines[:_MOST_LINES], *([f"  and {rest} more"] if rest > 0 else [])])
+
+
+def _sentences(notes: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    """One sentence for all names that the same happens to, where they differ by one number."""
+    groups: dict[Any, list[str]] = {}
+    for text, name in notes:
+        groups.setdefault((text, _NUMBER.sub("#", name)), []).append(name)
+    return tuple(f"{name} {text}." for (text, _), names in groups.items() for name in _joined(names))
 
 
 def _joined(names: Sequence[str]) -> list[str]:

@@ -15,7 +15,6 @@ and a round trip is exact.
 
 import dataclasses
 import itertools
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -156,7 +155,8 @@ class Entry:
         if len(self.ours) == 1:
             return [self._rearrange(joined, lead, self.ours[0])]
         cuts = _slices(lead + self.row.axis, [shape[self.row.axis] for shape in self._alone])
-        return [self._rearrange(joined[cut], lead, shape) for cut, shape in zip(cuts, self.ours, strict=True)]
+        pieces = zip(cuts, self.ours, strict=True)
+        return [self._rearrange(joined[cut], lead, shape) for cut, shape in pieces]
 
     def to_theirs(self, ours: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Their tensors from our arrays at one value of the placeholders; the inverse of `to_ours`."""
@@ -181,8 +181,7 @@ class Entry:
     def _backwards(self, array: Any, front: str = "") -> np.ndarray:
         if not self._right:
             return array
-        lengths = dict(self.row.sizes.items())
-        return einops.rearrange(array, f"{front}{self._right} -> {self._left}", **lengths)
+        return einops.rearrange(array, f"{front}{self._right} -> {self._left}", **self.row.sizes)
 
     def _lengths(self, ours: Shape) -> dict[str, int]:
         """Lengths of the axes of the pattern that stand alone on our side, and those that the row gives."""
@@ -193,7 +192,7 @@ class Entry:
         return {**lengths, **self.row.sizes}
 
     def _their_shape(self, ours: Shape) -> Shape:
-        """Shape of the tensor that one of our leaves comes from; einops works it out on a view of one byte."""
+        """Shape of the tensor that a leaf of ours comes from; einops works it out on a view of one byte."""
         front = "part " if self._interleaved else ""
         if front:
             ours = (len(self.ours), *ours)
@@ -279,8 +278,3 @@ def _slices(axis: int, lengths: Sequence[int]) -> list[tuple[slice, ...]]:
     """Consecutive slices of the given lengths along one axis."""
     ends = list(itertools.accumulate(lengths))
     return [(slice(None),) * axis + (slice(e - n, e),) for n, e in zip(lengths, ends, strict=True)]
-
-
-def elements(shape: Shape) -> int:
-    """How many numbers an array of this shape holds."""
-    return math.prod(shape)

@@ -12,7 +12,8 @@ offset, since the library hands out copies and the tensors of all layers belong 
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,15 +57,15 @@ _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")
 
 
 class Source(Protocol):
-    """Tensors by their names in another library.
+    """Tensors by their names in another library; `where` names the file or folder in messages."""
 
-    Attributes:
-      where: the file or folder, for messages.
-      specs: shape and dtype of every tensor.
-    """
+    @property
+    def where(self) -> str:
+        """The file or folder."""
 
-    where: str
-    specs: Mapping[str, Spec]
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        """Shape and dtype of every tensor."""
 
     def read(self, name: str, out: np.ndarray) -> None:
         """Reads one tensor into a contiguous array of its shape and dtype."""
@@ -133,6 +134,33 @@ class Arrays:
         """Does nothing: the arrays are the caller's."""
 
 
+class Renamed:
+    """A source whose names are rewritten, so that one name map reads several spellings of a checkpoint."""
+
+    def __init__(self, source: Source, renames: Sequence[tuple[str, str]]) -> None:
+        self.where = source.where
+        self._source = source
+        self._names: dict[str, str] = {}
+        for name in source.specs:
+            new = name
+            for pattern, replacement in renames:
+                new = re.sub(pattern, replacement, new)
+            if new in self._names:
+                raise UsageError(
+                    f"{self.where} holds both {self._names[new]!r} and {name!r}, one tensor twice."
+                )
+            self._names[new] = name
+        self.specs = {new: source.specs[name] for new, name in self._names.items()}
+
+    def read(self, name: str, out: np.ndarray) -> None:
+        """Reads one tensor by its new name."""
+        self._source.read(self._names[name], out)
+
+    def close(self) -> None:
+        """Closes the source."""
+        self._source.close()
+
+
 class File:
     """One safetensors file; tensors are read at their offsets."""
 
@@ -147,7 +175,7 @@ class File:
     def read(self, name: str, out: np.ndarray) -> None:
         """Reads one tensor into `out`."""
         self._file.seek(self._start + self._offsets[name])
-        rest = memoryview(out.reshape(-1).view(np.uint8))
+        rest = memoryview(out.reshape(-1).view(np.uint8).data)
         while rest:
             # One call gives at most 2 GiB on Linux.
             count = self._file.readinto(rest)
@@ -291,7 +319,7 @@ def _short(text: str, limit: int = 200) -> str:
 
 
 @contextlib.contextmanager
-def closing(source: Source):
+def closing(source: Source) -> Iterator[Source]:
     """Closes a source at the end of a `with`."""
     try:
         yield source

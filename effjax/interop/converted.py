@@ -1,0 +1,151 @@
+"""Converted weights on disk: our own paths, and the model they belong to.
+
+<folder>/params.safetensors     tensors by path, `blocks/mixer/query/kernel`, or shards and their index
+<folder>/config.json            `model`: the section of an effjax config that builds the model
+                                `inputs`: shapes of what it was shaped for
+                                `source`, `library_config`: where the weights come from
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax import traverse_util
+from flax.core import meta
+
+from effjax import models
+from effjax.config import build_kind, section_of
+from effjax.errors import RunError, UsageError
+from effjax.interop.load import Progress, family_of, fill, leaf_specs
+from effjax.interop.match import compare
+from effjax.interop.names import Name, resolve
+from effjax.interop.resize import Request
+from effjax.interop.weights import Spec, closing, open_weights
+from effjax.interop.write import SHARD_BYTES, new_folder, write_weights
+from effjax.matching import named_leaves
+
+
+def save_converted(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    params: Any,
+    source: str,
+    config: Mapping[str, Any] | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a model and its parameters; the folder appears whole or not at all.
+
+    Args:
+      folder: must be empty or not exist.
+      model: one that `effjax.models.KINDS` can build.
+      params: its parameters.
+      source: what they were loaded from, `timm:vit_small_patch16_224`.
+      config: the other library's configuration that was given with it.
+      shard_bytes: size at which the file is cut into shards.
+
+    Raises:
+      UsageError: where the folder holds something, or the model is in no table of kinds.
+      RunError: where the disk refuses.
+    """
+    family = family_of(source)
+    inputs = family.inputs(model, {**family.defaults, **(config or {})})
+    content = {
+        "model": section(model, models.KINDS),
+        "inputs": [{"shape": list(spec.shape), "dtype": spec.dtype.name} for spec in inputs],
+        "source": source,
+        "library_config": dict(config or {}),
+    }
+    leaves = named_leaves(meta.unbox(params))
+    specs = {path: Spec(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in leaves.items()}
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for path, leaf in leaves.items():
+            yield path, np.asarray(leaf)
+
+    with new_folder(folder) as hidden:
+        write_weights(hidden, "params", specs, tensors(), shard_bytes)
+        (hidden / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def load_converted(
+    folder: str | os.PathLike[str], *, allow_nan: bool = False, progress: Progress | None = None
+) -> tuple[nn.Module, Any, str]:
+    """Reads what `save_converted` wrote.
+
+    Returns:
+      The model, its parameters as numpy arrays, and the source they came from.
+
+    Raises:
+      UsageError: for a folder that is none of these, or whose parameters are not those of its model.
+      RunError: for a damaged file, or a tensor with NaN in it.
+    """
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise UsageError(f"'{folder}' holds no converted weights: it has no config.json.")
+    try:
+        content = json.loads(file.read_bytes())
+        sections = content["model"], content["source"]
+        inputs = tuple(jax.ShapeDtypeStruct(i["shape"], i["dtype"]) for i in content["inputs"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"'{file}' is not what experiments.convert writes: {error!r}.") from None
+    model = build_kind(models.KINDS, sections[0], f"{file}: model")
+    leaves = leaf_specs(model, inputs)
+    rows = [Name(path, path) for path in named_leaves(leaves)]
+    entries, _ = resolve(rows, named_leaves(leaves))
+    with closing(open_weights(folder)) as opened:
+        what = f"{opened.where} for its own config.json"
+        plan = compare(what, opened.specs, rows, entries, (), request=Request(), replace=False)
+        filled = fill(plan, opened, None, allow_nan, progress)
+    return model, traverse_util.unflatten_dict(filled, sep="/"), sections[1]
+
+
+def section(part: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """The config section that builds a module or dataclass again, defaults left out.
+
+    Args:
+      part: the module.
+      kinds: the table that its `kind` stands in.
+
+    Raises:
+      UsageError: for a class in no table, or a field that a config cannot hold.
+    """
+    kind = next((name for name, known in kinds.items() if known is type(part)), None)
+    if kind is None:
+        raise UsageError(
+            f"{type(part).__name__} is none of the kinds {sorted(kinds)}: no config can name it."
+        )
+    return {"kind": kind, **_fields(part)}
+
+
+def _fields(part: Any) -> dict[str, Any]:
+    result = {}
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if not field.init or field.name in ("parent", "name") or value == field.default:
+            continue
+        if "kinds" in field.metadata:
+            result[field.name] = _each(value, lambda v, kinds=field.metadata["kinds"]: section(v, kinds))
+        else:
+            result[field.name] = _each(value, lambda v, name=field.name: _plain(v, type(part).__name__, name))
+    return result
+
+
+def _each(value: Any, of_one: Any) -> Any:
+    return [_each(item, of_one) for item in value] if isinstance(value, tuple | list) else of_one(value)
+
+
+def _plain(value: Any, owner: str, name: str) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if section_of(value):
+        return {key: _plain(value[key], owner, name) for key in value}
+    if dataclasses.is_dataclass(value):
+        return _fields(value)
+    raise UsageError(f"{owner}.{name} is {value!r}, which a config cannot hold.")

@@ -1,0 +1,104 @@
+"""Weights in and out on behalf of `experiments.convert`."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from effjax.errors import UsageError
+from effjax.interop import export_to, load_converted, load_pretrained, save_converted
+from experiments.run.formatting import count
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def inwards(
+    source: str,
+    weights: str,
+    out: str,
+    *,
+    library_config: str | None,
+    classes: str,
+    dtype: str | None,
+    allow_nan: bool,
+    shard_bytes: int,
+) -> int:
+    """Loads another library's weights and writes them as ours; returns the exit code."""
+    if dtype is not None and dtype not in _DTYPES:
+        raise UsageError(f"--dtype is {dtype!r}; it can be {', '.join(_DTYPES)}.")
+    config = read_config(library_config, weights)
+    console = Console(highlight=False)
+    with bar("reading", console) as progress:
+        model, params = load_pretrained(
+            source,
+            weights,
+            config,
+            classes=classes,
+            dtype=dtype,
+            allow_nan=allow_nan,
+            report=lambda line: console.print(line, markup=False, soft_wrap=True),
+            progress=progress,
+        )
+    save_converted(out, model, params, source, config, shard_bytes=shard_bytes)
+    console.print(f"{_size(params)} of {source} are in {out}", markup=False, soft_wrap=True)
+    return 0
+
+
+def outwards(target: str, folder: str, out: str, shard_bytes: int, allow_nan: bool) -> int:
+    """Writes converted parameters as another library's weights; returns the exit code."""
+    console = Console(highlight=False)
+    with bar("reading", console) as progress:
+        model, params, _ = load_converted(folder, allow_nan=allow_nan, progress=progress)
+    with bar("writing", console) as progress:
+        files = export_to(out, model, params, target, shard_bytes=shard_bytes, progress=progress)
+    console.print(
+        f"{_size(params)} for {target} are in {out}: {', '.join(files)}", markup=False, soft_wrap=True
+    )
+    return 0
+
+
+def read_config(given: str | None, weights: str) -> dict[str, Any] | None:
+    """Reads `--library_config`, or the config.json that stands beside the weights.
+
+    A config.json of timm's own repositories keeps the keyword arguments of its model under `model_args`.
+    """
+    if given is not None and given.lstrip().startswith("{"):
+        text, where = given, "--library_config"
+    else:
+        path = Path(weights)
+        path = Path(given) if given else (path if path.is_dir() else path.parent) / "config.json"
+        if not path.is_file():
+            if given:
+                raise UsageError(f"--library_config='{given}' is neither a file nor JSON like '{{...}}'.")
+            return None
+        text, where = path.read_text(), f"'{path}'"
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{where} is not JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"{where} is not a JSON object of names and values.")
+    if "architecture" in config:
+        kept = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
+        return {**kept, **config.get("model_args", {})}
+    return config
+
+
+@contextlib.contextmanager
+def bar(label: str, console: Console) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar in bytes on a terminal, nothing elsewhere; gives what is to be called with the state."""
+    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(label)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _size(params: Any) -> str:
+    leaves = jax.tree.leaves(params)
+    return f"{count(sum(int(np.size(leaf)) for leaf in leaves))} parameters in {len(leaves)} leaves"
