@@ -20,6 +20,8 @@ class Family:
       defaults: what the architecture's name alone says: the keyword arguments behind a name of timm.
       renames: `(regexp, replacement)` pairs that bring other spellings of a checkpoint's names (older ones, a
         prefix more or less) to those of the name map; `re.sub`, all of them in order, on reading only.
+      others: further name maps, for checkpoints that cut their tensors otherwise; the map that knows the most
+        of the names there is the one that is read by, and `names` is the one that is written by.
     """
 
     build: Callable[[Mapping[str, Any]], nn.Module]
@@ -27,3 +29,4 @@ class Family:
     inputs: Callable[[Any, Mapping[str, Any]], tuple[Any, ...]]
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     renames: tuple[tuple[str, str], ...] = ()
+    others: Callable[[Any], tuple[tuple[Row, ...], ...]] = lambda model: ()

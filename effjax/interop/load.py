@@ -22,7 +22,7 @@ from effjax.errors import RunError, UsageError, did_you_mean
 from effjax.interop.families import FAMILIES
 from effjax.interop.family import Family
 from effjax.interop.match import Plan, Step, compare
-from effjax.interop.names import resolve
+from effjax.interop.names import known, resolve
 from effjax.interop.resize import Request
 from effjax.interop.weights import Renamed, Source, Weights, closing, open_weights
 from effjax.matching import named_leaves
@@ -88,13 +88,15 @@ def load_pretrained(
     model = family.build(config)
     inputs = family.inputs(model, config)
     leaves = leaf_specs(model, inputs)
-    entries, absent = resolve(family.names(model), named_leaves(leaves))
     with closing(open_weights(weights)) as opened:
         opened = Renamed(opened, family.renames) if family.renames else opened
+        maps = (family.names(model), *family.others(model))
+        rows = maps[0] if len(maps) == 1 else max(maps, key=lambda rows: known(rows, opened.specs))
+        entries, absent = resolve(rows, named_leaves(leaves))
         plan = compare(
             f"{opened.where} for {source}",
             opened.specs,
-            family.names(model),
+            rows,
             entries,
             absent,
             request=Request(_picture(inputs), source_grid),

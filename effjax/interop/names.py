@@ -16,7 +16,7 @@ and a round trip is exact.
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import einops
@@ -263,6 +263,18 @@ def resolve(rows: Sequence[Row], leaves: Mapping[str, Any]) -> tuple[list[Entry]
 def ignored_by(rows: Sequence[Row], name: str) -> Ignored | None:
     """The row that says their tensor `name` is no parameter, if one does."""
     return next((row for row in rows if isinstance(row, Ignored) and re.fullmatch(row.theirs, name)), None)
+
+
+def known(rows: Sequence[Row], names: Iterable[str]) -> int:
+    """How many of these names are in a name map, its placeholders being any numbers."""
+    patterns = [
+        re.sub(r"\\{\w+\\}", r"\\d+", re.escape(name))
+        for row in rows
+        if isinstance(row, Name)
+        for name in row.their_names
+    ]
+    either = re.compile("|".join(patterns))
+    return sum(either.fullmatch(name) is not None for name in names)
 
 
 def _sides(layout: str) -> tuple[str, str]:

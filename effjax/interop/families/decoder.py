@@ -137,11 +137,8 @@ def feed_forward(brand: Brand, config: Config) -> Any:
     activation = activations.ours(_of(config, brand.activation))
     if brand.experts is None:
         kind = Gated if "gate" in brand.ffn else MLP
-        hidden, use_bias = (
-            config["intermediate_size"],
-            bool(config.get(brand.ffn_bias, brand.ffn_bias is True)),
-        )
-        return kind(hidden=hidden, activation=activation, use_bias=use_bias)
+        use_bias = bool(_of(config, brand.ffn_bias))
+        return kind(hidden=config["intermediate_size"], activation=activation, use_bias=use_bias)
     if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
         raise UsageError("layers with and without experts in one model are not known here.")
     shared = config.get("shared_expert_intermediate_size") or 0
@@ -156,8 +153,8 @@ def feed_forward(brand: Brand, config: Config) -> Any:
     )
 
 
-def names(brand: Brand, model: LM, experts: str | None = None) -> tuple[n.Row, ...]:
-    """The name map; `experts` says how experts are named where it is not as the checkpoints do."""
+def names(brand: Brand, model: Any, stacked: bool = False) -> tuple[n.Row, ...]:
+    """The name map; `stacked` is how transformers 5 holds experts in memory, and its checkpoints do not."""
     rows: list[n.Row] = [
         n.Name("model.embed_tokens.weight", "embedding"),
         *norm_rows(model.block.norm, f"model.{brand.last_norm}", "norm"),
@@ -174,7 +171,7 @@ def names(brand: Brand, model: LM, experts: str | None = None) -> tuple[n.Row, .
             rows += norm_rows(model.block.norm, f"model.layers.{{layer}}.{theirs}", f"blocks/{ours}")
     rows += attention_rows(brand, model.block.mixer)
     if isinstance(model.block.ffn, Mixture):
-        rows += expert_rows(model.block.ffn, experts or brand.experts or "named")
+        rows += expert_rows(model.block.ffn, brand.experts or "named", stacked)
     else:
         rows += feed_forward_rows(brand, model.block.ffn)
     return tuple(rows)
@@ -229,13 +226,18 @@ def feed_forward_rows(brand: Brand, ffn: Gated | MLP) -> list[n.Row]:
     return rows
 
 
-def expert_rows(ffn: Mixture, experts: str) -> list[n.Row]:
-    """A mixture: experts one by one as checkpoints have them, or stacked as transformers 5 holds them."""
+def others(brand: Brand, model: Any) -> tuple[tuple[n.Row, ...], ...]:
+    """The further name map of a model with experts."""
+    return (names(brand, model, stacked=True),) if brand.experts else ()
+
+
+def expert_rows(ffn: Mixture, experts: str, stacked: bool) -> list[n.Row]:
+    """A mixture: experts one by one, or all in one tensor."""
     block = "block_sparse_moe" if experts == "mixtral" else "mlp"
     theirs, ours = f"model.layers.{{layer}}.{block}", "blocks/ffn"
     rows: list[n.Row] = [n.Name(f"{theirs}.gate.weight", f"{ours}/router/kernel", n.LINEAR)]
     kernels = [f"{ours}/{part}_kernel" for part in ("gate", "expand", "contract")]
-    if experts == "stacked":
+    if stacked:
         fused = (kernels[0], kernels[1])
         rows.append(n.Name(f"{theirs}.experts.gate_up_proj", fused, "e o i -> e i o", axis=1))
         rows.append(n.Name(f"{theirs}.experts.down_proj", kernels[2], "e o i -> e i o"))
@@ -275,11 +277,19 @@ def _embedding_scale(brand: Brand, config: Config) -> float:
     return config.get(brand.embedding_scale, 1.0) if brand.embedding_scale else 1.0
 
 
+def _renames(brand: Brand) -> tuple[tuple[str, str], ...]:
+    """Checkpoints of the model without its head have no prefix; experts are elsewhere in memory."""
+    block = ((r"\.mlp\.", ".block_sparse_moe."),) if brand.experts == "mixtral" else ()
+    return ((r"^(?!model\.|lm_head\.)", "model."), *block)
+
+
 TRANSFORMERS = {
     name: Family(
         build=functools.partial(build, brand),
         names=functools.partial(names, brand),
         inputs=token_inputs,
+        renames=_renames(brand),
+        others=functools.partial(others, brand),
     )
     for name, brand in BRANDS.items()
 }
