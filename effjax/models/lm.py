@@ -250,7 +250,7 @@ class LM(nn.Module):
     ) -> tuple[Float[Array, "b n c"], Float[Array, "vocab c"]]:
         """Returns what goes into the first block, and the embedding table."""
         init = named(truncated_normal(0.02), ("vocab", "embed"))
-        table = self.param("embedding", init, (self.vocab, self.dim), jnp.float32)
+        table = jnp.asarray(self.param("embedding", init, (self.vocab, self.dim), jnp.float32))
         x = jnp.take(table, tokens, axis=0)  # [B, N, C]
         if self.embedding_scale != 1.0:
             x = x * jnp.asarray(self.embedding_scale, x.dtype)
