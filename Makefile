@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test check lint types fast catalog newest clean
+.PHONY: demo test parity check lint types fast catalog newest clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml .ci/constraints.txt
@@ -19,6 +19,10 @@ demo: $(STAMP)  ## trains a small ViT on digits and writes its report
 test: $(STAMP)  ## the whole suite
 	$(BIN)/python -m pytest -n 2
 	$(BIN)/python -m pytest -n 2 tests/eight
+
+parity: $(STAMP)  ## our models against timm, transformers and diffusers; installs torch
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev,parity]'
+	$(BIN)/python -m pytest tests/parity
 
 check: lint types fast  ## what every commit passes: lint, types, fast tests
 

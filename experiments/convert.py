@@ -1,13 +1,13 @@
 """Brings weights of timm, transformers or diffusers here, and takes them back.
 
-    python -m experiments.convert --from=timm:vit_small_patch16_224 --weights=model.safetensors --out=vit_small
+    python -m experiments.convert --from=timm:vit_small_patch16_224 --weights=model.safetensors --out=small
     python -m experiments.convert --from=timm:vit_small_patch16_224 --weights=model.safetensors \\
-        --library_config='{"img_size": 384, "num_classes": 10}' --classes=replace --out=vit_small_384
-    python -m experiments.convert --to=timm:vit_small_patch16_224 --weights=vit_small --out=back
+        --library_config='{"img_size": 384, "num_classes": 10}' --classes=replace --out=small_384
+    python -m experiments.convert --to=timm:vit_small_patch16_224 --weights=small --out=back
 
-Writes a folder: on the way in params.safetensors with our paths and a config.json whose `model` is the section
-of an effjax config; on the way out model.safetensors with the names of the other library. Only safetensors is
-read. docs/interop.md says what is checked.
+Writes a folder: on the way in params.safetensors with our paths and a config.json whose `model` is the
+section of an effjax config; on the way out model.safetensors with the names of the other library. Only
+safetensors is read. docs/interop.md says what is checked.
 """
 
 from absl import flags
@@ -24,8 +24,8 @@ WEIGHTS = flags.DEFINE_string(
 LIBRARY_CONFIG = flags.DEFINE_string(
     "library_config",
     None,
-    "the other library's configuration, a JSON file or the JSON itself; by default config.json beside the "
-    "weights, where there is one",
+    "the other library's configuration, a JSON file or the JSON itself; by default the config.json "
+    "of the folder of weights, where there is one",
 )
 OUT = flags.DEFINE_string("out", None, "folder to write; it must not exist or be empty")
 CLASSES = flags.DEFINE_string(
@@ -49,10 +49,12 @@ def main(argv: list[str]) -> int:
         missing = "weights" if WEIGHTS.value is None else "out"
         raise UsageError(f"--{missing} is missing. Example: --weights=model.safetensors --out=converted.")
     shard_bytes = int(SHARD_GB.value * 1e9)
+    if OUT.value.endswith(".safetensors"):
+        raise UsageError(f"--out='{OUT.value}' is a file: give the folder that the files are written into.")
     if TO.value is not None:
         return converting.outwards(TO.value, WEIGHTS.value, OUT.value, shard_bytes, ALLOW_NAN.value)
     return converting.inwards(
-        FROM.value,
+        str(FROM.value),
         WEIGHTS.value,
         OUT.value,
         library_config=LIBRARY_CONFIG.value,

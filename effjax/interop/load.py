@@ -9,7 +9,9 @@ laid out as in the file: a tensor is read once, straight to where it stays, and 
 used. `export` reads the same memory back, which is why a round trip is exact.
 """
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -63,8 +65,9 @@ def load_pretrained(
       weights: a `.safetensors` file, a folder with one or with shards and their index, or a mapping of names
         to numpy arrays.
       config: the other library's configuration: keyword arguments of `timm.create_model`, or the content of
-        config.json. Where it asks for another picture or patch size than the weights have, position tables,
-        relative position biases and patch kernels are resized.
+        config.json; None takes the config.json of the folder of weights, if there is one. Where it asks for
+        another picture or patch size than the weights have, position tables, relative position biases and
+        patch kernels are resized.
       classes: `"keep"` refuses a classifier of another number of classes; `"replace"` starts it anew as the
         model itself would.
       dtype: of all parameters; None keeps each as it is.
@@ -84,7 +87,7 @@ def load_pretrained(
     if classes not in ("keep", "replace"):
         raise UsageError(f"classes is {classes!r}. {did_you_mean(classes, ['keep', 'replace'])}")
     family = family_of(source)
-    config = {**family.defaults, **(config or {})}
+    config = {**family.defaults, **((config_of(weights) if config is None else config) or {})}
     model = family.build(config)
     inputs = family.inputs(model, config)
     leaves = leaf_specs(model, inputs)
@@ -110,6 +113,32 @@ def load_pretrained(
         filled.update(_initial(model, inputs, plan.fresh))
     structure = jax.tree.structure(leaves)
     return model, jax.tree.unflatten(structure, [filled[path] for path in named_leaves(leaves)])
+
+
+def config_of(weights: Weights) -> dict[str, Any] | None:
+    """The config.json in a folder of weights, or None."""
+    path = None if isinstance(weights, Mapping) else Path(weights) / "config.json"
+    return parse_config(path.read_bytes(), f"'{path}'") if path and path.is_file() else None
+
+
+def parse_config(text: bytes | str, where: str) -> dict[str, Any]:
+    """Reads the configuration of another library from JSON.
+
+    timm's own repositories keep the keyword arguments of a model under `model_args`.
+
+    Raises:
+      UsageError: where it is not a JSON object, naming `where`.
+    """
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where} is not JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"{where} is not a JSON object of names and values.")
+    if "architecture" in config:
+        kept = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
+        return {**kept, **config.get("model_args", {})}
+    return config
 
 
 def leaf_specs(model: nn.Module, inputs: tuple[Any, ...]) -> Any:

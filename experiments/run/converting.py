@@ -1,7 +1,6 @@
 """Weights in and out on behalf of `experiments.convert`."""
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from effjax.errors import UsageError
 from effjax.interop import export_to, load_converted, load_pretrained, save_converted
+from effjax.interop.load import config_of, parse_config
 from experiments.run.formatting import count
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -32,7 +32,7 @@ def inwards(
     """Loads another library's weights and writes them as ours; returns the exit code."""
     if dtype is not None and dtype not in _DTYPES:
         raise UsageError(f"--dtype is {dtype!r}; it can be {', '.join(_DTYPES)}.")
-    config = read_config(library_config, weights)
+    config = config_of(weights) if library_config is None else read_config(library_config)
     console = Console(highlight=False)
     with bar("reading", console) as progress:
         model, params = load_pretrained(
@@ -63,31 +63,13 @@ def outwards(target: str, folder: str, out: str, shard_bytes: int, allow_nan: bo
     return 0
 
 
-def read_config(given: str | None, weights: str) -> dict[str, Any] | None:
-    """Reads `--library_config`, or the config.json that stands beside the weights.
-
-    A config.json of timm's own repositories keeps the keyword arguments of its model under `model_args`.
-    """
-    if given is not None and given.lstrip().startswith("{"):
-        text, where = given, "--library_config"
-    else:
-        path = Path(weights)
-        path = Path(given) if given else (path if path.is_dir() else path.parent) / "config.json"
-        if not path.is_file():
-            if given:
-                raise UsageError(f"--library_config='{given}' is neither a file nor JSON like '{{...}}'.")
-            return None
-        text, where = path.read_text(), f"'{path}'"
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"{where} is not JSON: {error}.") from None
-    if not isinstance(config, dict):
-        raise UsageError(f"{where} is not a JSON object of names and values.")
-    if "architecture" in config:
-        kept = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
-        return {**kept, **config.get("model_args", {})}
-    return config
+def read_config(given: str) -> dict[str, Any]:
+    """Reads `--library_config`: a JSON file, or the JSON itself."""
+    if given.lstrip().startswith("{"):
+        return parse_config(given, "--library_config")
+    if not Path(given).is_file():
+        raise UsageError(f"--library_config='{given}' is neither a file nor JSON like '{{...}}'.")
+    return parse_config(Path(given).read_bytes(), f"'{given}'")
 
 
 @contextlib.contextmanager

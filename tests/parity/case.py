@@ -1,0 +1,143 @@
+"""One architecture compared with the library it comes from, on shared random weights."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from effjax.interop import export, load_pretrained
+
+FIXTURES = Path(__file__).resolve().parents[1] / "interop" / "fixtures"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is compared.
+
+    Attributes:
+      source: name of the family here, `timm:vit_tiny_patch16_224`.
+      config: the library's own configuration, given to `load_pretrained`.
+      module: makes the original, with any weights.
+      inputs: makes the inputs of our model from a generator.
+      call: calls the original with our inputs as torch tensors, changing their layout where it differs, and
+        returns the output in our layout.
+      gradient: whether train-mode gradients are compared too.
+      fixture: whether the case is small enough to be recorded, at most 200 KB.
+    """
+
+    source: str
+    config: dict[str, Any]
+    module: Callable[[], torch.nn.Module]
+    inputs: Callable[[np.random.Generator], tuple[np.ndarray, ...]]
+    call: Callable[..., torch.Tensor]
+    gradient: bool = False
+    fixture: bool = False
+
+
+def images(side: int, batch: int = 2) -> Callable[[np.random.Generator], tuple[np.ndarray, ...]]:
+    """Inputs: a batch of square pictures."""
+    return lambda rng: (rng.standard_normal((batch, side, side, 3), dtype=np.float32),)
+
+
+def channels_first(module: torch.nn.Module, pictures: torch.Tensor) -> torch.Tensor:
+    """The call of a classifier of pictures."""
+    return module(pictures.permute(0, 3, 1, 2))
+
+
+def original(case: Case, seed: int = 0) -> torch.nn.Module:
+    """The original with every parameter drawn anew, so that no initial zero or one hides a mistake."""
+    module = case.module().float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in module.named_parameters():
+            fan_in = tensor[0].numel() if tensor.ndim > 1 else 100
+            centre = 1.0 if tensor.ndim == 1 and name.endswith("weight") else 0.0
+            tensor.copy_(centre + torch.randn(tensor.shape, generator=generator) * fan_in**-0.5)
+    return module
+
+
+def state(module: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Its tensors as numpy arrays."""
+    return {name: tensor.detach().cpu().numpy() for name, tensor in module.state_dict().items()}
+
+
+def compare_outputs(case: Case) -> float:
+    """Largest difference of outputs over the largest output, on random inputs."""
+    module = original(case)
+    inputs = case.inputs(np.random.default_rng(1))
+    with torch.no_grad():
+        theirs = case.call(module, *map(torch.from_numpy, inputs)).numpy()
+    model, params = load_pretrained(case.source, state(module), case.config)
+    ours = np.asarray(jax.jit(model.apply)({"params": params}, *inputs))
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def compare_round_trip(case: Case) -> list[str]:
+    """Names whose tensors do not come back bit by bit; tensors left out on loading are not expected back."""
+    tensors = state(original(case))
+    model, params = load_pretrained(case.source, tensors, case.config)
+    back = export(model, params, case.source)
+    return [
+        name
+        for name, array in back.items()
+        if array.dtype != tensors[name].dtype
+        or array.tobytes() != np.ascontiguousarray(tensors[name]).tobytes()
+    ]
+
+
+def compare_gradients(case: Case) -> dict[str, float]:
+    """For each of their parameters, the largest difference of gradients over the largest gradient.
+
+    The loss is the mean of outputs times fixed random numbers, in train mode. Gradients are laid out as
+    parameters are, so `export` names ours as theirs.
+    """
+    module = original(case).train()
+    inputs = case.inputs(np.random.default_rng(1))
+    outputs = case.call(module, *map(torch.from_numpy, inputs))
+    weights = np.random.default_rng(2).standard_normal(outputs.shape, dtype=np.float32)
+    (outputs * torch.from_numpy(weights)).mean().backward()
+    theirs = {name: p.grad.numpy() for name, p in module.named_parameters() if p.grad is not None}
+    model, params = load_pretrained(case.source, state(module), case.config)
+
+    ours_in = tuple(map(jnp.asarray, inputs))
+
+    @jax.jit
+    def gradient(params):
+        return jax.grad(
+            lambda params: jnp.mean(model.apply({"params": params}, *ours_in, train=True) * weights)
+        )(params)
+
+    ours = export(model, gradient(params), case.source)
+    scale = {name: max(float(np.abs(g).max()), 1e-12) for name, g in theirs.items()}
+    return {
+        name: float(np.abs(ours[name] - g).max()) / scale[name] for name, g in theirs.items() if name in ours
+    }
+
+
+def record(name: str, case: Case) -> Path:
+    """Writes the case's weights, inputs and outputs for the ordinary tests, which have no torch."""
+    module = original(case)
+    inputs = case.inputs(np.random.default_rng(1))
+    with torch.no_grad():
+        output = case.call(module, *map(torch.from_numpy, inputs)).numpy()
+    path = FIXTURES / f"{name}.npz"
+    np.savez_compressed(
+        path,
+        source=np.array(case.source),
+        config=np.array(json.dumps(case.config)),
+        output=output,
+        **{f"input/{i}": array for i, array in enumerate(inputs)},
+        **{f"weight/{key}": array for key, array in state(module).items()},
+    )
+    size = path.stat().st_size
+    if size > 200_000:
+        path.unlink()
+        raise ValueError(f"{name} takes {size} bytes; a fixture has 200,000 at most: make the toy smaller")
+    return path

@@ -1,0 +1,13 @@
+"""These tests need the extra `[parity]` and run by themselves: `make parity`."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models come from configurations, never from a hub
+
+import pytest
+
+
+def pytest_collection_modifyitems(items):
+    """What the libraries warn about among themselves is not ours to mend."""
+    for item in items:
+        item.add_marker(pytest.mark.filterwarnings("ignore:::(torch|timm|transformers|diffusers)"))
