@@ -60,13 +60,13 @@ def build(brand: Brand, config: Config) -> LM:
         qk_norm_kind=brand.qk_norm_kind,
         qk_norm_over=brand.qk_norm or "head",
         qk_norm_epsilon=_of(config, brand.epsilon),
-        clip=config.get(brand.clip) if brand.clip else None,
+        clip=_number(config.get(brand.clip)) if brand.clip else None,
         rotary_base=kinds[0].rotary_base if same else None,
         rotary_scaling=kinds[0].rotary_scaling if same else None,
         rotary_dims=None if fraction == 1.0 else int(size * fraction),
         rotary_pairs=brand.pairs,
         scale=_scale(brand, config),
-        logit_cap=config.get("attn_logit_softcapping"),
+        logit_cap=_number(config.get("attn_logit_softcapping")),
         window=kinds[0].window if same else None,
         causal=True,
     )
@@ -77,7 +77,7 @@ def build(brand: Brand, config: Config) -> LM:
         norm=brand.norm,
         norm_at=_norm_at(brand),
         parallel="one_norm" if config.get("use_parallel_residual") else brand.parallel,
-        residual_scale=config.get("residual_multiplier", 1.0),
+        residual_scale=float(config.get("residual_multiplier", 1.0)),
     )
     return LM(
         block=block,
@@ -88,8 +88,8 @@ def build(brand: Brand, config: Config) -> LM:
         layers=() if same else tuple(kinds),
         embedding_scale=_embedding_scale(brand, config),
         head_bias=bool(config.get("head_bias", False)),
-        logit_scale=config.get("logit_scale", 1.0) / config.get("logits_scaling", 1.0),
-        logit_cap=config.get("final_logit_softcapping"),
+        logit_scale=float(config.get("logit_scale", 1.0)) / config.get("logits_scaling", 1.0),
+        logit_cap=_number(config.get("final_logit_softcapping")),
     )
 
 
@@ -259,6 +259,11 @@ def _of(config: Config, key: Any) -> Any:
     return config.get(key, False) if isinstance(key, str) else key
 
 
+def _number(value: Any) -> float | None:
+    """JSON writes a whole number without its point."""
+    return None if value is None else float(value)
+
+
 def _norm_at(brand: Brand) -> Any:
     before, after = "mixer_norm" in brand.norms, "mixer_norm_after" in brand.norms
     return "both" if before and after else "before" if before else "after"
@@ -268,13 +273,13 @@ def _scale(brand: Brand, config: Config) -> float | None:
     if brand.scale is None or brand.scale not in config:
         return None
     value = config[brand.scale]
-    return value**-0.5 if brand.scale == "query_pre_attn_scalar" else value
+    return float(value**-0.5 if brand.scale == "query_pre_attn_scalar" else value)
 
 
 def _embedding_scale(brand: Brand, config: Config) -> float:
     if brand.embedding_scale == "sqrt":
         return config["hidden_size"] ** 0.5
-    return config.get(brand.embedding_scale, 1.0) if brand.embedding_scale else 1.0
+    return float(config.get(brand.embedding_scale, 1.0)) if brand.embedding_scale else 1.0
 
 
 def _renames(brand: Brand) -> tuple[tuple[str, str], ...]:

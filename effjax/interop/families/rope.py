@@ -66,12 +66,12 @@ def _original(config: Config, section: Config) -> int:
 
 
 def _factor(config: Config, section: Config) -> float:
-    return section.get("factor") or config["max_position_embeddings"] / _original(config, section)
+    return float(section.get("factor") or config["max_position_embeddings"] / _original(config, section))
 
 
 def _llama3(config: Config, section: Config) -> rotary.Scaling:
-    low, high = section["low_freq_factor"], section["high_freq_factor"]
-    return rotary.Llama3(section["factor"], low, high, _original(config, section))
+    low, high = float(section["low_freq_factor"]), float(section["high_freq_factor"])
+    return rotary.Llama3(_factor(config, section), low, high, _original(config, section))
 
 
 def _yarn(config: Config, section: Config) -> rotary.Scaling:
@@ -83,9 +83,9 @@ def _yarn(config: Config, section: Config) -> rotary.Scaling:
     return rotary.Yarn(
         factor,
         _original(config, section),
-        fast=section.get("beta_fast") or 32.0,
-        slow=section.get("beta_slow") or 1.0,
-        amplitude=amplitude,
+        fast=float(section.get("beta_fast") or 32.0),
+        slow=float(section.get("beta_slow") or 1.0),
+        amplitude=None if amplitude is None else float(amplitude),
         whole_pairs=section.get("truncate", True),
     )
 
@@ -95,14 +95,16 @@ def _longrope(config: Config, section: Config) -> rotary.Scaling:
     amplitude = section.get("attention_factor")
     if amplitude is None:
         amplitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1.0 else 1.0
-    short, long = section["short_factor"], section["long_factor"]
-    return rotary.LongRope(tuple(short), tuple(long), original, amplitude)
+    short, long = (tuple(map(float, section[f"{length}_factor"])) for length in ("short", "long"))
+    return rotary.LongRope(short, long, original, float(amplitude))
 
 
 _READERS = {
     "default": lambda config, section: None,
-    "linear": lambda config, section: rotary.Linear(section["factor"]),
-    "dynamic": lambda config, section: rotary.Dynamic(section["factor"], config["max_position_embeddings"]),
+    "linear": lambda config, section: rotary.Linear(_factor(config, section)),
+    "dynamic": lambda config, section: rotary.Dynamic(
+        _factor(config, section), config["max_position_embeddings"]
+    ),
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
