@@ -273,10 +273,10 @@ class LM(nn.Module):
             return {}
         kinds = [self.layers[i % len(self.layers)] for i in range(self.depth)]
         own: dict[str, Any] = {}
-        if any(kind.window is not None for kind in kinds):
+        if any(kind.window is not None for kind in self.layers):
             everything = 2**30
             own["window"] = jnp.asarray([kind.window or everything for kind in kinds], jnp.int32)  # [L]
-        if any(kind.rotary_base is not None for kind in kinds):
+        if any(kind.rotary_base is not None for kind in self.layers):
             tables = {kind: self.rotary_table(kind) for kind in set(kinds)}
             frequencies, amplitudes = zip(*(tables[kind] for kind in kinds), strict=True)
             own["rotary"] = jnp.stack(frequencies), jnp.asarray(amplitudes, jnp.float32)  # [L, D/2], [L]

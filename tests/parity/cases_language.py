@@ -234,7 +234,6 @@ _LLAMA_1B = dict(
 )
 FULL = {
     "gpt2_124m": case("gpt2", {}, **_NONE),
-    "mamba_130m": case("mamba", dict(num_hidden_layers=24)),
     "llama_1b_wide": case("llama", _LLAMA_1B, num_hidden_layers=2),
     "mistral_7b_wide": case("mistral", {}, num_hidden_layers=1),
     "qwen2_05b_wide": case(
@@ -271,5 +270,9 @@ FULL = {
     "olmoe_7b_wide": case("olmoe", {}, num_hidden_layers=1, published=one_by_one),
     "mixtral_wide": case("mixtral", {}, num_hidden_layers=1, num_local_experts=3, published=of_mixtral),
 }
+
+# With random weights each of its 24 layers makes a rounding error a fifth larger: float32 itself is off by
+# more than 1e-4, see test_language.py.
+MAMBA_130M = case("mamba", dict(num_hidden_layers=24))
 
 CASES = {f"transformers_{name}": found for name, found in {**TOYS, **FULL}.items()}
