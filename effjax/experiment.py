@@ -21,6 +21,7 @@ class Train:
 
     Attributes:
       steps: the length of the run.
+      start: folder of weights that `experiments.convert` wrote, from which the run starts; None draws them.
       seed: of parameters, dropout and everything else random on device.
       precision: of the forward and backward pass.
       accumulate: micro-batches a step.
@@ -31,6 +32,7 @@ class Train:
     """
 
     steps: str
+    start: str | None = None
     seed: int = 0
     precision: Precision = dataclasses.field(default_factory=Precision)
     accumulate: int = 1

@@ -4,6 +4,7 @@
     python -m experiments.convert --from=timm:vit_small_patch16_224 --weights=model.safetensors \\
         --library_config='{"img_size": 384, "num_classes": 10}' --classes=replace --out=small_384
     python -m experiments.convert --to=timm:vit_small_patch16_224 --weights=small --out=back
+    python -m experiments.convert --to=timm:vit_small_patch16_224 --workdir=runs/small --out=back
 
 Writes a folder: on the way in params.safetensors with our paths and a config.json whose `model` is the
 section of an effjax config; on the way out model.safetensors with the names of the other library. Only
@@ -21,6 +22,8 @@ TO = flags.DEFINE_string("to", None, "the same names, on the way out")
 WEIGHTS = flags.DEFINE_string(
     "weights", None, "a .safetensors file or a folder of shards; with --to, a folder that --from wrote"
 )
+WORKDIR = flags.DEFINE_string("workdir", None, "with --to, the folder of a training run instead of --weights")
+STEP = flags.DEFINE_integer("step", None, "checkpoint of the run to take; by default the newest")
 LIBRARY_CONFIG = flags.DEFINE_string(
     "library_config",
     None,
@@ -45,17 +48,23 @@ def main(argv: list[str]) -> int:
 
     if (FROM.value is None) == (TO.value is None):
         raise UsageError("give one of --from=timm:... (weights come in) and --to=timm:... (they go back).")
-    if WEIGHTS.value is None or OUT.value is None:
+    if WORKDIR.value is not None and (TO.value is None or WEIGHTS.value is not None):
+        raise UsageError(
+            "--workdir stands with --to and without --weights: it is a run whose weights go out."
+        )
+    if OUT.value is None or (WEIGHTS.value is None and WORKDIR.value is None):
         missing = "weights" if WEIGHTS.value is None else "out"
         raise UsageError(f"--{missing} is missing. Example: --weights=model.safetensors --out=converted.")
     shard_bytes = int(SHARD_GB.value * 1e9)
     if OUT.value.endswith(".safetensors"):
         raise UsageError(f"--out='{OUT.value}' is a file: give the folder that the files are written into.")
+    if WORKDIR.value is not None:
+        return converting.outwards_from_run(str(TO.value), WORKDIR.value, OUT.value, shard_bytes, STEP.value)
     if TO.value is not None:
-        return converting.outwards(TO.value, WEIGHTS.value, OUT.value, shard_bytes, ALLOW_NAN.value)
+        return converting.outwards(str(TO.value), str(WEIGHTS.value), OUT.value, shard_bytes, ALLOW_NAN.value)
     return converting.inwards(
         str(FROM.value),
-        WEIGHTS.value,
+        str(WEIGHTS.value),
         OUT.value,
         library_config=LIBRARY_CONFIG.value,
         classes=CLASSES.value,

@@ -26,6 +26,9 @@ SEARCH = flags.DEFINE_integer(
 CONCURRENCY = flags.DEFINE_boolean(
     "concurrency", False, "how many users a language model serves at peak rates; compiles nothing"
 )
+PRODUCTS = flags.DEFINE_boolean("products", False, "list the matrix products of one device, with their times")
+WATTS = flags.DEFINE_float("watts", None, "power of a device, for the energy of --products")
+ROOFLINE = flags.DEFINE_string("roofline", None, "a PNG of the chip's roofline with the step's work on it")
 BATCH = flags.DEFINE_integer("batch", None, "pictures to sample or sequences to decode at a time")
 CONTEXT = flags.DEFINE_integer("context", None, "tokens of a sequence; by default a training row's")
 SAMPLER = flags.DEFINE_string(
@@ -60,7 +63,8 @@ def main(argv: list[str]) -> int:
         return planning.concurrency(request, OUT.value)
     if SEARCH.value:
         return planning.search(request, SEARCH.value, OUT.value)
-    return planning.plan(request, OUT.value)
+    wanted = planning.Views(products=PRODUCTS.value, watts=WATTS.value, roofline=ROOFLINE.value)
+    return planning.plan(request, OUT.value, wanted)
 
 
 if __name__ == "__main__":

@@ -88,8 +88,10 @@ def problems(entries: Iterable[Entry], root: Path) -> list[str]:
     for entry in entries:
         if entry.status == "planned":
             continue
-        for field in ("files", "configs", "tests"):
-            for path in getattr(entry, field):
+        named = {"files": entry.files, "configs": entry.configs, "tests": entry.tests}
+        named["sizes"] = tuple(size.config for size in entry.sizes)
+        for field, paths in named.items():
+            for path in paths:
                 if missing := _missing(root, path):
                     found.append(f"{entry.room}/{entry.slug}: {field} names {path}, but {missing}.")
     return found
@@ -153,7 +155,13 @@ def _section(entry: Entry) -> list[str]:
         f"**{entry.title}** ({entry.year}). {entry.paper} *{entry.status}*",
         "",
     ]
-    return lines + [f"- {name}: {text}" for name, text in rows.items() if text]
+    lines += [f"- {name}: {text}" for name, text in rows.items() if text]
+    if entry.sizes:
+        lines += ["", "| published size | parameters | MACs |", "|---|---:|---:|"]
+    for size in entry.sizes:
+        macs = "" if size.macs is None else f"{size.macs / 1e9:.4g}G"
+        lines.append(f"| `{size.config}` | {size.parameters / 1e6:,.6g}M | {macs} |")
+    return lines
 
 
 def _code(paths: tuple[str, ...]) -> str:

@@ -9,7 +9,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from flax.core import meta
 from effjax import models
 from effjax.config import build_kind, section_of
 from effjax.errors import RunError, UsageError
-from effjax.interop.load import Progress, family_of, fill, leaf_specs
+from effjax.interop.load import family_of, fill, leaf_specs
 from effjax.interop.match import compare
 from effjax.interop.names import Name, resolve
 from effjax.interop.resize import Request
 from effjax.interop.weights import Spec, closing, open_weights
-from effjax.interop.write import SHARD_BYTES, new_folder, write_weights
+from effjax.interop.write import SHARD_BYTES, Progress, counted, new_folder, write_weights
 from effjax.matching import named_leaves
 
 
@@ -39,6 +39,7 @@ def save_converted(
     config: Mapping[str, Any] | None = None,
     *,
     shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
 ) -> None:
     """Writes a model and its parameters; the folder appears whole or not at all.
 
@@ -48,7 +49,8 @@ def save_converted(
       params: its parameters.
       source: what they were loaded from, `timm:vit_small_patch16_224`.
       config: the other library's configuration that was given with it.
-      shard_bytes: size at which the file is cut into shards.
+      shard_bytes: size of a file that is not exceeded, unless one leaf alone does.
+      progress: called with the bytes written so far and in all.
 
     Raises:
       UsageError: where the folder holds something, or the model is in no table of kinds.
@@ -64,13 +66,9 @@ def save_converted(
     }
     leaves = named_leaves(meta.unbox(params))
     specs = {path: Spec(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in leaves.items()}
-
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for path, leaf in leaves.items():
-            yield path, np.asarray(leaf)
-
+    tensors = ((path, np.asarray(leaf)) for path, leaf in leaves.items())
     with new_folder(folder) as hidden:
-        write_weights(hidden, "params", specs, tensors(), shard_bytes)
+        write_weights(hidden, "params", specs, counted(specs, tensors, progress), shard_bytes)
         (hidden / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -97,13 +95,43 @@ def load_converted(
         raise RunError(f"'{file}' is not what experiments.convert writes: {error!r}.") from None
     model = build_kind(models.KINDS, sections[0], f"{file}: model")
     leaves = leaf_specs(model, inputs)
+    params = read_parameters(folder, leaves, "its own config.json", allow_nan=allow_nan, progress=progress)
+    return model, params, sections[1]
+
+
+def read_parameters(
+    folder: str | os.PathLike[str],
+    leaves: Any,
+    of: str,
+    *,
+    dtype: Any = None,
+    allow_nan: bool = False,
+    progress: Progress | None = None,
+) -> Any:
+    """Reads parameters that lie under our own paths, for any definition that has these leaves.
+
+    Args:
+      folder: what `save_converted` wrote.
+      leaves: shapes and dtypes of the parameters, as a tree.
+      of: what the leaves belong to, for messages.
+      dtype: of all parameters; None keeps each as it is.
+      allow_nan: whether a tensor may hold NaN.
+      progress: called with the bytes read so far and in all.
+
+    Returns:
+      The parameters as numpy arrays, in a tree like `leaves`.
+
+    Raises:
+      UsageError: where they are not the same, in one message with every path, its expected and found shape.
+      RunError: for a damaged file, or a tensor with NaN in it.
+    """
     rows = [Name(path, path) for path in named_leaves(leaves)]
     entries, _ = resolve(rows, named_leaves(leaves))
     with closing(open_weights(folder)) as opened:
-        what = f"{opened.where} for its own config.json"
+        what = f"{opened.where} for {of}"
         plan = compare(what, opened.specs, rows, entries, (), request=Request(), replace=False)
-        filled = fill(plan, opened, None, allow_nan, progress)
-    return model, traverse_util.unflatten_dict(filled, sep="/"), sections[1]
+        filled = fill(plan, opened, dtype, allow_nan, progress)
+    return traverse_util.unflatten_dict(filled, sep="/")
 
 
 def section(part: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Parameters of ours as the tensors of another library."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +9,25 @@ import flax.linen as nn
 import numpy as np
 from flax.core import meta
 
+from effjax.errors import UsageError
 from effjax.interop.load import family_of
-from effjax.interop.names import Entry, resolve
+from effjax.interop.names import Entry
 from effjax.interop.weights import Spec
-from effjax.interop.write import SHARD_BYTES, new_folder, write_weights
+from effjax.interop.write import SHARD_BYTES, Progress, counted, new_folder, write_weights
 from effjax.matching import named_leaves
 
 
-def export(model: nn.Module, params: Any, target: str) -> dict[str, np.ndarray]:
+def export(
+    model: nn.Module, params: Any, target: str, *, like: Collection[str] = ()
+) -> dict[str, np.ndarray]:
     """Names and lays out parameters as another library has them.
 
     Args:
       model: the definition that the parameters belong to.
       params: its parameters, numpy or jax arrays, boxed or not.
       target: `timm:<architecture>`, `transformers:<model_type>` or `diffusers:<class name>`.
+      like: names that the tensors are to have, where the library spells them in several ways: those of a
+        `state_dict()`, say. By default they are spelled as in its files.
 
     Returns:
       `{their name: contiguous array}`, in the dtype of the parameters. What was loaded and not changed comes
@@ -31,7 +36,7 @@ def export(model: nn.Module, params: Any, target: str) -> dict[str, np.ndarray]:
     Raises:
       UsageError: for an unknown target, or a model that it has no names for.
     """
-    leaves, entries = _resolved(model, params, target)
+    leaves, entries = _resolved(model, params, target, like)
     return dict(_tensors(leaves, entries))
 
 
@@ -42,7 +47,7 @@ def export_to(
     target: str,
     *,
     shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Writes what `export` gives as safetensors, one tensor in memory at a time.
 
@@ -67,24 +72,21 @@ def export_to(
         for index in entry.indices()
         for name, shape in zip(entry.names(index), entry.shapes, strict=True)
     }
-    total = sum(np.asarray(leaf).nbytes for leaf in leaves.values())
-
-    def counted() -> Iterator[tuple[str, np.ndarray]]:
-        done = 0
-        for name, array in _tensors(leaves, entries):
-            yield name, array
-            done += array.nbytes
-            if progress:
-                progress(done, total)
-
     stem = "diffusion_pytorch_model" if target.startswith("diffusers:") else "model"
+    tensors = counted(specs, _tensors(leaves, entries), progress)
     with new_folder(folder) as hidden:
-        return [Path(file).name for file in write_weights(hidden, stem, specs, counted(), shard_bytes)]
+        return [Path(file).name for file in write_weights(hidden, stem, specs, tensors, shard_bytes)]
 
 
-def _resolved(model: nn.Module, params: Any, target: str) -> tuple[dict[str, Any], list[Entry]]:
+def _resolved(
+    model: nn.Module, params: Any, target: str, like: Collection[str] = ()
+) -> tuple[dict[str, Any], list[Entry]]:
     leaves = named_leaves(meta.unbox(params))
-    entries, _ = resolve(family_of(target).names(model), leaves)
+    try:
+        _, entries, _ = family_of(target).resolved(model, leaves, like)
+    except (UsageError, AttributeError) as error:
+        # A family reads the fields of its own models, which those of another may lack.
+        raise UsageError(f"{target} has no names for this {type(model).__name__}: {error}") from None
     return leaves, entries
 
 

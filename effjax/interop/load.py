@@ -24,13 +24,13 @@ from effjax.errors import RunError, UsageError, did_you_mean
 from effjax.interop.families import FAMILIES
 from effjax.interop.family import Family
 from effjax.interop.match import Plan, Step, compare
-from effjax.interop.names import known, resolve
 from effjax.interop.resize import Request
 from effjax.interop.weights import Renamed, Source, Weights, closing, open_weights
+from effjax.interop.write import Progress
 from effjax.matching import named_leaves
 
 Report = Callable[[str], None]
-Progress = Callable[[int, int], None]
+ReadInto = Callable[[str, np.ndarray], None]
 
 
 def family_of(source: str) -> Family:
@@ -86,16 +86,17 @@ def load_pretrained(
     """
     if classes not in ("keep", "replace"):
         raise UsageError(f"classes is {classes!r}. {did_you_mean(classes, ['keep', 'replace'])}")
+    wanted = None if dtype is None else _floating(dtype)
     family = family_of(source)
     config = {**family.defaults, **((config_of(weights) if config is None else config) or {})}
-    model = family.build(config)
-    inputs = family.inputs(model, config)
-    leaves = leaf_specs(model, inputs)
     with closing(open_weights(weights)) as opened:
         opened = Renamed(opened, family.renames) if family.renames else opened
-        maps = (family.names(model), *family.others(model))
-        rows = maps[0] if len(maps) == 1 else max(maps, key=lambda rows: known(rows, opened.specs))
-        entries, absent = resolve(rows, named_leaves(leaves))
+        if family.complete:
+            config = family.complete(config, opened.specs)
+        model = family.build(config)
+        inputs = family.inputs(model, config)
+        leaves = leaf_specs(model, inputs)
+        rows, entries, absent = family.resolved(model, named_leaves(leaves), opened.specs)
         plan = compare(
             f"{opened.where} for {source}",
             opened.specs,
@@ -108,7 +109,7 @@ def load_pretrained(
         if report:
             for line in plan.notes:
                 report(line)
-        filled = fill(plan, opened, None if dtype is None else jnp.dtype(dtype), allow_nan, progress)
+        filled = fill(plan, opened, wanted, allow_nan, progress)
     if plan.fresh:
         filled.update(_initial(model, inputs, plan.fresh))
     structure = jax.tree.structure(leaves)
@@ -195,35 +196,33 @@ def fill(
             progress(done, total)
 
     for step in plan.steps:
-        straight = step.entry.viewable and not step.changes and dtype in (None, step.dtype)
-        leaves = _read_straight(step, read) if straight else _read_copying(step, source, dtype, read)
+        straight = step.entry.viewable and not step.changes
+        leaves = (_read_straight if straight else _read_copying)(step, source, dtype or step.dtype, read)
         filled.update(zip(step.entry.row.our_paths, leaves, strict=True))
     return filled
 
 
-def _read_straight(step: Step, read: Callable[[str, np.ndarray], None]) -> list[np.ndarray]:
+def _read_straight(step: Step, source: Source, dtype: Any, read: ReadInto) -> list[np.ndarray]:
     """Reads into memory laid out as theirs; ours are views of it."""
     entry = step.entry
-    memory = np.empty((*entry.counts, *entry.joined), step.dtype)
+    memory = np.empty((*entry.counts, *entry.joined), dtype)
     for index in entry.indices():
         for name, cut in zip(entry.names(index), entry.slices(), strict=True):
             here: Any = (*index, *cut) if len(entry.shapes) > 1 else (*index, ...)
             part = memory[here]
-            if part.flags.c_contiguous:
+            if part.flags.c_contiguous and dtype == step.dtype:
                 read(name, part)
             else:
-                whole = np.empty(part.shape, part.dtype)
+                whole = np.empty(part.shape, step.dtype)
                 read(name, whole)
                 part[...] = whole
     return entry.to_ours(memory)
 
 
-def _read_copying(
-    step: Step, source: Source, dtype: Any, read: Callable[[str, np.ndarray], None]
-) -> list[np.ndarray]:
+def _read_copying(step: Step, source: Source, dtype: Any, read: ReadInto) -> list[np.ndarray]:
     """Reads one tensor at a time, changes its size, layout and dtype, and copies it to its place."""
     entry = step.entry
-    ours = [np.empty((*entry.counts, *shape), dtype or step.dtype) for shape in entry.ours]
+    ours = [np.empty((*entry.counts, *shape), dtype) for shape in entry.ours]
     for index in entry.indices():
         parts = []
         for name in entry.names(index):
@@ -246,6 +245,17 @@ def _initial(model: nn.Module, inputs: tuple[Any, ...], paths: tuple[str, ...]) 
         return {path: leaves[path] for path in paths}
 
     return jax.tree.map(np.array, jax.jit(some)(jax.random.key(0)))
+
+
+def _floating(dtype: Any) -> Any:
+    """A dtype for parameters."""
+    try:
+        wanted = jnp.dtype(dtype)
+    except TypeError:
+        wanted = None
+    if wanted is None or not jnp.issubdtype(wanted, jnp.floating):
+        raise UsageError(f"dtype is {dtype!r}; parameters are float32, bfloat16, float16 or the like.")
+    return wanted
 
 
 def _picture(inputs: tuple[Any, ...]) -> tuple[int, int] | None:

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from effjax.errors import UsageError
 from effjax.interop.names import Entry, Name, Row, ignored_by
 from effjax.interop.resize import Change, Request
@@ -132,6 +134,10 @@ def _match_row(entry: Entry, specs: Mapping[str, Spec], request: Request) -> tup
                 continue
             found = tuple(specs[name].shape)
             dtypes.setdefault(specs[name].dtype, name)
+            if entry.floating and not jnp.issubdtype(specs[name].dtype, jnp.floating):
+                remark = f"it holds {specs[name].dtype}, and ours are real numbers"
+                problems.append(Problem("wrong dtype", name, shape, found, remark))
+                continue
             if resize is not None and (found != shape or request.source_grid is not None):
                 change = resize.prepare(found, shape, request)
                 if not isinstance(change, str):
@@ -157,12 +163,12 @@ def describe(problems: Sequence[Problem]) -> str:
     lines = []
     for (kind, _, expected, found, remark), members in groups.items():
         for name in _joined([problem.name for problem in members]):
-            parts = [f"  {kind:<12} {name}"]
+            parts = [f"  {kind:<12} {_shown(name)}"]
             parts += [f"expected {_shape(expected)}"] if expected is not None else []
             parts += [f"found {_shape(found)}"] if found is not None else []
             parts += [f"({remark})"] if remark else []
             lines.append("  ".join(parts))
-    order = ("missing", "wrong shape", "mixed dtypes", "unexpected")
+    order = ("missing", "wrong shape", "wrong dtype", "mixed dtypes", "unexpected")
     lines.sort(key=lambda line: next(i for i, kind in enumerate(order) if line.startswith(f"  {kind}")))
     rest = len(lines) - _MOST_LINES
     return "\n".join([*lines[:_MOST_LINES], *([f"  and {rest} more"] if rest > 0 else [])])
@@ -173,7 +179,7 @@ def _sentences(notes: Sequence[tuple[str, str]]) -> tuple[str, ...]:
     groups: dict[Any, list[str]] = {}
     for text, name in notes:
         groups.setdefault((text, _NUMBER.sub("#", name)), []).append(name)
-    return tuple(f"{name} {text}." for (text, _), names in groups.items() for name in _joined(names))
+    return tuple(f"{_shown(name)} {text}." for (text, _), names in groups.items() for name in _joined(names))
 
 
 def _joined(names: Sequence[str]) -> list[str]:
@@ -197,6 +203,12 @@ def _ranges(values: Sequence[int]) -> str:
         else:
             runs.append([value])
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _shown(name: str) -> str:
+    """A name as a terminal may be given it: whoever made the file may have put anything there."""
+    name = name if len(name) <= 200 else f"{name[:200]}..."
+    return name if name.isprintable() else repr(name)
 
 
 def _of(name: str, rows: Sequence[Name]) -> bool:

@@ -16,10 +16,11 @@ and a round trip is exact.
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import einops
+import jax.numpy as jnp
 import numpy as np
 
 from effjax.errors import UsageError
@@ -48,7 +49,8 @@ class Name:
       theirs: name of a tensor, or of several that are joined; `{layer}` and the like are leading axes of
         ours.
       ours: path of a leaf, or of several that the tensor is split into.
-      layout: einops pattern from theirs to ours, without the placeholders' axes; "" is the same shape.
+      layout: einops pattern from theirs to ours, without the placeholders' axes; "" is the same shape. Where
+        a tensor is split into leaves of different kinds, a pattern for each of them.
       sizes: lengths of axes that our shape leaves open, such as `p` and `q` in `PATCHES`.
       axis: of theirs, along which several are joined or split.
       parts: lengths along `axis` where several of theirs are joined; None is equal parts.
@@ -59,7 +61,7 @@ class Name:
 
     theirs: str | tuple[str, ...]
     ours: str | tuple[str, ...]
-    layout: str = AS_IS
+    layout: str | tuple[str, ...] = AS_IS
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     axis: int = 0
     parts: tuple[int, ...] | None = None
@@ -71,6 +73,11 @@ class Name:
     def their_names(self) -> tuple[str, ...]:
         """Their names, always as a tuple."""
         return (self.theirs,) if isinstance(self.theirs, str) else tuple(self.theirs)
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """A pattern for each of our paths."""
+        return (self.layout,) * len(self.our_paths) if isinstance(self.layout, str) else self.layout
 
     @property
     def our_paths(self) -> tuple[str, ...]:
@@ -103,6 +110,7 @@ class Entry:
       ours: shapes of our leaves without those axes.
       joined: shape of their tensor, after joining where there are several.
       shapes: shape of each of their tensors.
+      floating: whether our leaves hold real numbers.
     """
 
     def __init__(self, row: Name, leaves: Mapping[str, Any]) -> None:
@@ -115,13 +123,14 @@ class Entry:
                 f"{self} has {lead} placeholders, which the leaves of shape {shapes} do not fit."
             )
         self.counts: Shape = shapes[0][:lead]
+        self.floating = all(jnp.issubdtype(leaves[path].dtype, jnp.floating) for path in row.our_paths)
         for placeholder, count in zip(self.placeholders, self.counts, strict=True):
             if len(row.at.get(placeholder, range(count))) != count:
                 raise UsageError(f"{self}: `at` lists another number of {placeholder} than our {count}.")
         self.ours: tuple[Shape, ...] = tuple(shape[lead:] for shape in shapes)
-        self._left, self._right = _sides(row.layout)
-        self._interleaved = "part" in re.findall(r"\w+", self._left)
-        self._alone = [self._their_shape(shape) for shape in self.ours]
+        self._sides = tuple(_sides(layout) for layout in row.layouts)
+        self._interleaved = "part" in re.findall(r"\w+", self._sides[0][0])
+        self._alone = [self._their_shape(i, shape) for i, shape in enumerate(self.ours)]
         self.joined: Shape = self._join_shape()
         self.shapes: tuple[Shape, ...] = self._split_shape()
 
@@ -131,7 +140,7 @@ class Entry:
     @property
     def viewable(self) -> bool:
         """Whether ours are views of memory laid out as theirs: no axes are merged on our side."""
-        return "(" not in self._right
+        return not any("(" in right for _, right in self._sides)
 
     def indices(self) -> Iterator[Shape]:
         """All values of the placeholders, as indices into the leading axes of ours."""
@@ -151,53 +160,55 @@ class Entry:
         """Splits and rearranges `[*lead, *joined]` into ours `[*lead, *ours]`, as views where it can."""
         lead = joined.ndim - len(self.joined)
         if self._interleaved:
-            return list(self._rearrange(joined, lead, self.ours[0], stacked=True))
+            return list(self._rearrange(joined, lead, 0, stacked=True))
         if len(self.ours) == 1:
-            return [self._rearrange(joined, lead, self.ours[0])]
+            return [self._rearrange(joined, lead, 0)]
         cuts = _slices(lead + self.row.axis, [shape[self.row.axis] for shape in self._alone])
-        pieces = zip(cuts, self.ours, strict=True)
-        return [self._rearrange(joined[cut], lead, shape) for cut, shape in pieces]
+        return [self._rearrange(joined[cut], lead, i) for i, cut in enumerate(cuts)]
 
     def to_theirs(self, ours: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Their tensors from our arrays at one value of the placeholders; the inverse of `to_ours`."""
         if self._interleaved:
-            joined = self._backwards(list(ours), "part ")
+            joined = self._backwards(0, list(ours), "part ")
         elif len(ours) == 1:
-            joined = self._backwards(ours[0])
+            joined = self._backwards(0, ours[0])
         else:
-            joined = np.concatenate([self._backwards(array) for array in ours], axis=self.row.axis)
+            pieces = [self._backwards(i, array) for i, array in enumerate(ours)]
+            joined = np.concatenate(pieces, axis=self.row.axis)
         if len(self.shapes) == 1:
             return [joined]
         return [joined[cut] for cut in self.slices()]
 
-    def _rearrange(self, array: np.ndarray, lead: int, ours: Shape, stacked: bool = False) -> np.ndarray:
-        if not self._right:
+    def _rearrange(self, array: np.ndarray, lead: int, which: int, stacked: bool = False) -> np.ndarray:
+        left, right = self._sides[which]
+        if not right:
             return array
         axes = " ".join(f"lead{i}" for i in range(lead))
         front = "part " if stacked else ""
-        pattern = f"{axes} {self._left} -> {front}{axes} {self._right}"
-        return einops.rearrange(array, pattern, **self._lengths(ours))
+        pattern = f"{axes} {left} -> {front}{axes} {right}"
+        return einops.rearrange(array, pattern, **self._lengths(which))
 
-    def _backwards(self, array: Any, front: str = "") -> np.ndarray:
-        if not self._right:
+    def _backwards(self, which: int, array: Any, front: str = "") -> np.ndarray:
+        left, right = self._sides[which]
+        if not right:
             return array
-        return einops.rearrange(array, f"{front}{self._right} -> {self._left}", **self.row.sizes)
+        return einops.rearrange(array, f"{front}{right} -> {left}", **self.row.sizes)
 
-    def _lengths(self, ours: Shape) -> dict[str, int]:
+    def _lengths(self, which: int) -> dict[str, int]:
         """Lengths of the axes of the pattern that stand alone on our side, and those that the row gives."""
-        tokens = _TOKEN.findall(self._right)
-        lengths = {t: n for t, n in zip(tokens, ours, strict=True) if t.isidentifier()}
+        tokens = _TOKEN.findall(self._sides[which][1])
+        lengths = {t: n for t, n in zip(tokens, self.ours[which], strict=True) if t.isidentifier()}
         if self._interleaved:
             lengths["part"] = len(self.ours)
         return {**lengths, **self.row.sizes}
 
-    def _their_shape(self, ours: Shape) -> Shape:
+    def _their_shape(self, which: int, ours: Shape) -> Shape:
         """Shape of the tensor that a leaf of ours comes from; einops works it out on a view of one byte."""
         front = "part " if self._interleaved else ""
         if front:
             ours = (len(self.ours), *ours)
         try:
-            return self._backwards(np.broadcast_to(np.uint8(0), ours), front).shape
+            return self._backwards(which, np.broadcast_to(np.uint8(0), ours), front).shape
         except einops.EinopsError as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise UsageError(f"{self} does not fit a leaf of shape {list(ours)}: {reason}.") from None
@@ -227,7 +238,7 @@ def resolve(rows: Sequence[Row], leaves: Mapping[str, Any]) -> tuple[list[Entry]
 
     Args:
       rows: the name map.
-      leaves: `{path: anything with a shape}` of the whole parameter tree.
+      leaves: `{path: anything with shape and dtype}` of the whole parameter tree.
 
     Returns:
       The resolved rows, and the classifier rows whose leaves this model does not have.
@@ -263,18 +274,6 @@ def resolve(rows: Sequence[Row], leaves: Mapping[str, Any]) -> tuple[list[Entry]
 def ignored_by(rows: Sequence[Row], name: str) -> Ignored | None:
     """The row that says their tensor `name` is no parameter, if one does."""
     return next((row for row in rows if isinstance(row, Ignored) and re.fullmatch(row.theirs, name)), None)
-
-
-def known(rows: Sequence[Row], names: Iterable[str]) -> int:
-    """How many of these names are in a name map, its placeholders being any numbers."""
-    patterns = [
-        re.sub(r"\\{\w+\\}", r"\\d+", re.escape(name))
-        for row in rows
-        if isinstance(row, Name)
-        for name in row.their_names
-    ]
-    either = re.compile("|".join(patterns))
-    return sum(either.fullmatch(name) is not None for name in names)
 
 
 def _sides(layout: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ axes than numpy has, dtypes that numpy does not have, a message that names the f
 offset, since the library hands out copies and the tensors of all layers belong into one array.
 """
 
+import collections
 import contextlib
 import json
 import os
@@ -25,7 +26,8 @@ import safetensors
 from effjax.errors import RunError, UsageError
 
 Spec = jax.ShapeDtypeStruct
-Weights = str | os.PathLike[str] | Mapping[str, np.ndarray]
+# `Any` stands for arrays: what else is in a mapping is refused with a sentence.
+Weights = str | os.PathLike[str] | Mapping[str, Any]
 
 # By the name that a header gives them.
 DTYPES: dict[str, np.dtype] = {
@@ -50,7 +52,7 @@ DTYPES: dict[str, np.dtype] = {
 # Names that the libraries give a file of their own folders, and its index where it is cut into shards.
 STEMS = ("model", "diffusion_pytorch_model", "params")
 
-_HEADER_LIMIT = 32 * 2**20  # bytes; about 300,000 tensors
+_HEADER_LIMIT = 16 * 2**20  # bytes; about 150,000 tensors
 _MAX_AXES = 64  # of a numpy array
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")
@@ -117,13 +119,15 @@ class Arrays:
 
     where = "the mapping"
 
-    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, arrays: Mapping[str, Any]) -> None:
         for name, array in arrays.items():
             if not isinstance(array, np.ndarray):
                 raise UsageError(
                     f"weights[{name!r}] is a {type(array).__name__}, not a numpy array. "
                     f"For a torch tensor: t.detach().cpu().numpy()."
                 )
+            if array.dtype.newbyteorder("=") not in DTYPES.values():
+                raise UsageError(f"weights[{name!r}] is of dtype {array.dtype}, which holds no weights.")
         self._arrays = arrays
         self.specs = {name: Spec(a.shape, a.dtype.newbyteorder("=")) for name, a in arrays.items()}
 
@@ -274,7 +278,10 @@ def _checked_header(path: Path) -> tuple[int, dict[str, Any]]:
     except (safetensors.SafetensorError, OSError) as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
         raise RunError(f"'{path}' is no sound safetensors file: {_short(reason)}.") from None
-    header = json.loads(text, object_pairs_hook=lambda pairs: _unrepeated(path, pairs))
+    try:
+        header = json.loads(text, object_pairs_hook=lambda pairs: _unrepeated(path, pairs))
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"'{path}' is no sound safetensors file: {_short(str(error))}.") from None
     header.pop("__metadata__", None)
     return 8 + length, header
 
@@ -300,8 +307,7 @@ def _checked_index(index: Path) -> dict[str, str]:
 def _unrepeated(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        [(twice, _)] = collections.Counter(name for name, _ in pairs).most_common(1)
         raise RunError(f"'{path}' has {_short(twice)!r} twice in its header.")
     return result
 

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +19,8 @@ import numpy as np
 
 from effjax.errors import RunError, UsageError
 from effjax.interop.weights import DTYPES, Spec
+
+Progress = Callable[[int, int], None]  # bytes so far, bytes in all
 
 SHARD_BYTES = 5 * 10**9  # of a file, before a set of weights is cut into several
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -61,7 +63,9 @@ def write_weights(
                 )
             file, offset = places[tensor]
             file.seek(offset)
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            # A stack of layers that is a transposed view is made contiguous a layer at a time.
+            for part in [array] if array.flags.c_contiguous or array.ndim < 3 else array:
+                file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
             left.discard(tensor)
         if left:
             raise RunError(f"{len(left)} tensors were announced and did not come: {sorted(left)[:3]}.")
@@ -74,6 +78,18 @@ def write_weights(
         files.append(folder / f"{stem}.safetensors.index.json")
         files[-1].write_text(json.dumps(index, indent=2) + "\n")
     return files
+
+
+def counted(
+    specs: Mapping[str, Spec], tensors: Iterable[tuple[str, np.ndarray]], progress: Progress | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Hands tensors on, and tells `progress` how many bytes of all of them came through."""
+    done, total = 0, sum(map(_bytes, specs.values()))
+    for name, array in tensors:
+        yield name, array
+        done += array.nbytes
+        if progress:
+            progress(done, total)
 
 
 @contextlib.contextmanager

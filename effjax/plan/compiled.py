@@ -46,7 +46,7 @@ class Compiled:
     Attributes:
       memory: None where the compiler gave up because of it.
       needed: bytes, where the compiler gave up because they exceed the chip's memory.
-      partitioned: cut for one device, before the optimiser fuses dots away; None on a single device.
+      partitioned: cut for one device, before the optimiser fuses dots away.
       optimised: as it will run; None where the compiler gave up.
       output_shares: of each result, the part that one device holds; empty where the compiler gave up.
       seconds: tracing, lowering and compiling.
@@ -55,7 +55,7 @@ class Compiled:
 
     memory: Memory | None
     needed: int | None
-    partitioned: hlo.Module | None
+    partitioned: hlo.Module
     optimised: hlo.Module | None
     output_shares: tuple[float, ...]
     seconds: float
@@ -86,8 +86,13 @@ def compile_step(step: Step, program: Program, topology: Topology) -> Compiled:
             needed = _out_of_memory(str(error))
             if needed is None:
                 raise RunError(f"the compiler for {topology} refused the step: {_first(error)}") from error
-        partitioned = _read(Path(folder), "*after_*spmd-partitioning.before_*")
-        optimised = _read(Path(folder), "*after_optimizations.txt") if memory else None
+        # Nothing is cut for a single device: the program as written is what it runs.
+        partitioned = _read(folder, "*after_*spmd-partitioning.before_*") or _read(
+            folder, "*before_optimizations.txt"
+        )
+        optimised = _read(folder, "*after_optimizations.txt") if memory else None
+    if partitioned is None or (memory is not None and optimised is None):
+        raise RunError(f"the compiler for {topology} wrote no text of the step, from which a plan is read.")
     return Compiled(
         memory=memory,
         needed=needed,
@@ -134,7 +139,7 @@ def _first(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _read(folder: Path, pattern: str) -> hlo.Module | None:
+def _read(folder: str, pattern: str) -> hlo.Module | None:
     """The dump of the step itself: the largest, as small helpers are compiled on the way."""
-    files = sorted(folder.glob(pattern), key=lambda file: file.stat().st_size)
+    files = sorted(Path(folder).glob(pattern), key=lambda file: file.stat().st_size)
     return hlo.parse(files[-1].read_text()) if files else None

@@ -4,6 +4,7 @@ Only what a plan needs: names, types, opcodes, operands and attributes of instru
 and CPU programs differs in layouts and in what the compilers fuse, not in this.
 """
 
+import collections
 import dataclasses
 import math
 import re
@@ -61,6 +62,7 @@ def parse(text: str) -> Module:
         elif current is not None and (found := _LINE.match(line)):
             instruction = _instruction(*found.groups())
             if instruction is not None:
+                current.update(_taken(instruction, current))
                 current[instruction.name] = instruction
     return Module(computations, entry)
 
@@ -77,6 +79,28 @@ def _instruction(name: str, rest: str) -> Instruction | None:
         attributes = inside
     operands = tuple(re.findall(r"%([^\s,()]+)", inside))
     return Instruction(name, type_, opcode.group(1), operands, attributes)
+
+
+def _taken(instruction: Instruction, before: Mapping[str, Instruction]) -> dict[str, Instruction]:
+    """The elements of tuples that an instruction takes in passing: newer compilers write `%tuple#1`."""
+    found = {}
+    for operand in instruction.operands:
+        name, mark, place = operand.rpartition("#")
+        if mark and operand not in before and name in before:
+            type_ = _elements(before[name].type)[int(place)]
+            found[operand] = Instruction(operand, type_, "get-tuple-element", (name,), f"index={place}")
+    return found
+
+
+def _elements(type_: str) -> list[str]:
+    """The types of a tuple's elements."""
+    elements, depth, start = [], 0, 1
+    for place, letter in enumerate(type_):
+        depth += (letter in "([{") - (letter in ")]}")
+        if (letter == "," and depth == 1) or (letter == ")" and depth == 0):
+            elements.append(re.sub(r"/\*.*?\*/", "", type_[start:place]).strip())
+            start = place + 1
+    return elements
 
 
 def _close(text: str, start: int) -> int:
@@ -169,14 +193,49 @@ def _step(body: Mapping[str, Instruction], place: int) -> int | None:
     root = list(body.values())[-1]
     current = body.get(root.operands[place]) if root.opcode == "tuple" else None
     total = 0
-    while current is not None and current.opcode == "add":
+    while current is not None and current.opcode in ("add", "copy"):
         operands = [body[name] for name in current.operands]
         amounts = [int(one.attributes) for one in operands if one.opcode == "constant"]
-        if len(amounts) != 1:
+        if len(amounts) != (current.opcode == "add"):
             return None
-        total += amounts[0]
+        total += sum(amounts)
         current = next(one for one in operands if one.opcode != "constant")
     return total if current is not None and _place(current) == place else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Matrix products `[batch, m, k] x [batch, k, n]` of one shape."""
+
+    batch: int
+    m: int
+    n: int
+    k: int
+    times: int
+    """How many, those of all trips together."""
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of all of them."""
+        return self.batch * self.m * self.n * self.k * self.times
+
+
+def products(module: Module) -> list[Product]:
+    """The matrix products of a program whose dots are still written out, those with the most work first."""
+    found: collections.Counter[tuple[int, int, int, int]] = collections.Counter()
+    for instruction, computation, times in walk(module):
+        if instruction.opcode == "dot" and times is not None:
+            lhs, rhs = (arrays(computation[name].type)[0][1] for name in instruction.operands[:2])
+            batch = math.prod(lhs[side] for side in _sides(instruction, "lhs_batch_dims"))
+            k = math.prod(lhs[side] for side in _sides(instruction, "lhs_contracting_dims"))
+            found[batch, math.prod(lhs) // (batch * k), math.prod(rhs) // (batch * k), k] += times
+    listed = [Product(*shape, times) for shape, times in found.items()]
+    return sorted(listed, key=lambda one: -one.macs)
+
+
+def _sides(instruction: Instruction, name: str) -> list[int]:
+    found = re.search(rf"{name}=\{{([\d,]*)\}}", instruction.attributes)
+    return [int(side) for side in found.group(1).split(",") if side] if found else []
 
 
 def multiply_accumulates(module: Module) -> tuple[int, list[str]]:
@@ -202,9 +261,7 @@ def _macs(instruction: Instruction, computation: Mapping[str, Instruction]) -> i
     lhs, rhs = (arrays(computation[name].type)[0][1] for name in instruction.operands[:2])
     if instruction.opcode == "convolution":
         return _convolution(instruction.attributes, arrays(instruction.type)[0][1], lhs, rhs)
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-    sides = [lhs[int(side)] for side in contracted.group(1).split(",") if side] if contracted else []
-    return output * math.prod(sides)
+    return output * math.prod(lhs[side] for side in _sides(instruction, "lhs_contracting_dims"))
 
 
 def _convolution(attributes: str, output: tuple[int, ...], lhs: tuple[int, ...], rhs: tuple[int, ...]) -> int:

@@ -11,6 +11,7 @@ from effjax.measure.bits import bytes_of
 from effjax.measure.chips import CHIPS, Chip
 from effjax.measure.cost import Cost, count
 from effjax.measure.roofline import COLLECTIVES, Floor, collective_seconds, floor
+from effjax.measure.work import Work
 from effjax.parallel.sharding import activate
 from effjax.plan import hlo, steps
 from effjax.plan.collectives import Collective, collectives
@@ -45,6 +46,9 @@ class Plan:
       dtype: of the matrix products.
       compile_seconds: tracing, lowering and compiling on this machine.
       compile_bytes: the most memory that took.
+      chip: what one device can do.
+      work: arithmetic and bytes of the step on all devices, by kind.
+      products: matrix products of one device, those with the most work first.
       notes: what the figures leave out.
     """
 
@@ -64,7 +68,9 @@ class Plan:
     collectives: Sequence[Collective]
     floor: Floor | None
     dtype: str
-    peak: float
+    chip: Chip
+    work: Mapping[str, Work]
+    products: Sequence[hlo.Product]
     compile_seconds: float
     compile_bytes: int
     notes: Sequence[str]
@@ -73,6 +79,11 @@ class Plan:
     def devices(self) -> int:
         """How many there are."""
         return math.prod(self.mesh.values())
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s of one device in the dtype of the products."""
+        return self.chip.fastest(self.dtype)
 
     @property
     def fits(self) -> bool:
@@ -103,6 +114,8 @@ class Plan:
                 "bound": self.floor.bound,
             }
         return said | {
+            "chip": dataclasses.asdict(self.chip) | {"peak": dict(self.chip.peak)},
+            "peak": self.peak,
             "devices": self.devices,
             "compiles": self.memory is not None,
             "fits": self.fits,
@@ -165,7 +178,9 @@ def make_plan(step: steps.Step, program: Program, compiled: Compiled, topology: 
         collectives=sent,
         floor=at_least,
         dtype=dtype,
-        peak=chip.fastest(dtype),
+        chip=chip,
+        work=cost.work_by_kind,
+        products=hlo.products(compiled.partitioned),
         compile_seconds=compiled.seconds,
         compile_bytes=compiled.host_bytes,
         notes=notes,
@@ -202,8 +217,6 @@ def _gradient_macs(program: Program) -> int:
 
 def _macs_per_device(cost: Cost, compiled: Compiled, devices: int) -> tuple[int, list[str]]:
     """As the partitioner cut the work; kernels, which it does not look into, are taken as evenly cut."""
-    if compiled.partitioned is None:
-        return cost.macs // devices, []
     written, unknown = hlo.multiply_accumulates(compiled.partitioned)
     return written + cost.macs_by_kind.get("kernel", 0) // devices, unknown
 

@@ -185,8 +185,9 @@ class Topology:
         flags = os.environ.get("XLA_FLAGS", "")
         own = {
             "cpu": f"--xla_force_host_platform_device_count={self.devices}",
-            # Tuning runs candidates on the GPU, and there is none.
-            "cuda": "--xla_gpu_autotune_level=0",
+            # Tuning runs candidates on the GPU, and there is none. Without it XLA's own matrix kernels have
+            # no tiles to go by and some products do not compile, while calls of cuBLAS need none.
+            "cuda": "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
         }
         kept = [flag for flag in flags.split() if "host_platform_device_count" not in flag]
         return {

@@ -70,14 +70,23 @@ class Program:
         """Where each array of the state lies."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
 
-    def init(self) -> TrainState:
-        """The state before the first step, made where it will lie."""
-        with activate(self.mesh, self.rules):
-            return jax.jit(self._make_state, out_shardings=self.shardings)()
+    def init(self, params: Any = None) -> TrainState:
+        """The state before the first step, made where it will lie.
 
-    def _make_state(self) -> TrainState:
-        variables = _init_variables(self.experiment, self.data)
-        return _state(self.experiment, self.optimizer, meta.unbox(variables))
+        Args:
+          params: what the run starts from, a tree like `shapes.params`; None draws them.
+        """
+        with activate(self.mesh, self.rules):
+            if params is None:
+                return jax.jit(self._make_state, out_shardings=self.shardings)()
+            params = jax.device_put(params, self.shardings.params)
+            return jax.jit(self._make_state, out_shardings=self.shardings)(params)
+
+    def _make_state(self, params: Any = None) -> TrainState:
+        variables = meta.unbox(_init_variables(self.experiment, self.data))
+        if params is not None:
+            variables = {**variables, "params": params}
+        return _state(self.experiment, self.optimizer, variables)
 
     @functools.cached_property
     def step_function(self) -> Any:

@@ -14,6 +14,7 @@ from effjax.errors import UsageError
 from effjax.interop import export_to, load_converted, load_pretrained, save_converted
 from effjax.interop.load import config_of, parse_config
 from experiments.run.formatting import count
+from experiments.run.restore import load_run
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -45,7 +46,8 @@ def inwards(
             report=lambda line: console.print(line, markup=False, soft_wrap=True),
             progress=progress,
         )
-    save_converted(out, model, params, source, config, shard_bytes=shard_bytes)
+    with bar("writing", console) as progress:
+        save_converted(out, model, params, source, config, shard_bytes=shard_bytes, progress=progress)
     console.print(f"{_size(params)} of {source} are in {out}", markup=False, soft_wrap=True)
     return 0
 
@@ -55,6 +57,17 @@ def outwards(target: str, folder: str, out: str, shard_bytes: int, allow_nan: bo
     console = Console(highlight=False)
     with bar("reading", console) as progress:
         model, params, _ = load_converted(folder, allow_nan=allow_nan, progress=progress)
+    return _write_theirs(console, model, params, target, out, shard_bytes)
+
+
+def outwards_from_run(target: str, workdir: str, out: str, shard_bytes: int, step: int | None) -> int:
+    """Writes the newest weights of a training run as another library's; returns the exit code."""
+    program, variables = load_run(workdir, step)
+    model = program.task.model
+    return _write_theirs(Console(highlight=False), model, variables["params"], target, out, shard_bytes)
+
+
+def _write_theirs(console: Console, model: Any, params: Any, target: str, out: str, shard_bytes: int) -> int:
     with bar("writing", console) as progress:
         files = export_to(out, model, params, target, shard_bytes=shard_bytes, progress=progress)
     console.print(

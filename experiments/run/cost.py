@@ -46,10 +46,14 @@ def cost_of(program: Program, depth: int = 3) -> RunCost:
     """The cost of a run's model, down to `depth` levels of modules."""
     cost = forward_cost(program)
     rows = [
-        CostRow(module.name or "total", level, (f"{module.parameters:,}", short(module.total())))
+        CostRow(
+            module.name or "total",
+            level,
+            (f"{module.parameters:,}", short(module.total()), short(module.whole.bytes)),
+        )
         for level, module in _walk(tree(cost), depth)
     ]
-    return RunCost(cost.parameters, cost.macs, ("parameters", "MACs"), rows)
+    return RunCost(cost.parameters, cost.macs, ("parameters", "MACs", "bytes"), rows)
 
 
 def _walk(module: Module, depth: int, level: int = 0) -> Iterator[tuple[int, Module]]:

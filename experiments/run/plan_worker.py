@@ -27,10 +27,27 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     topology = Topology.parse(request["topology"])
     experiment = resolve(ConfigDict(request["config"]))
     devices = topology.open()
+    if request["step"] not in ("train", "evaluate"):
+        request["batch"] = request["batch"] or experiment.data.batch_size
+        experiment = untrained(experiment, devices)
     program = build_program(experiment, experiment.data.described(), devices)
     step = steps.build(request["step"], program, serving_of(request, program.task))
     chip = chip_of(topology)
     return make_plan(step, program, compile_step(step, program, topology), topology, chip).to_dict()
+
+
+def untrained(experiment: Any, devices: list[Any]) -> Any:
+    """The experiment with a batch of training that always divides: a trained model is asked in another."""
+    import dataclasses
+
+    from effjax.parallel.mesh import make_mesh
+    from effjax.parallel.sharding import batch_parts, merge_rules
+
+    parts = batch_parts(make_mesh(experiment.mesh, devices), merge_rules(experiment.sharding))
+    data = dataclasses.replace(experiment.data, batch_size=parts)
+    return dataclasses.replace(
+        experiment, data=data, train=dataclasses.replace(experiment.train, accumulate=1)
+    )
 
 
 def serving_of(request: dict[str, Any], task: Any) -> Any:

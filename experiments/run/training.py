@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from effjax.errors import Preempted, RunError
 from effjax.experiment import resolve
+from effjax.interop import read_parameters
 from effjax.train.checkpoint import Checkpoints
 from effjax.train.loop import Outcome, fit
 from effjax.train.nonfinite import Diagnosis
@@ -72,11 +74,24 @@ def _start(program: Program, checkpoints: Checkpoints, stop: StopFlag) -> TrainS
     if stop.requested:
         raise Preempted("told to stop before the first step. Run the same command again to start.")
     if not checkpoints.steps():
-        return program.init()
+        return first_state(program)
     restored = checkpoints.restore(program.shapes)
     print(f"resuming at step {restored.step}", flush=True)
     # A run that halted on a bad number tries the step again: the cause may have been mended meanwhile.
     return restored.state.replace(halted=jax.numpy.zeros_like(restored.state.halted))
+
+
+def first_state(program: Program) -> TrainState:
+    """The state before the first step: fresh, or from converted weights where the config names a folder.
+
+    Raises:
+      UsageError: where the weights are not those of the config's model, naming every path that differs.
+    """
+    start = program.experiment.train.start
+    if start is None:
+        return program.init()
+    params = read_parameters(start, program.shapes.params, "config.model", dtype=jnp.float32)
+    return program.init(params)
 
 
 def _progress(program: Program, state: TrainState) -> Progress:

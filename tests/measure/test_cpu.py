@@ -64,6 +64,7 @@ PROGRAMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_no_program_is_faster_than_its_floor(cpu, name, dtype):

@@ -15,7 +15,6 @@ from effjax.experiment import resolve
 from effjax.measure import count
 from effjax.parallel.sharding import activate
 from effjax.train.program import build_program
-from effjax.train.step import make_step
 
 SMOKE = [
     ("configs.vision.vit", "smoke"),
@@ -43,6 +42,7 @@ def unrolled(file, variant):
     return build_program(experiment, experiment.data.open(), jax.devices()[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("file", "variant"), SMOKE)
 def test_smoke_configs(file, variant):
     """The evaluation pass, and the whole step: loss, backward pass, optimiser, average, metrics.
@@ -50,14 +50,7 @@ def test_smoke_configs(file, variant):
     Within 0.9%: what remains are equal expressions and constant arrays, which XLA finds as it reads.
     """
     program = unrolled(file, variant)
-    train, state, batch = program.experiment.train, program.shapes, program.batch_shapes()
-    step = make_step(
-        program.task,
-        program.optimizer,
-        precision=train.precision,
-        accumulate=train.accumulate,
-        ema=train.ema,
-    )
+    state, batch = program.shapes, program.batch_shapes()
 
     def forward(params, collections, batch):
         return program.task.metrics({"params": params, **collections}, batch)
@@ -65,7 +58,7 @@ def test_smoke_configs(file, variant):
     examples = batch | {"mask": shape(program.experiment.data.batch_size)}
     for function, arguments in (
         (forward, (state.params, state.collections, examples)),
-        (step, (state, batch)),
+        (program.step_function, (state, batch)),
     ):
         with activate(program.mesh, program.rules):
             cost = count(function, *arguments)

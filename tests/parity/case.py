@@ -93,7 +93,7 @@ def compare_round_trip(case: Case) -> list[str]:
     """Names whose tensors do not come back bit by bit; tensors left out on loading are not expected back."""
     tensors = case.tensors(original(case))
     model, params = load_pretrained(case.source, tensors, case.config)
-    back = export(model, params, case.source)
+    back = export(model, params, case.source, like=tensors)
     return [
         name
         for name, array in back.items()
@@ -125,7 +125,7 @@ def compare_gradients(case: Case) -> dict[str, float]:
             lambda params: jnp.mean(model.apply({"params": params}, *ours_in, train=True) * weights)
         )(params)
 
-    ours = export(model, gradient(params), case.source)
+    ours = export(model, gradient(params), case.source, like=theirs)
     scale = {name: max(float(np.abs(g).max()), 1e-12) for name, g in theirs.items()}
     return {
         name: float(np.abs(ours[name] - g).max()) / scale[name] for name, g in theirs.items() if name in ours

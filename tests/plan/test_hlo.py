@@ -49,6 +49,23 @@ def test_trips_by_the_step_of_the_counter():
     assert trips(LESS, by_four) == 3
 
 
+def test_a_counter_that_is_copied():
+    body = "  %c = s32[] copy(%k)\n  %next = s32[] add(%c, %three)\n  ROOT %t = (s32[]) tuple(%next, %x)"
+    assert trips(LESS, body) == 4
+
+
+def test_an_element_of_a_tuple_taken_in_passing():
+    text = """ENTRY %main (t: (bf16[4]{0}, /*index=1*/(f32[2,3]{1,0:T(8,128)}, s32[]))) -> f32[2,5] {
+  %t = (bf16[4]{0}, /*index=1*/f32[2,3]{1,0:T(8,128)}, s32[]) parameter(0)
+  %w = f32[3,5]{1,0} constant({...})
+  ROOT %dot = f32[2,5]{1,0} dot(%t#1, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+    program = hlo.parse(text)
+    assert program.computations["main"]["t#1"].type == "f32[2,3]{1,0:T(8,128)}"
+    assert hlo.multiply_accumulates(program) == (30, [])
+
+
 def test_what_the_compiler_says_goes_first():
     assert trips(LESS, "  ROOT %t = (s32[]) tuple(%k, %x)", ', c={"known_trip_count":{"n":"7"}}') == 7
 

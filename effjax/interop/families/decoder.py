@@ -226,11 +226,6 @@ def feed_forward_rows(brand: Brand, ffn: Gated | MLP) -> list[n.Row]:
     return rows
 
 
-def others(brand: Brand, model: Any) -> tuple[tuple[n.Row, ...], ...]:
-    """The further name map of a model with experts."""
-    return (names(brand, model, stacked=True),) if brand.experts else ()
-
-
 def expert_rows(ffn: Mixture, experts: str, stacked: bool) -> list[n.Row]:
     """A mixture: experts one by one, or all in one tensor."""
     block = "block_sparse_moe" if experts == "mixtral" else "mlp"
@@ -294,7 +289,7 @@ TRANSFORMERS = {
         names=functools.partial(names, brand),
         inputs=token_inputs,
         renames=_renames(brand),
-        others=functools.partial(others, brand),
+        spellings=(functools.partial(names, brand, stacked=True),) if brand.experts else (),
     )
     for name, brand in BRANDS.items()
 }

@@ -2,7 +2,7 @@
 
 C[m, n] = sum_k A[m, k] B[k, n] in tiles of t_m x t_n, one a processor at a time:
 
-    tiles = ceil(m / t_m) ceil(n / t_n),   waves = ceil(tiles / S),   occupancy = tiles / (waves S)
+    tiles = batch ceil(m / t_m) ceil(n / t_n),   waves = ceil(tiles / S),   occupancy = tiles / (waves S)
     padding = ceil(m / t_m) t_m ceil(n / t_n) t_n / (m n)         work on rows and columns that do not exist
     seconds = max(2 m n k padding / (F occupancy), bytes / B)     S processors, F FLOP/s, B bytes/s
     joules = watts seconds
@@ -39,12 +39,13 @@ Tile = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Gemm:
-    """`[m, k]` times `[k, n]`."""
+    """`[m, k]` times `[k, n]`, `batch` of them at once."""
 
     m: int
     n: int
     k: int
     element_bytes: Number = 4
+    batch: int = 1
 
     @classmethod
     def of_dense(cls, tokens: int, inputs: int, outputs: int, element_bytes: Number = 2) -> "Gemm":
@@ -54,12 +55,12 @@ class Gemm:
     @property
     def flops(self) -> int:
         """Two for each multiply-accumulate."""
-        return 2 * self.m * self.n * self.k
+        return 2 * self.batch * self.m * self.n * self.k
 
     @property
     def bytes(self) -> Number:
         """Both operands read and the result written once: no tile is read twice from memory."""
-        return (self.m * self.k + self.k * self.n + self.m * self.n) * self.element_bytes
+        return self.batch * (self.m * self.k + self.k * self.n + self.m * self.n) * self.element_bytes
 
     @property
     def intensity(self) -> float:
@@ -100,7 +101,7 @@ def quantise(gemm: Gemm, tile: Tile, processors: int) -> Quantisation:
     if min(*tile, processors) < 1:
         raise UsageError(f"tile={tile} and processors={processors} must be at least 1.")
     rows, columns = math.ceil(gemm.m / tile[0]), math.ceil(gemm.n / tile[1])
-    tiles = rows * columns
+    tiles = gemm.batch * rows * columns
     waves = math.ceil(tiles / processors)
     done = rows * tile[0] * columns * tile[1]
     return Quantisation(tiles, waves, tiles / (waves * processors), done / (gemm.m * gemm.n))

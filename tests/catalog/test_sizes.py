@@ -1,0 +1,46 @@
+"""The tables of the papers hold: every published size is built from its config and counted again."""
+
+import importlib
+from pathlib import Path
+
+import jax
+import pytest
+
+from effjax import catalog
+from effjax.experiment import resolve
+from effjax.train.program import build_program
+from experiments.run.cost import forward_cost
+
+ROOT = Path(__file__).parents[2]
+SIZES = [pytest.param(size, id=size.config) for entry in catalog.load() for size in entry.sizes]
+
+# Variants made here, and processes that share the networks of others.
+OWN = ("smoke", "digits", "pydocs")
+
+
+def module_of(path):
+    return importlib.import_module(path.removesuffix(".py").replace("/", "."))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameters_and_macs_are_those_of_the_paper(size):
+    path, _, variant = size.config.partition(":")
+    experiment = resolve(module_of(path).get_config(variant))
+    program = build_program(experiment, experiment.data.described(), jax.devices()[:1])
+    cost = forward_cost(program)
+    assert cost.parameters == pytest.approx(size.parameters, rel=0.01)
+    if size.macs is not None:
+        assert cost.macs == pytest.approx(size.macs, rel=0.02)
+    assert not cost.unknown
+
+
+def test_every_published_size_stands_in_the_catalogue():
+    listed = {size.values[0].config for size in SIZES}
+    built = {
+        f"{file.relative_to(ROOT).as_posix()}:{variant}"
+        for file in (ROOT / "configs").rglob("*.py")
+        if file.name != "__init__.py"
+        for variant in module_of(file.relative_to(ROOT).as_posix()).VARIANTS
+        if not variant.startswith(OWN) and not variant.endswith("-flow")
+    }
+    assert built == listed
