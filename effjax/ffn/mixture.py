@@ -49,7 +49,8 @@ class Mixture(nn.Module):
         if not 1 <= self.chosen <= self.experts:
             raise UsageError(f"chosen={self.chosen} of experts={self.experts}: choose from 1 to all of them.")
         tokens = x.reshape(-1, x.shape[-1])  # [T, C]
-        weights, index = self.route(tokens)  # [T, K]
+        router = Dense(self.experts, ("embed", "expert"), use_bias=False, name="router")
+        weights, index = choose(router(tokens), self.chosen, self.normalised)  # [T, K]
         y = self.dispatch(tokens, weights, index).reshape(x.shape)
         if self.shared:
             common = Gated(self.shared, self.activation, name="shared")(x)
@@ -58,16 +59,6 @@ class Mixture(nn.Module):
                 common = common * jax.nn.sigmoid(gate)
             y = y + common
         return y
-
-    @nn.nowrap
-    def route(self, tokens: Float[Array, "t c"]) -> tuple[Float[Array, "t k"], Int[Array, "t k"]]:
-        """Returns the weights of each token's experts, in float32, and which they are."""
-        logits = Dense(self.experts, ("embed", "expert"), use_bias=False, name="router")(tokens)  # [T, E]
-        wide = jnp.promote_types(logits.dtype, jnp.float32)
-        weights, index = jax.lax.top_k(jax.nn.softmax(logits.astype(wide), axis=-1), self.chosen)
-        if self.normalised:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        return weights, index
 
     @nn.nowrap
     def dispatch(
@@ -92,7 +83,18 @@ class Mixture(nn.Module):
     def kernel(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Float[Array, "e i o"]:
         """The matrices of all experts, stacked."""
         init = named(_each(xavier), ("expert", *axes))
-        return self.param(f"{name}_kernel", init, (self.experts, *shape), jnp.float32)
+        return jnp.asarray(self.param(f"{name}_kernel", init, (self.experts, *shape), jnp.float32))
+
+
+def choose(
+    logits: Float[Array, "t e"], chosen: int, normalised: bool
+) -> tuple[Float[Array, "t k"], Int[Array, "t k"]]:
+    """Returns the weights of each token's experts, in float32, and which they are, best first."""
+    wide = jnp.promote_types(logits.dtype, jnp.float32)
+    weights, index = jax.lax.top_k(jax.nn.softmax(logits.astype(wide), axis=-1), chosen)
+    if normalised:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return weights, index
 
 
 def grouped(

@@ -250,7 +250,7 @@ class LM(nn.Module):
     ) -> tuple[Float[Array, "b n c"], Float[Array, "vocab c"]]:
         """Returns what goes into the first block, and the embedding table."""
         init = named(truncated_normal(0.02), ("vocab", "embed"))
-        table = self.param("embedding", init, (self.vocab, self.dim), jnp.float32)
+        table = jnp.asarray(self.param("embedding", init, (self.vocab, self.dim), jnp.float32))
         x = jnp.take(table, tokens, axis=0)  # [B, N, C]
         if self.embedding_scale != 1.0:
             x = x * jnp.asarray(self.embedding_scale, x.dtype)
@@ -273,10 +273,10 @@ class LM(nn.Module):
             return {}
         kinds = [self.layers[i % len(self.layers)] for i in range(self.depth)]
         own: dict[str, Any] = {}
-        if any(kind.window is not None for kind in kinds):
+        if any(kind.window is not None for kind in self.layers):
             everything = 2**30
             own["window"] = jnp.asarray([kind.window or everything for kind in kinds], jnp.int32)  # [L]
-        if any(kind.rotary_base is not None for kind in kinds):
+        if any(kind.rotary_base is not None for kind in self.layers):
             tables = {kind: self.rotary_table(kind) for kind in set(kinds)}
             frequencies, amplitudes = zip(*(tables[kind] for kind in kinds), strict=True)
             own["rotary"] = jnp.stack(frequencies), jnp.asarray(amplitudes, jnp.float32)  # [L, D/2], [L]

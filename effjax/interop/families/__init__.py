@@ -4,13 +4,16 @@
 checkpoints that authors publish beside their papers.
 """
 
-from effjax.interop.families import dit, transformers_clip, transformers_vit, vit
+from effjax.interop.families import decoder, dit, gpt, mamba, transformers_clip, transformers_vit, vit
 from effjax.interop.family import Family
 
 FAMILIES: dict[str, Family] = {
     **{f"timm:{name}": family for name, family in vit.TIMM.items()},
-    **{f"transformers:{name}": family for name, family in transformers_vit.TRANSFORMERS.items()},
-    **{f"transformers:{name}": family for name, family in transformers_clip.TRANSFORMERS.items()},
+    **{
+        f"transformers:{name}": family
+        for module in (decoder, gpt, mamba, transformers_clip, transformers_vit)
+        for name, family in module.TRANSFORMERS.items()
+    },
     **{f"diffusers:{name}": family for name, family in dit.DIFFUSERS.items()},
     **{f"official:{name}": family for name, family in dit.OFFICIAL.items()},
 }

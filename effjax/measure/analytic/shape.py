@@ -13,7 +13,7 @@ from effjax.ffn.gated import Gated
 from effjax.ffn.mlp import MLP
 from effjax.layers.norms import norm_size
 from effjax.mixers.attention import Attention
-from effjax.models.lm import LM
+from effjax.models.lm import LM, DecoderBlock
 
 Number = int | float
 
@@ -70,7 +70,10 @@ class DecoderShape:
     gated: bool = True
     """Whether the feed-forward layer has a third matrix, the gate."""
     biases: int = 0
-    """Elements of the biases and head norms of one block; the two RMS norms are counted without it."""
+    """Elements of the biases and head norms of one block; the two RMS norms are counted without it, so that
+    other norms count by their difference."""
+    others: int = 0
+    """Elements outside the blocks besides embedding, one RMS norm and head: a position table, biases."""
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -84,10 +87,12 @@ class DecoderShape:
           UsageError: for a mixer or a feed-forward layer whose cost has no closed form here.
         """
         mixer, ffn = model.block.mixer, model.block.ffn
-        if not isinstance(mixer, Attention) or not isinstance(ffn, Gated | MLP):
+        slides = isinstance(mixer, Attention) and mixer.window is not None
+        slides |= any(layer.window is not None for layer in model.layers)
+        if not isinstance(mixer, Attention) or not isinstance(ffn, Gated | MLP) or slides:
             raise UsageError(
-                f"no closed form for {type(mixer).__name__} with {type(ffn).__name__}: count it with "
-                f"effjax.measure.count."
+                f"no closed form for {type(mixer).__name__}{' with a window' if slides else ''} with "
+                f"{type(ffn).__name__}: count it with effjax.measure.count."
             )
         kv_heads, size = mixer.sizes(model.dim)
         hidden = ffn.hidden or round(model.dim * ffn.ratio)
@@ -102,7 +107,13 @@ class DecoderShape:
             vocab=model.vocab,
             tied=model.tied,
             gated=gated,
-            biases=mixer_biases(mixer, model.dim) + ffn_biases(ffn.use_bias, gated, model.dim, hidden),
+            biases=mixer_biases(mixer, model.dim)
+            + ffn_biases(ffn.use_bias, gated, model.dim, hidden)
+            + block_norms(model.block, model.dim)
+            - 2 * model.dim,
+            others=(norm_size(model.block.norm, model.dim) - model.dim)
+            + model.position_table * model.dim
+            + (model.vocab if model.head_bias else 0),
         )
 
     @property
@@ -120,16 +131,26 @@ class DecoderShape:
     def parameters(self) -> int:
         """Number of parameters: matrices, norms, biases, the embedding, and the head where it is not tied."""
         tables = self.vocab * self.dim * (1 if self.tied else 2)
-        return self.depth * (self.block_matrices + 2 * self.dim + self.biases) + self.dim + tables
+        blocks = self.depth * (self.block_matrices + 2 * self.dim + self.biases)
+        return blocks + self.dim + tables + self.others
 
 
 def mixer_biases(mixer: Attention, dim: int) -> int:
     """Elements of an attention layer that are no matrix: biases, and the norms of query and key."""
     kv_heads, size = mixer.sizes(dim)
     inputs = size * (mixer.heads + 2 * kv_heads) if mixer.qkv_bias else 0
-    over = (1, 1) if mixer.qk_norm_over == "head" else (mixer.heads, kv_heads)
-    norms = sum(norm_size(mixer.qk_norm_kind, n * size) for n in over) if mixer.qk_norm else 0
+    norms = 0
+    if mixer.qk_norm:
+        spans = (1, 1) if mixer.qk_norm_over == "head" else (mixer.heads, kv_heads)
+        norms = sum(norm_size(mixer.qk_norm_kind, span * size) for span in spans)
     return inputs + (dim if mixer.out_bias else 0) + norms
+
+
+def block_norms(block: DecoderBlock, dim: int) -> int:
+    """Elements of the norms of one block that are as wide as the model."""
+    branches = 1 if block.parallel == "one_norm" else 2
+    count = {"before": branches, "after": 2, "both": branches + 2}[block.norm_at]
+    return count * norm_size(block.norm, dim)
 
 
 def ffn_biases(use_bias: bool, gated: bool, dim: int, hidden: int) -> int:

@@ -1,0 +1,64 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import meta
+
+from effjax.layers.norms import layer_norm, norm, norm_size, rms_norm
+
+X = jax.random.normal(jax.random.key(0), (2, 3, 4, 6)) * 2 + 1
+
+
+def made(*arguments, **options):
+    module = norm(*arguments, **options)
+    shapes = meta.unbox(jax.eval_shape(module.init, jax.random.key(0), X))
+    draw = np.random.default_rng(1)
+    return module, jax.tree.map(lambda leaf: np.float32(draw.normal(size=leaf.shape)), shapes)
+
+
+@pytest.mark.parametrize(
+    "kind", ["rms", "rms_offset", "layer", "layer_no_bias", "layer_plain", "layer_offset"]
+)
+def test_every_kind_is_its_equation(kind):
+    module, params = made(kind, 1e-3, "norm")
+    p = params.get("params", {})
+    x = np.asarray(X, np.float64)
+    if kind.startswith("layer"):
+        x = x - x.mean(-1, keepdims=True)
+    wanted = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3)
+    wanted = wanted * (p.get("scale", 0 if "offset" in kind else 1) + ("offset" in kind)) + p.get("bias", 0)
+    np.testing.assert_allclose(module.apply(params, X), wanted, rtol=1e-4, atol=1e-5)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == norm_size(kind, 6)
+
+
+def test_the_usual_kinds_are_the_usual_norms():
+    for kind, usual in (("rms", rms_norm), ("layer", layer_norm)):
+        module, params = made(kind, 1e-5, "norm")
+        np.testing.assert_array_equal(module.apply(params, X), usual(1e-5).apply(params, X))
+
+
+def test_axes_that_are_reduced_and_axes_that_are_scaled():
+    whole, params = made("rms", 0.0, "norm", 2, 2)
+    assert params["params"]["scale"].shape == (4, 6)
+    x = np.asarray(X, np.float64)
+    wanted = x / np.sqrt((x**2).mean((-2, -1), keepdims=True)) * params["params"]["scale"]
+    np.testing.assert_allclose(whole.apply(params, X), wanted, rtol=1e-4, atol=1e-5)
+    each, _ = made("rms", 0.0, "norm", 1, 2)
+    wanted = x / np.sqrt((x**2).mean(-1, keepdims=True)) * params["params"]["scale"]
+    np.testing.assert_allclose(each.apply(params, X), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_computes_in_float32_and_starts_as_the_plain_norm():
+    low = X.astype(jnp.bfloat16)
+    for kind in ("rms", "rms_offset", "layer", "layer_offset"):
+        module = norm(kind, 1e-5, "norm")
+        params = jax.tree.map(
+            lambda leaf: leaf.astype(jnp.bfloat16), meta.unbox(module.init(jax.random.key(0), X))
+        )
+        y = module.apply(params, low)
+        assert y.dtype == jnp.bfloat16
+        x = np.asarray(low, np.float64)
+        x = x - x.mean(-1, keepdims=True) if kind.startswith("layer") else x
+        np.testing.assert_allclose(
+            np.float64(y), x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5), rtol=1e-2, atol=1e-2
+        )
