@@ -5,6 +5,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax.core import meta
 
 from effjax import mixers
@@ -20,6 +21,7 @@ def module(text, name):
     return made
 
 
+@pytest.mark.slow
 def test_the_worked_example_builds_and_trains(monkeypatch):
     blocks = re.findall(r"```python\n(# (\S+\.py)\n.*?)```", README, re.DOTALL)
     sources = {path: text for text, path in blocks}

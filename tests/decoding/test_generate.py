@@ -77,6 +77,7 @@ def test_a_text_ends_at_the_stop_token(model, variables):
     np.testing.assert_array_equal(ended[1], free[1])
 
 
+@pytest.mark.slow
 def test_one_token_prompts_and_low_precision(model, variables):
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)
     texts = write(model, low, [[5], [7]], sampling=Sampling(top_k=1))

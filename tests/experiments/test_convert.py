@@ -26,6 +26,7 @@ def inwards(file, out, config=None, **options):
     return converting.inwards(SOURCE, str(file), str(out), library_config=config, **given)
 
 
+@pytest.mark.slow
 def test_there_and_back_through_the_driver(tmp_path, file):
     config = json.dumps(CONFIG)
     out, _ = drive(

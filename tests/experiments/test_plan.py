@@ -180,5 +180,6 @@ def test_a_topology_is_needed():
     assert "--topology is missing" in errors
 
 
+@pytest.mark.slow
 def test_a_step_that_a_config_does_not_have():
     assert "decoding needs a language config" in refused(CONFIGS["vision"], "cpu:2", "--step=decode")

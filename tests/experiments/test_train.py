@@ -135,6 +135,7 @@ def test_two_runs_in_one_workdir_are_refused(tmp_path):
     assert "is running in" in err
 
 
+@pytest.mark.slow
 def test_the_record_of_a_run_tells_what_was_run(trained):
     workdir, _ = trained("configs/vision/vit.py")
     record = json.loads((workdir / "config.json").read_text())

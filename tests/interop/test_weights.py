@@ -146,6 +146,7 @@ def test_names_twice_in_a_header(tmp_path):
         open_weights(header(tmp_path / "t.safetensors", text, b"\0" * 8))
 
 
+@pytest.mark.slow
 def test_fifty_thousand_names_are_no_matter(tmp_path):
     many = {f"layers.{i}.w": entry([0], 0, 0) for i in range(50_000)}
     path = header(tmp_path / "t.safetensors", many)

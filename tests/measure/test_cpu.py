@@ -74,6 +74,7 @@ def test_no_program_is_faster_than_its_floor(cpu, name, dtype):
     assert 0 < held.seconds <= measured.median, (held.bound, held.seconds / measured.median)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_model_is_faster_than_its_floor(cpu, family):
     program = program_of(family)
@@ -88,6 +89,7 @@ def test_no_model_is_faster_than_its_floor(cpu, family):
     assert 0 < held.seconds <= measured.median, (held.bound, held.seconds / measured.median)
 
 
+@pytest.mark.slow
 def test_floors_are_not_idle(cpu):
     """A floor of zero would always hold: the best runs of good programs come near it."""
     held, measured = floor_and_time(jnp.dot, (array(768, 768),) * 2, cpu, "float32")

@@ -154,6 +154,7 @@ def test_agrees_with_xla_on_small_networks(function):
     assert peak(function, *arguments) == pytest.approx(by_xla(function, *arguments), rel=0.25)
 
 
+@pytest.mark.slow
 def test_agrees_with_xla_on_a_training_step_with_and_without_rematerialisation():
     """Twelve blocks; measured ratios 0.97 and 0.79, for XLA keeps copies of what its loops carry."""
     ours, xla = {}, {}

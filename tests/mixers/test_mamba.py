@@ -121,6 +121,7 @@ def test_steps_equal_the_whole(x, sizes):
     assert sum(leaf.size for leaf in jax.tree.leaves(cache)) == size
 
 
+@pytest.mark.slow
 def test_packed_documents_and_padding_equal_separate_ones(x):
     mixer = Mamba(state=5, chunk=4)
     params = drawn(mixer, x, Context())

@@ -215,6 +215,7 @@ def test_picture_that_patches_do_not_tile_is_refused():
         tiny().init(jax.random.key(0), x, t, label)
 
 
+@pytest.mark.slow
 def test_a_condition_a_block_that_is_alike_everywhere_is_the_shared_one():
     shared, own = tiny(), tiny(condition="per_block")
     params = randomised(shared)

@@ -89,6 +89,7 @@ def variables_of(name):
     return jax.tree.map(lambda leaf: jnp.float32(draw.normal(size=leaf.shape) * 0.4), shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_causal_and_the_same_in_steps(name):
     model, variables = VARIANTS[name], variables_of(name)
@@ -129,6 +130,7 @@ def test_the_closed_form_counts_every_parameter(name):
     assert DecoderShape.of(model).parameters == counted
 
 
+@pytest.mark.slow
 def test_a_window_hides_what_lies_before_it():
     model = LM(DecoderBlock(Attention(**ROTARY, window=4), Gated(20)), VOCAB, 16, 1)
     variables = meta.unbox(model.init(jax.random.key(0), TOKENS))
@@ -143,6 +145,7 @@ def test_a_window_hides_what_lies_before_it():
     np.testing.assert_allclose(jax.jit(layers.apply)(variables, TOKENS), apply(variables, TOKENS), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_that_turn_nothing_see_no_order():
     model = LM(
         DecoderBlock(Attention(**ROTARY), Gated(20)), VOCAB, 16, 1, layers=(Layer(), Layer(rotary_base=9.0))

@@ -309,6 +309,7 @@ def test_the_state_can_be_donated_as_soon_as_save_returns(tmp_path):
     checkpoints.close()
 
 
+@pytest.mark.slow
 def test_kill_while_saving_leaves_a_sound_step(tmp_path):
     code = """
         import sys

@@ -94,6 +94,7 @@ def test_more_than_two_to_the_32_elements_are_well_defined():
     assert jax.eval_shape(fingerprint, jax.ShapeDtypeStruct((5, 2**31), jnp.int8)).shape == (2,)
 
 
+@pytest.mark.slow
 def test_one_and_eight_devices_agree():
     code = """
         import sys

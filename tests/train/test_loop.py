@@ -31,6 +31,7 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", EACH_FAMILY)
 def test_stopping_and_going_on_is_the_straight_run_bit_by_bit(family):
     program = program_of(family, train__steps="6 steps", train__log_every="1 steps", evaluators={})
@@ -67,6 +68,7 @@ def test_logs_evaluates_and_saves_when_due():
     assert {"loss", "learning_rate", "gradient_norm", "examples_per_second"} <= first.keys()
 
 
+@pytest.mark.slow
 def test_a_failing_evaluator_is_said_and_marked_and_training_goes_on(monkeypatch):
     program = program_of("vision", train__steps="10 steps")
     monkeypatch.setattr(
@@ -117,6 +119,7 @@ def test_a_bad_number_stops_with_the_state_before_it_and_the_evidence():
     assert_equal(outcome.state.params, good.state.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", EACH_FAMILY)
 def test_accumulation_gives_the_large_batch(family):
     changes = {
@@ -139,6 +142,7 @@ def test_accumulation_gives_the_large_batch(family):
     )
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_on_float32_masters():
     program = program_of(
         "vision", train__steps="20 steps", train__precision={"compute": "bfloat16"}, evaluators={}

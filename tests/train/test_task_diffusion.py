@@ -55,6 +55,7 @@ def test_every_variant_builds_its_task(variant):
     assert built.null == model.classes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["smoke", "smoke-flow"])
 def test_a_step_of_the_real_model_is_finite_and_reaches_the_loss_of_its_zero_output(variant):
     config = get_config(variant)

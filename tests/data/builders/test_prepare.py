@@ -18,6 +18,7 @@ PREPARE_AND_READ = """
 """
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_without_tensorflow(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(PREPARE_AND_READ), str(tmp_path)]
     both = [
