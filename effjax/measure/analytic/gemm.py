@@ -220,12 +220,12 @@ def blocked_matmul(a: Float[Array, "m k"], b: Float[Array, "k n"], tile: Tile) -
 
 
 def measure(gemms: Sequence[Gemm], tiles: Sequence[Tile], repeats: int = 5) -> Float[np.ndarray, "rows one"]:
-    """Median seconds of `blocked_matmul` in float32 on the default device: every product with every tile,
-    the tile running fastest."""
+    """Seconds of `blocked_matmul` in float32 on the default device: every product with every tile, the tile
+    changing fastest. Each is the least of the repeats: other load on the machine only adds to them."""
     times = []
     for gemm in gemms:
         a, b = jnp.ones((gemm.m, gemm.k)), jnp.ones((gemm.k, gemm.n))
         for tile in tiles:
             run = jax.jit(lambda a, b, tile=tile: blocked_matmul(a, b, tile))
-            times.append(time_function(run, (a, b), repeats=repeats).median)
+            times.append(min(time_function(run, (a, b), repeats=repeats).runs))
     return np.array(times)[:, None]
