@@ -41,6 +41,8 @@ class Dense(nn.Module):
       use_bias: whether to add a bias over the output axes.
       kernel_init: initialiser; fan-in and fan-out are those of the flattened matrix.
       bias_init: initialiser of the bias.
+      block: where what follows amplifies rounding: inputs are summed in blocks of so many, and the blocks in
+        float32. One long float32 sum on a CPU rounds several times as much. None leaves it to the backend.
     """
 
     features: int | tuple[int, ...]
@@ -49,6 +51,7 @@ class Dense(nn.Module):
     use_bias: bool = True
     kernel_init: Initializer = xavier
     bias_init: Initializer = zeros
+    block: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -58,11 +61,24 @@ class Dense(nn.Module):
         kernel = self.param("kernel", named(_flattened(self.kernel_init, ins, outs), self.axes))
         contracted = tuple(range(x.ndim - self.inputs, x.ndim)), tuple(range(self.inputs))
         x, kernel = nn.dtypes.promote_dtype(x, kernel)
-        y = jax.lax.dot_general(x, kernel, (contracted, ((), ())))  # [..., *features]
+        if self.block and self.inputs == 1 and ins[0] % self.block == 0:
+            y = _in_blocks(x, kernel, self.block)  # [..., *features]
+        else:
+            y = jax.lax.dot_general(x, kernel, (contracted, ((), ())))  # [..., *features]
         if self.use_bias:
             bias = self.param("bias", named(self.bias_init, self.axes[self.inputs :]), outs, jnp.float32)
             y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - len(outs)) + outs)
         return y
+
+
+def _in_blocks(x: Float[Array, "*batch i"], kernel: Float[Array, "i ..."], block: int) -> Float[Array, "..."]:
+    """x W with the sum over inputs cut into blocks."""
+    pieces = x.reshape(*x.shape[:-1], -1, block)  # [..., blocks, block]
+    parts = kernel.reshape(-1, block, math.prod(kernel.shape[1:]))  # [blocks, block, out]
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    y = jnp.einsum("...ki,kio->k...o", pieces, parts, preferred_element_type=wide)
+    y = jnp.sum(y, axis=0).astype(x.dtype)
+    return y.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
 def _flattened(init: Initializer, ins: tuple[int, ...], outs: tuple[int, ...]) -> Any:

@@ -188,7 +188,10 @@ class Mamba(nn.Module):
         """Returns the step size of every channel, and what is written to and read from the state."""
         inner, rank = self.sizes(width)
         features = rank + 2 * self.state
-        chosen = Dense(features, ("mlp", None), use_bias=False, name="select")(u)  # [B, N, R + 2 S]
+        # What is selected is exponentiated in every layer, so that rounding here grows with depth.
+        chosen = Dense(features, ("mlp", None), use_bias=False, block=128, name="select")(
+            u
+        )  # [B, N, R + 2 S]
         parts = jnp.split(chosen, (rank, rank + self.state), axis=-1)
         if self.selection_epsilon is not None:
             parts = [_rms(part, self.selection_epsilon) for part in parts]
