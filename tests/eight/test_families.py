@@ -48,6 +48,26 @@ def test_losses_are_those_of_one_device(family, mesh):
     np.testing.assert_allclose(losses, losses_on_one_device(family), rtol=1e-5)
 
 
+PARTS = {
+    "mixture": (
+        {"model__block__ffn": {"kind": "mixture", "experts": 4, "chosen": 2, "hidden": 32}},
+        {"data": 2, "tensor": 2, "expert": 2},
+    ),
+    "mamba": ({"model__block__mixer": {"kind": "mamba", "state": 4}}, {"data": 2, "fsdp": 2, "tensor": 2}),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_other_parts_of_a_language_model_are_cut_too(part):
+    changes, mesh = PARTS[part]
+    changes = {**CHANGES, **changes, "train__steps": "6 steps"}
+    single = run(program_of("language", devices=jax.devices()[:1], **changes))
+    program = program_of("language", mesh=mesh, **changes)
+    axis = "expert" if part == "mixture" else "tensor"
+    assert any(axis in leaf.sharding.spec for leaf in jax.tree.leaves(program.shapes.params))
+    np.testing.assert_allclose(run(program), single, rtol=1e-5)
+
+
 def test_parameters_and_moments_are_cut_as_the_rules_say():
     program = program_of("vision", mesh={"data": 2, "fsdp": 2, "tensor": 2})
     spec = {path: leaf.sharding.spec for path, leaf in named_leaves(program.shapes).items()}
