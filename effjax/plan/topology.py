@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from effjax.errors import UsageError, did_you_mean
-from effjax.measure.chips import CHIPS
+from effjax.measure.chips import CHIPS, Chip
 
 CPU = "cpu"
 _EXAMPLES = (
@@ -40,12 +40,10 @@ class Gpu:
     shared_per_core: int
     shared_per_block: int
     l2_bytes: int
-    bandwidth: int
-    memory: int
     description: str
 
-    def target_config(self) -> str:
-        """The text form of XLA's GpuTargetConfigProto."""
+    def target_config(self, chip: Chip) -> str:
+        """The text form of XLA's GpuTargetConfigProto; memory and bandwidth are those of the chip."""
         major, minor = self.capability
         return f"""
             gpu_device_info {{
@@ -55,8 +53,8 @@ class Gpu:
               registers_per_core_limit: 65536 registers_per_block_limit: 65536
               core_count: {self.cores} fpus_per_core: {self.units_per_core} clock_rate_ghz: {self.clock_ghz}
               block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-              memory_bandwidth: {self.bandwidth} l2_cache_size: {self.l2_bytes}
-              device_memory_size: {self.memory}
+              memory_bandwidth: {int(chip.bandwidth)} l2_cache_size: {self.l2_bytes}
+              device_memory_size: {chip.memory}
               cuda_compute_capability {{ major: {major} minor: {minor} }}
             }}
             platform_name: "CUDA"
@@ -74,8 +72,6 @@ _HOPPER = Gpu(
     shared_per_core=233_472,
     shared_per_block=232_448,
     l2_bytes=52_428_800,
-    bandwidth=3_352_320_000_000,
-    memory=84_942_979_072,
     description="NVIDIA H100 80GB HBM3",
 )
 
@@ -88,14 +84,10 @@ GPUS: Mapping[str, Gpu] = {
         shared_per_core=167_936,
         shared_per_block=166_912,
         l2_bytes=41_943_040,
-        bandwidth=2_039_040_000_000,
-        memory=85_100_068_864,
         description="NVIDIA A100-SXM4-80GB",
     ),
     "h100": _HOPPER,
-    "h200": dataclasses.replace(
-        _HOPPER, bandwidth=4_800_000_000_000, memory=151_397_597_184, description="NVIDIA H200"
-    ),
+    "h200": dataclasses.replace(_HOPPER, description="NVIDIA H200"),
     "b200": Gpu(
         capability=(10, 0),
         cores=148,
@@ -104,8 +96,6 @@ GPUS: Mapping[str, Gpu] = {
         shared_per_core=233_472,
         shared_per_block=232_448,
         l2_bytes=132_644_864,
-        bandwidth=7_672_320_000_000,
-        memory=191_514_411_008,
         description="NVIDIA B200",
     ),
 }
@@ -248,7 +238,7 @@ class Topology:
                 topology = topologies.get_topology_desc(f"{self.chip}:{layout}", "tpu", **options)
             else:
                 gpus, hosts = (*self.shape, 1)[:2]
-                target = GPUS[self.chip].target_config()
+                target = GPUS[self.chip].target_config(CHIPS[self.chip])
                 topology = topologies.get_topology_desc(
                     "", "cuda", topology=f"1x{hosts}x{gpus}", target_config=target
                 )
