@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from effjax.interop import export, load_pretrained
 from effjax.interop.families.timm_vits import architectures
 from effjax.interop.families.vit import TimmViT, build
+from tests.parity import cases_vision
 from tests.parity.case import compare_gradients, original, state
 from tests.parity.cases import CASES
 
@@ -53,7 +54,8 @@ def test_every_architecture_of_timm_is_known_with_its_arguments(monkeypatch):
         assert build(table[name]) == build(arguments), name
 
 
-TOYS = [name for name in CASES if name.startswith("transformers_") and name != "transformers_vit_base"]
+VISION = [name for name in cases_vision.CASES if name.startswith("transformers_")]
+TOYS = [name for name in VISION if name != "transformers_vit_base"]
 
 
 @pytest.mark.parametrize("name", TOYS)

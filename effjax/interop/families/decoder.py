@@ -228,7 +228,7 @@ def feed_forward_rows(brand: Brand, ffn: Gated | MLP) -> list[n.Row]:
 
 def expert_rows(ffn: Mixture, experts: str, stacked: bool) -> list[n.Row]:
     """A mixture: experts one by one, or all in one tensor."""
-    block = "block_sparse_moe" if experts == "mixtral" else "mlp"
+    block = "block_sparse_moe" if experts == "mixtral" and not stacked else "mlp"
     theirs, ours = f"model.layers.{{layer}}.{block}", "blocks/ffn"
     rows: list[n.Row] = [n.Name(f"{theirs}.gate.weight", f"{ours}/router/kernel", n.LINEAR)]
     kernels = [f"{ours}/{part}_kernel" for part in ("gate", "expand", "contract")]
@@ -277,18 +277,15 @@ def _embedding_scale(brand: Brand, config: Config) -> float:
     return float(config.get(brand.embedding_scale, 1.0)) if brand.embedding_scale else 1.0
 
 
-def _renames(brand: Brand) -> tuple[tuple[str, str], ...]:
-    """Checkpoints of the model without its head have no prefix; experts are elsewhere in memory."""
-    block = ((r"\.mlp\.", ".block_sparse_moe."),) if brand.experts == "mixtral" else ()
-    return ((r"^(?!model\.|lm_head\.)", "model."), *block)
-
+# Checkpoints of the model without its head have no prefix.
+_PREFIX = ((r"^(?!model\.|lm_head\.)", "model."),)
 
 TRANSFORMERS = {
     name: Family(
         build=functools.partial(build, brand),
         names=functools.partial(names, brand),
         inputs=token_inputs,
-        renames=_renames(brand),
+        renames=_PREFIX,
         spellings=(functools.partial(names, brand, stacked=True),) if brand.experts else (),
     )
     for name, brand in BRANDS.items()
