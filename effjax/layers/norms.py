@@ -1,7 +1,7 @@
 """Normalisation over channels, computed in float32 and returned in the dtype of the input.
 
-layer_norm:  y = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias      Ba et al. 2016
-rms_norm:    y = x / sqrt(mean(x^2) + epsilon) * scale                      Zhang and Sennrich 2019
+layer:  y = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias      Ba et al. 2016
+rms:    y = x / sqrt(mean(x^2) + epsilon) * scale                      Zhang and Sennrich 2019
 
 `norm` makes either by the name a config gives it. The `offset` kinds keep their scale as its distance from
 one, as the Gemma and Nemotron families do, so that weight decay pulls it to one.
@@ -21,29 +21,13 @@ _ones = nn.initializers.ones_init()
 NormKind = Literal["rms", "rms_offset", "layer", "layer_no_bias", "layer_plain", "layer_offset"]
 
 
-def layer_norm(epsilon: float = 1e-6, affine: bool = True, name: str | None = None) -> nn.LayerNorm:
-    """Layer norm; `affine=False` leaves scale and bias to a modulation, as DiT does."""
-    return nn.LayerNorm(
-        epsilon=epsilon,
-        use_scale=affine,
-        use_bias=affine,
-        scale_init=named(_ones, ("norm",)),
-        bias_init=named(zeros, ("norm",)),
-        name=name,
-    )
-
-
-def rms_norm(epsilon: float = 1e-6, name: str | None = None) -> nn.RMSNorm:
-    """RMS norm with a learned scale."""
-    return nn.RMSNorm(epsilon=epsilon, scale_init=named(_ones, ("norm",)), name=name)
-
-
 def norm(kind: NormKind, epsilon: float, name: str, reduced: int = 1, scaled: int = 1) -> nn.Module:
-    """A norm of one of the kinds that language models use.
+    """A norm by its kind.
 
     Args:
       kind: `rms` and `layer` as above; `layer_no_bias` has a scale alone, `layer_plain` neither scale nor
-        bias (OLMo); `rms_offset` and `layer_offset` multiply by `1 + scale`.
+        bias (DiT leaves them to a modulation, OLMo out); `rms_offset` and `layer_offset` multiply by
+        `1 + scale`.
       epsilon: added to the mean square or to the variance.
       name: of the module among the parameters.
       reduced: how many trailing axes mean and variance are taken over.

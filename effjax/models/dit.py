@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from effjax import ffn, mixers
 from effjax.config import part
 from effjax.layers.dense import Dense, named, zeros
-from effjax.layers.norms import layer_norm
+from effjax.layers.norms import norm
 from effjax.layers.patches import PatchEmbed, add_positions, sincos_table, unpatch
 from effjax.layers.stack import Stack
 from effjax.mixers.context import Context
@@ -148,10 +148,10 @@ class DiTBlock(nn.Module):
         c = c if each is None else each
         assert c is not None
         b_1, a_1, g_1, b_2, a_2, g_2 = Modulation(6, x.shape[-1], name="modulation")(c)  # 6 x [B, C]
-        h = modulate(layer_norm(self.epsilon, affine=False, name="mixer_norm")(x), b_1, a_1)  # [B, N, C]
+        h = modulate(norm("layer_plain", self.epsilon, "mixer_norm")(x), b_1, a_1)  # [B, N, C]
         x = x + g_1[:, None] * self.mixer(h, context, train=train)  # [B, N, C]
         epsilon = self.epsilon if self.ffn_epsilon is None else self.ffn_epsilon
-        h = layer_norm(epsilon, affine=self.ffn_affine, name="ffn_norm")(x)  # [B, N, C]
+        h = norm("layer" if self.ffn_affine else "layer_plain", epsilon, "ffn_norm")(x)  # [B, N, C]
         h = modulate(h, b_2, a_2)
         x = x + g_2[:, None] * self.ffn(h, train=train)  # [B, N, C]
         return nn.with_logical_constraint(x, ("batch", "length", "features")), None
@@ -223,7 +223,7 @@ class DiT(nn.Module):
         x, _ = stack(x, None if each is not None else c, Context(), each=each, train=train)  # [B, h w, C]
 
         shift, scale = Modulation(2, self.dim, name="modulation")(c)  # 2 x [B, C]
-        x = layer_norm(self.block.epsilon, affine=False, name="norm")(x)  # [B, h w, C]
+        x = norm("layer_plain", self.block.epsilon, "norm")(x)  # [B, h w, C]
         x = modulate(x, shift, scale)  # [B, h w, C]
         project = Dense(self.patch**2 * out, ("embed", None), kernel_init=zeros, name="output")
         x = project(x)  # [B, h w, p p out]

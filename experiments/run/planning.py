@@ -56,6 +56,7 @@ def search(request: Request, most: int, out: str) -> int:
     if request.step != "train":
         raise UsageError(f"--search lays training steps out, not --step={request.step}.")
     topology = Topology.parse(request.topology)
+    topology.check_installed()
     config = request.loaded.config
     tried: dict[layouts.Candidate, Mapping[str, Any]] = {}
     refused: dict[str, str] = {}
