@@ -28,7 +28,12 @@ Kinds = Mapping[str, Any]
 
 
 def part(kinds: Kinds, default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field whose config section names one of `kinds` by its `kind`."""
+    """A dataclass field whose config section names one of `kinds` by its `kind`.
+
+    A class as default is made anew for every owner: modules that share an instance share its parameters.
+    """
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata={"kinds": kinds})
     return dataclasses.field(default=default, metadata={"kinds": kinds})
 
 

@@ -7,6 +7,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from effjax.ffn.activations import activation
+from effjax.layers.axes import constrain
 from effjax.layers.dense import Dense
 
 
@@ -29,5 +30,5 @@ class Gated(nn.Module):
         gate = Dense(self.hidden, ("embed", "mlp"), use_bias=self.use_bias, name="gate")(x)  # [..., F]
         value = Dense(self.hidden, ("embed", "mlp"), use_bias=self.use_bias, name="expand")(x)  # [..., F]
         h = activation(self.activation)(gate) * value
-        h = nn.with_logical_constraint(h, ("batch", *["length"] * (x.ndim - 2), "mlp"))
+        h = constrain(h, "mlp")
         return Dense(x.shape[-1], ("mlp", "embed"), use_bias=self.use_bias, name="contract")(h)  # [..., C]

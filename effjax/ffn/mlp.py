@@ -7,6 +7,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from effjax.ffn.activations import activation
+from effjax.layers.axes import constrain
 from effjax.layers.dense import Dense
 
 
@@ -32,5 +33,5 @@ class MLP(nn.Module):
         hidden = self.hidden or round(width * self.ratio)
         h = Dense(hidden, ("embed", "mlp"), use_bias=self.use_bias, name="expand")(x)  # [..., F]
         h = activation(self.activation)(h)
-        h = nn.with_logical_constraint(h, ("batch", *["length"] * (x.ndim - 2), "mlp"))
+        h = constrain(h, "mlp")
         return Dense(width, ("mlp", "embed"), use_bias=self.use_bias, name="contract")(h)  # [..., C]

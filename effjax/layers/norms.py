@@ -2,6 +2,9 @@
 
 layer:  y = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias      Ba et al. 2016
 rms:    y = x / sqrt(mean(x^2) + epsilon) * scale                      Zhang and Sennrich 2019
+group:  the layer norm with mean and variance over all places too      Wu and He 2018, with one group
+batch:  the same over all places and examples, a running average of
+        both in evaluation                                             Ioffe and Szegedy 2015
 
 `norm` makes either by the name a config gives it. The `offset` kinds keep their scale as its distance from
 one, as the Gemma and Nemotron families do, so that weight decay pulls it to one.
@@ -18,10 +21,14 @@ from effjax.layers.dense import named, zeros
 
 _ones = nn.initializers.ones_init()
 
-NormKind = Literal["rms", "rms_offset", "layer", "layer_no_bias", "layer_plain", "layer_offset"]
+NormKind = Literal[
+    "rms", "rms_offset", "layer", "layer_no_bias", "layer_plain", "layer_offset", "group", "batch"
+]
 
 
-def norm(kind: NormKind, epsilon: float, name: str, reduced: int = 1, scaled: int = 1) -> nn.Module:
+def norm(
+    kind: NormKind, epsilon: float, name: str, reduced: int = 1, scaled: int = 1, train: bool = False
+) -> nn.Module:
     """A norm by its kind.
 
     Args:
@@ -32,7 +39,15 @@ def norm(kind: NormKind, epsilon: float, name: str, reduced: int = 1, scaled: in
       name: of the module among the parameters.
       reduced: how many trailing axes mean and variance are taken over.
       scaled: how many trailing axes scale and bias span.
+      train: whether a batch norm takes mean and variance from the batch, and moves its running averages
+        towards them by a tenth. Under `jit` the batch is the whole batch, over all devices.
     """
+    if kind in ("batch", "group"):
+        affine = dict(scale_init=named(_ones, ("norm",)), bias_init=named(zeros, ("norm",)))
+        common: dict[str, Any] = dict(epsilon=epsilon, name=name, **affine)
+        return (
+            nn.BatchNorm(not train, momentum=0.9, **common) if kind == "batch" else nn.GroupNorm(1, **common)
+        )
     if kind.endswith("offset"):
         return OffsetNorm(kind == "layer_offset", epsilon, name=name)
     axes = ("norm",) * scaled
@@ -51,7 +66,7 @@ def norm(kind: NormKind, epsilon: float, name: str, reduced: int = 1, scaled: in
 
 def norm_size(kind: NormKind, channels: int) -> int:
     """How many parameters a norm over so many channels has."""
-    return channels * {"layer": 2, "layer_offset": 2, "layer_plain": 0}.get(kind, 1)
+    return channels * {"rms": 1, "rms_offset": 1, "layer_no_bias": 1, "layer_plain": 0}.get(kind, 2)
 
 
 class OffsetNorm(nn.Module):

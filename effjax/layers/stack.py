@@ -3,7 +3,7 @@
 The parameters of all layers are stacked: a kernel `[i, o]` of the block stands in the tree as `[depth, i,
 o]`, at the path it would have in one block, with the logical axis `layers` in front. A forward pass is
 `jax.lax.scan` over these slices, so that compile time does not grow with depth, and rematerialisation is a
-policy on the scan's body.
+policy on the scan's body. Other variables (batch statistics, sown values) are stacked in the same way.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax.core import meta
+from flax.core.scope import DenyList, intersect_filters
 
 from effjax.errors import UsageError, did_you_mean
 
@@ -57,23 +58,37 @@ class Stack(nn.Module):
             first = jax.tree.map(lambda leaf: leaf[0], each)
 
             def init(key):
-                return block.init({"params": key}, x, first, *shared, method=method)["params"]
+                return block.init({"params": key}, x, first, *shared, method=method)
 
             stacked = jax.vmap(init)(jax.random.split(self.make_rng("params"), self.depth))
             stacked = meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "layers"})
-            for name, value in stacked.items():
-                self.put_variable("params", name, value)
+            _put(self, stacked)
 
-        params = meta.unbox(self.variables["params"])
+        variables = meta.unbox(self.variables)
+        assert self.scope is not None
+        mutable = intersect_filters(self.scope.mutable, DenyList("params"))
         keys = None
         if train and self.has_rng("dropout"):
             keys = jax.random.split(self.make_rng("dropout"), self.depth)
 
         def layer(x, slices):
-            params, each, key = slices
+            variables, each, key = slices
             rngs = {} if key is None else {"dropout": key}
-            return block.apply({"params": params}, x, each, *shared, train=train, rngs=rngs, method=method)
+            options: dict[str, Any] = dict(train=train, rngs=rngs, method=method, mutable=mutable)
+            (x, out), changed = block.apply(variables, x, each, *shared, **options)
+            return x, (out, changed)
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
-        return jax.lax.scan(layer, x, (params, each, keys), length=self.depth, unroll=self.unroll)
+        slices = variables, each, keys
+        x, (outs, changed) = jax.lax.scan(layer, x, slices, length=self.depth, unroll=self.unroll)
+        if not self.is_initializing():
+            _put(self, changed)
+        return x, outs
+
+
+def _put(module: nn.Module, variables: Any) -> None:
+    """Makes variables those of a module."""
+    for collection, values in variables.items():
+        for name, value in values.items():
+            module.put_variable(collection, name, value)

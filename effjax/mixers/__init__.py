@@ -2,5 +2,6 @@
 
 from effjax.mixers.attention import Attention
 from effjax.mixers.mamba import Mamba
+from effjax.mixers.shifted_window import ShiftedWindow
 
-KINDS = {"attention": Attention, "mamba": Mamba}
+KINDS = {"attention": Attention, "mamba": Mamba, "shifted_window": ShiftedWindow}

@@ -2,6 +2,7 @@
 
 from effjax.models.dit import DiT
 from effjax.models.lm import LM
+from effjax.models.pyramid import Pyramid
 from effjax.models.vit import ViT
 
-KINDS = {"vit": ViT, "dit": DiT, "lm": LM}
+KINDS = {"vit": ViT, "dit": DiT, "lm": LM, "pyramid": Pyramid}

@@ -25,7 +25,7 @@ from effjax.layers.patches import PatchEmbed
 from effjax.layers.pool import AttentionPool
 from effjax.layers.stack import Stack
 from effjax.mixers.context import Context
-from effjax.models.block import Block
+from effjax.models.blocks.metaformer import Block
 
 Pool = Literal["token", "mean", "max", "mean_max", "token_mean", "attention", "none"]
 

@@ -135,7 +135,13 @@ class Program:
     @functools.cached_property
     def _metrics(self) -> Any:
         precision = self.experiment.train.precision
-        return jax.jit(lambda variables, batch: self.task.metrics(precision.cast(variables), batch))
+
+        def metrics(variables: Any, batch: Mapping[str, Array]) -> Means:
+            # Running averages and counters are no weights: they keep their dtypes.
+            variables = {**variables, "params": precision.cast(variables["params"])}
+            return self.task.metrics(variables, batch)
+
+        return jax.jit(metrics)
 
     def variables(self, state: TrainState, ema: bool) -> dict[str, Any]:
         """The weights to evaluate: the averaged ones where asked and kept, with the other collections."""

@@ -12,7 +12,7 @@ from effjax.interop import export, export_to, load_converted, load_pretrained, s
 from effjax.interop.converted import section
 from effjax.interop.weights import closing, open_weights
 from effjax.mixers.attention import Attention
-from effjax.models.block import Block
+from effjax.models.blocks.metaformer import Block
 from effjax.models.vit import ViT
 from tests.interop.toys import CONFIG, SOURCE, weights
 

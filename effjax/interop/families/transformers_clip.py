@@ -26,7 +26,7 @@ from effjax.interop.family import Family
 from effjax.interop.resize import Patches, Positions
 from effjax.layers.pool import AttentionPool
 from effjax.mixers.attention import Attention
-from effjax.models.block import Block
+from effjax.models.blocks.metaformer import Block
 from effjax.models.vit import ViT
 
 

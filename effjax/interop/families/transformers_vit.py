@@ -25,7 +25,7 @@ from effjax.interop import names as n
 from effjax.interop.families.vit import TOKEN, halves, linear, norm_rows, patch_rows
 from effjax.interop.family import Family
 from effjax.mixers.attention import Attention
-from effjax.models.block import Block
+from effjax.models.blocks.metaformer import Block
 from effjax.models.vit import ViT
 
 ACTIVATIONS = {

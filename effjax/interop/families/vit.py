@@ -24,7 +24,7 @@ from effjax.interop.resize import Patches, Positions
 from effjax.layers.norms import NormKind
 from effjax.layers.pool import AttentionPool
 from effjax.mixers.attention import Attention
-from effjax.models.block import Block
+from effjax.models.blocks.metaformer import Block
 from effjax.models.vit import Pool, ViT
 
 # timm's names of activations, norms and poolings, as strings or as the lower case of its classes.

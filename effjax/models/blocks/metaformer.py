@@ -1,10 +1,11 @@
-"""The residual block of vision transformers.
+"""The residual block of transformers, with any mixer: MetaFormer, Yu et al. 2022, section 3.1.
 
     pre_norm        x <- x + drop(s_1 * mixer(norm(x)))
                     x <- x + drop(s_2 * ffn(norm(x)))                    Dosovitskiy et al. 2021, eqs. 2 and 3
     res_post_norm   x <- x + drop(s_1 * norm(mixer(x)))
                     x <- x + drop(s_2 * norm(ffn(x)))                    Liu et al. 2022, Swin V2, figure 1
     parallel        x <- x + drop(s * (mixer(h) + ffn(h))), h = norm(x)  Dehghani et al. 2023, ViT-22B
+    one_branch      x <- x + drop(s * ffn(norm(mixer(x))))               Liu et al. 2022, ConvNeXt, figure 4
 
 `drop` is stochastic depth and `s` an optional learned scale a channel (LayerScale, Touvron et al. 2021).
 """
@@ -18,13 +19,14 @@ from jaxtyping import Array, Float
 from effjax import ffn, mixers
 from effjax.config import part
 from effjax.layers import norms
+from effjax.layers.axes import constrain
 from effjax.layers.dense import named
 from effjax.layers.drop import drop_path
 from effjax.mixers.context import Context
 
 
 class Block(nn.Module):
-    """One mixer and one FFN, each with a norm and a residual connection.
+    """One mixer and one FFN, each with a norm and a residual connection, on tokens or on a grid.
 
     Attributes:
       mixer: how tokens mix.
@@ -33,7 +35,7 @@ class Block(nn.Module):
       dropout: rate of ordinary dropout on both branches.
       layer_scale: initial value of the channel scales; None leaves them out.
       norm: which norm, a kind in `effjax.layers.norms`.
-      order: where the norms stand, see above; `parallel` has one norm and one scale.
+      order: where the norms stand, see above; `parallel` and `one_branch` have one norm and one scale.
     """
 
     mixer: nn.Module = part(mixers.KINDS)
@@ -42,40 +44,48 @@ class Block(nn.Module):
     dropout: float = 0.0
     layer_scale: float | None = None
     norm: norms.NormKind = "layer"
-    order: Literal["pre_norm", "res_post_norm", "parallel"] = "pre_norm"
+    order: Literal["pre_norm", "res_post_norm", "parallel", "one_branch"] = "pre_norm"
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n c"], drop_rate: Float[Array, ""], context: Context, train: bool = False
-    ) -> tuple[Float[Array, "b n c"], None]:
+        self,
+        x: Float[Array, "b *places c"],
+        drop_rate: Float[Array, ""],
+        context: Context,
+        train: bool = False,
+    ) -> tuple[Float[Array, "b *places c"], None]:
         """Returns `(x, None)`; `drop_rate` is this layer's stochastic depth."""
         if self.order == "parallel":
-            h = self._norm("norm", x)  # [B, N, C]
-            h = self.mixer(h, context, train=train) + self.ffn(h, train=train)  # [B, N, C]
+            h = self._norm("norm", x, train)  # [B, ..., C]
+            h = self.mixer(h, context, train=train) + self.ffn(h, train=train)  # [B, ..., C]
             x = x + self._branch(h, drop_rate, "scale", train)
+        elif self.order == "one_branch":
+            h = self._norm("norm", self.mixer(x, context, train=train), train)  # [B, ..., C]
+            x = x + self._branch(self.ffn(h, train=train), drop_rate, "scale", train)
         elif self.order == "res_post_norm":
-            h = self._norm("mixer_norm", self.mixer(x, context, train=train))  # [B, N, C]
+            h = self._norm("mixer_norm", self.mixer(x, context, train=train), train)  # [B, ..., C]
             x = x + self._branch(h, drop_rate, "mixer_scale", train)
-            h = self._norm("ffn_norm", self.ffn(x, train=train))  # [B, N, C]
+            h = self._norm("ffn_norm", self.ffn(x, train=train), train)  # [B, ..., C]
             x = x + self._branch(h, drop_rate, "ffn_scale", train)
         else:
-            h = self.mixer(self._norm("mixer_norm", x), context, train=train)  # [B, N, C]
+            h = self.mixer(self._norm("mixer_norm", x, train), context, train=train)  # [B, ..., C]
             x = x + self._branch(h, drop_rate, "mixer_scale", train)
-            h = self.ffn(self._norm("ffn_norm", x), train=train)  # [B, N, C]
+            h = self.ffn(self._norm("ffn_norm", x, train), train=train)  # [B, ..., C]
             x = x + self._branch(h, drop_rate, "ffn_scale", train)
-        return nn.with_logical_constraint(x, ("batch", "length", "features")), None
+        return constrain(x), None
 
     @nn.nowrap
-    def _norm(self, name: str, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        return norms.norm(self.norm, self.epsilon, name)(x)
+    def _norm(self, name: str, x: Float[Array, "b *places c"], train: bool) -> Float[Array, "b *places c"]:
+        return norms.norm(self.norm, self.epsilon, name, train=train)(x)
 
     @nn.nowrap
     def _branch(
-        self, h: Float[Array, "b n c"], drop_rate: Float[Array, ""], name: str, train: bool
-    ) -> Float[Array, "b n c"]:
+        self, h: Float[Array, "b *places c"], drop_rate: Float[Array, ""], name: str, train: bool
+    ) -> Float[Array, "b *places c"]:
         if self.layer_scale is not None:
             init = named(nn.initializers.constant(self.layer_scale), ("norm",))
-            h = h * self.param(name, init, (h.shape[-1],), jnp.float32).astype(h.dtype)[None, None, :]
+            scale = self.param(name, init, (h.shape[-1],), jnp.float32).astype(h.dtype)
+            h = h * scale.reshape((1,) * (h.ndim - 1) + scale.shape)
         if self.dropout:
             h = nn.Dropout(self.dropout, deterministic=not train)(h)
         if train and self.has_rng("dropout"):

@@ -1,0 +1,116 @@
+"""Convolution over the places of a map, alone and with a norm and an activation behind it.
+
+    y[b, i, j, o] = sum_uvc x[b, s i + u - p, s j + v - p, c] K[u, v, c, o] + bias[o]
+
+Padding is the same on all sides, as in torch; XLA's "SAME" pads a strided convolution on one side only.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from effjax.errors import UsageError
+from effjax.ffn.activations import activation
+from effjax.layers.dense import Dense, named, zeros
+from effjax.layers.depthwise import DepthwiseConv
+from effjax.layers.norms import NormKind, norm
+
+# Fan-in scaling, a normal cut at two of its own standard deviations.
+_fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+class Conv(nn.Module):
+    """A dense or grouped convolution; one place with one place's channels is a `Dense`.
+
+    Attributes:
+      features: output channels.
+      kernel: side of the kernel.
+      stride: of the output places on the input.
+      padding: zeros on each side; None is half of the kernel, which keeps the size at stride 1.
+      groups: how many groups of channels are convolved apart.
+      use_bias: whether to add a bias an output channel.
+    """
+
+    features: int
+    kernel: int = 3
+    stride: int = 1
+    padding: int | None = None
+    groups: int = 1
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 o"]:
+        """Convolves the maps.
+
+        Raises:
+          UsageError: where the groups do not divide the channels, or the kernel does not fit on the map.
+        """
+        channels, side = x.shape[-1], self.kernel // 2 if self.padding is None else self.padding
+        if channels % self.groups or self.features % self.groups:
+            raise UsageError(f"groups={self.groups} must divide the channels {channels} and {self.features}.")
+        if min(x.shape[1:3]) + 2 * side < self.kernel:
+            raise UsageError(
+                f"a kernel of {self.kernel} x {self.kernel} does not fit on a map of {x.shape[1]} x "
+                f"{x.shape[2]} with a padding of {side}: use a larger picture."
+            )
+        shape = self.kernel, self.kernel, channels // self.groups, self.features
+        kernel = self.param("kernel", named(_fan_in, (None, None, None, "embed")), shape, jnp.float32)
+        x, kernel = nn.dtypes.promote_dtype(x, kernel)
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (self.stride, self.stride),
+            [(side, side)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.groups,
+        )
+        if self.use_bias:
+            bias = self.param("bias", named(zeros, ("embed",)), (self.features,), jnp.float32)
+            y = y + bias.astype(y.dtype)[None, None, None]
+        return y
+
+
+class ConvNorm(nn.Module):
+    """activation(norm(conv(x))).
+
+    Attributes:
+      features: output channels; None keeps them.
+      kernel: side of the kernel.
+      stride: of the output places on the input.
+      padding: zeros on each side; None is half of the kernel.
+      depthwise: whether each channel is convolved alone.
+      use_bias: whether the convolution has a bias.
+      norm: a kind in `effjax.layers.norms`; None leaves it out.
+      epsilon: of the norm.
+      activation: a name in `effjax.ffn.activations`; None leaves it out.
+    """
+
+    features: int | None = None
+    kernel: int = 3
+    stride: int = 1
+    padding: int | None = None
+    depthwise: bool = False
+    use_bias: bool = False
+    norm: NormKind | None = "batch"
+    epsilon: float = 1e-5
+    activation: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool = False) -> Float[Array, "b h2 w2 o"]:
+        """Convolves, normalises and bends the maps."""
+        features = self.features or x.shape[-1]
+        if self.depthwise:
+            if features != x.shape[-1]:
+                raise UsageError(f"a depthwise convolution keeps {x.shape[-1]} channels, not {features}.")
+            conv: nn.Module = DepthwiseConv(
+                self.kernel, self.stride, padding=self.padding, use_bias=self.use_bias, name="conv"
+            )
+        elif self.kernel == self.stride == 1:
+            conv = Dense(features, (None, "embed"), use_bias=self.use_bias, name="conv")
+        else:
+            conv = Conv(features, self.kernel, self.stride, self.padding, use_bias=self.use_bias, name="conv")
+        x = conv(x)  # [B, H', W', O]
+        if self.norm is not None:
+            x = norm(self.norm, self.epsilon, "norm", train=train)(x)
+        return x if self.activation is None else activation(self.activation)(x)

@@ -1,0 +1,184 @@
+"""Depthwise convolution: every channel has a kernel of its own.
+
+    y[b, i, j, c] = sum_uv x[b, s i + d u - p, s j + d v - p, c] K[u, v, c]
+
+with stride s, dilation d and padding p. One sum, two ways to write it, chosen when it is lowered for a
+platform: XLA's convolution, and on CPUs, where that one is a scalar loop, shifted multiply-adds, which fuse
+into one pass over the map.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from effjax.errors import UsageError
+from effjax.layers.dense import named, truncated_normal, zeros
+
+Edges = tuple[tuple[int, int], tuple[int, int]]
+Map = Float[Array, "b h w c"]
+Kernel = Float[Array, "u v c"]
+
+
+def depthwise_conv(
+    x: Float[Array, "b h w c"],
+    kernel: Float[Array, "u v c"],
+    stride: int = 1,
+    dilation: int = 1,
+    padding: int | None = None,
+) -> Float[Array, "b h2 w2 c"]:
+    """Convolves each channel with its own kernel; zeros lie beyond the edges.
+
+    Args:
+      x: maps.
+      kernel: one kernel a channel.
+      stride: of the output places on the input.
+      dilation: distance of the kernel's taps.
+      padding: zeros on each side; None is half of the kernel's extent, which keeps the size at stride 1.
+
+    Raises:
+      UsageError: where the kernel is larger than the padded map.
+    """
+    extents = [dilation * (size - 1) + 1 for size in kernel.shape[:2]]
+    sides = [extent // 2 if padding is None else padding for extent in extents]
+    if any(n + 2 * side < extent for n, side, extent in zip(x.shape[1:3], sides, extents, strict=True)):
+        raise UsageError(
+            f"a depthwise kernel of {extents[0]} x {extents[1]} places does not fit on a map of "
+            f"{x.shape[1]} x {x.shape[2]} with a padding of {sides[0]}."
+        )
+    x, kernel = nn.dtypes.promote_dtype(x, kernel)
+    top, left = sides
+    return _depthwise(x, kernel, stride, dilation, ((top, top), (left, left)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _depthwise(x: Map, kernel: Kernel, stride: int, dilation: int, edges: Edges) -> Map:
+    options: dict[str, Any] = dict(stride=stride, dilation=dilation, edges=edges)
+    return _by_platform(functools.partial(shifted, **options), functools.partial(convolved, **options))(
+        x, kernel
+    )
+
+
+def _forward(x: Map, kernel: Kernel, *options: int | Edges) -> tuple[Map, tuple[Map, Kernel]]:
+    return _depthwise(x, kernel, *options), (x, kernel)
+
+
+def _backward(
+    stride: int, dilation: int, edges: Edges, kept: tuple[Map, Kernel], g: Map
+) -> tuple[Map, Kernel]:
+    options: dict[str, Any] = dict(stride=stride, dilation=dilation, edges=edges)
+
+    def transposed(x: Map, kernel: Kernel, g: Map) -> tuple[Map, Kernel]:
+        return jax.vjp(functools.partial(convolved, **options), x, kernel)[1](g)
+
+    def by_shifts(x: Map, kernel: Kernel, g: Map) -> tuple[Map, Kernel]:
+        return _input_gradient(x, kernel, g, **options), _kernel_gradient(x, kernel, g, **options)
+
+    return _by_platform(by_shifts, transposed)(*kept, g)
+
+
+_depthwise.defvjp(_forward, _backward)
+
+
+def _by_platform(cpu: Callable[..., Any], default: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.partial(jax.lax.platform_dependent, cpu=cpu, default=default)
+
+
+def convolved(x: Map, kernel: Kernel, *, stride: int, dilation: int, edges: Edges) -> Map:
+    """The sum as XLA's grouped convolution."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel[:, :, None],
+        (stride, stride),
+        edges,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+    )
+
+
+def shifted(x: Map, kernel: Kernel, *, stride: int, dilation: int, edges: Edges) -> Map:
+    """The sum as one multiply-add a tap of the kernel."""
+    padded = jnp.pad(x, ((0, 0), *edges, (0, 0)))
+    total = None
+    for u, v, window in _windows(padded, kernel.shape, stride, dilation):
+        term = window * kernel[u, v][None, None, None]  # [B, H', W', C]
+        total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+def _windows(
+    padded: Map, kernel: tuple[int, ...], stride: int, dilation: int
+) -> Iterator[tuple[int, int, Map]]:
+    """What each tap of the kernel sees."""
+    rows, columns = (
+        (n - dilation * (size - 1) - 1) // stride + 1
+        for n, size in zip(padded.shape[1:3], kernel, strict=False)
+    )
+    for u in range(kernel[0]):
+        for v in range(kernel[1]):
+            i, j = u * dilation, v * dilation
+            last = i + stride * (rows - 1) + 1, j + stride * (columns - 1) + 1
+            yield u, v, padded[:, i : last[0] : stride, j : last[1] : stride]
+
+
+def _input_gradient(x: Map, kernel: Kernel, g: Map, *, stride: int, dilation: int, edges: Edges) -> Map:
+    """The same sum with the kernel turned round, over the gradient with zeros between its places."""
+    extents = [dilation * (size - 1) + 1 for size in kernel.shape[:2]]
+    lengths = zip(x.shape[1:3], g.shape[1:3], extents, edges, strict=True)
+    spread = [(0, 0, 0)]
+    for n, places, extent, (before, _) in lengths:
+        reach = (places - 1) * stride + 1
+        spread.append((extent - 1 - before, n + before - reach, stride - 1))
+    spread.append((0, 0, 0))
+    wide = jax.lax.pad(g, jnp.zeros((), g.dtype), spread)  # [B, H + extent - 1, W + extent - 1, C]
+    return shifted(wide, kernel[::-1, ::-1], stride=1, dilation=dilation, edges=((0, 0), (0, 0)))
+
+
+def _kernel_gradient(x: Map, kernel: Kernel, g: Map, *, stride: int, dilation: int, edges: Edges) -> Kernel:
+    """Example after example, so that the map stays in the cache while every tap goes over it."""
+    padded = jnp.pad(x, ((0, 0), *edges, (0, 0)))
+
+    def add(total: Kernel, pair: tuple[Float[Array, "h w c"], Float[Array, "h2 w2 c"]]):
+        one, gradient = (part[None].astype(jnp.float32) for part in pair)
+        taps = [jnp.sum(w * gradient, (0, 1, 2)) for *_, w in _windows(one, kernel.shape, stride, dilation)]
+        return total + jnp.stack(taps).reshape(kernel.shape), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros(kernel.shape, jnp.float32), (padded, g))
+    return total.astype(kernel.dtype)
+
+
+class DepthwiseConv(nn.Module):
+    """A depthwise convolution with parameters.
+
+    Attributes:
+      kernel: side of the kernel, or its height and width.
+      stride: of the output places on the input.
+      dilation: distance of the kernel's taps.
+      padding: zeros on each side; None keeps the size at stride 1.
+      use_bias: whether to add a bias a channel.
+    """
+
+    kernel: int | tuple[int, int]
+    stride: int = 1
+    dilation: int = 1
+    padding: int | None = None
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        """Convolves the maps."""
+        size = (self.kernel, self.kernel) if isinstance(self.kernel, int) else self.kernel
+        channels = x.shape[-1]
+        init = named(truncated_normal((size[0] * size[1]) ** -0.5), (None, None, "embed"))
+        kernel = self.param("kernel", init, (*size, channels), jnp.float32)
+        y = depthwise_conv(x, kernel, self.stride, self.dilation, self.padding)
+        if self.use_bias:
+            bias = self.param("bias", named(zeros, ("embed",)), (channels,), jnp.float32)
+            y = y + bias.astype(y.dtype)[None, None, None]
+        return y

@@ -1,0 +1,92 @@
+"""Windows on a map: cutting, padding, shifting, and attention inside each.
+
+partition   [B, H, W, ...] -> [B, H/m W/n, m n, ...]
+attention   y_q = sum_k p_qk v_k,  p_q = softmax(scale q k^T + bias_qk where k is allowed)
+"""
+
+from typing import TypeVar
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+Window = tuple[int, int]
+AnyArray = TypeVar("AnyArray", Array, np.ndarray)
+
+
+def partition(x: AnyArray, window: Window) -> AnyArray:
+    """Cuts `[B, H, W, ...]` into windows `[B, windows, places, ...]`, row by row; they must tile the map."""
+    m, n = window
+    return einops.rearrange(x, "b (h m) (w n) ... -> b (h w) (m n) ...", m=m, n=n)
+
+
+def reverse(x: Float[Array, "b windows places *rest"], grid: Window, window: Window) -> Array:
+    """Lays windows out as the map of `grid` places that they were cut from."""
+    m, n = window
+    return einops.rearrange(
+        x, "b (h w) (m n) ... -> b (h m) (w n) ...", h=grid[0] // m, w=grid[1] // n, m=m, n=n
+    )
+
+
+def fitted(window: int, grid: Window) -> Window:
+    """The window on a map: not longer than its sides."""
+    return min(window, grid[0]), min(window, grid[1])
+
+
+def shift_of(window: Window, grid: Window, shifted: bool) -> Window:
+    """How far a shifted map moves: half a window, and nothing along a side that one window covers."""
+    if not shifted:
+        return 0, 0
+    return tuple(m // 2 if n > m else 0 for m, n in zip(window, grid, strict=True))  # type: ignore[return-value]
+
+
+def allowed_after_shift(
+    grid: Window, window: Window, shift: Window
+) -> Bool[np.ndarray, "windows places places"] | None:
+    """Which places of a window on a cyclically shifted map were neighbours before; None where all were."""
+    if shift == (0, 0):
+        return None
+    region = np.zeros((1, *grid), np.int32)
+    for axis, (n, m, s) in enumerate(zip(grid, window, shift, strict=True), start=1):
+        # Three bands: windows that the shift left whole, and the two halves of the last one.
+        bands = np.digitize(np.arange(n), [n - m, n - s]) if s else np.zeros(n, np.int64)
+        region = region * 3 + bands.reshape([-1 if i == axis else 1 for i in range(3)])
+    labels = partition(region, window)[0]  # [windows, places]
+    return labels[:, :, None] == labels[:, None, :]
+
+
+def offsets(window: Window) -> Int[np.ndarray, "places places 2"]:
+    """Rows and columns from each key (second axis) to each query (first axis) of a window."""
+    places = np.stack(np.meshgrid(*map(np.arange, window), indexing="ij"), axis=-1).reshape(-1, 2)
+    return places[:, None] - places[None, :]
+
+
+def window_attention(
+    q: Float[Array, "b windows places h d"],
+    k: Float[Array, "b windows places h d"],
+    v: Float[Array, "b windows places h d"],
+    *,
+    scale: float | Float[Array, " h"],
+    bias: Float[Array, "h places places"] | None = None,
+    allowed: Bool[np.ndarray, "windows places places"] | None = None,
+) -> Float[Array, "b windows places h d"]:
+    """Softmax attention inside each window; logits in float32.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      scale: factor of the logits, or one a head.
+      bias: added to the logits of every window.
+      allowed: which keys (last axis) a query sees.
+    """
+    scaled = q * jnp.asarray(scale, q.dtype).reshape(1, 1, 1, -1, 1)
+    logits = jnp.einsum("bwqhd,bwkhd->bwhqk", scaled, k, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits = logits + bias.astype(jnp.float32)[None, None]
+    if allowed is not None:
+        logits = jnp.where(allowed[None, :, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)  # [B, windows, H, places, places]
+    return jnp.einsum("bwhqk,bwkhd->bwqhd", weights, v)
