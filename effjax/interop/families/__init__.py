@@ -4,11 +4,23 @@
 checkpoints that authors publish beside their papers.
 """
 
-from effjax.interop.families import decoder, dit, gpt, mamba, transformers_clip, transformers_vit, vit
+from effjax.interop.families import (
+    decoder,
+    dit,
+    gpt,
+    lowformer,
+    mamba,
+    nextvit,
+    transformers_clip,
+    transformers_vit,
+    vit,
+)
 from effjax.interop.family import Family
 
 FAMILIES: dict[str, Family] = {
-    **{f"timm:{name}": family for name, family in vit.TIMM.items()},
+    **{
+        f"timm:{name}": family for module in (lowformer, nextvit, vit) for name, family in module.TIMM.items()
+    },
     **{
         f"transformers:{name}": family
         for module in (decoder, gpt, mamba, transformers_clip, transformers_vit)
