@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 Map = Float[Array, "b h w c"]
-Kernel = Float[Array, "u v c o"]
+Result = Float[Array, "b h2 w2 o"]
+Kernel = Float[Array, "u v i o"]
 
 
-def grouped_conv(x: Map, kernel: Kernel, stride: int, padding: int, groups: int) -> Map:
+def grouped_conv(x: Map, kernel: Kernel, stride: int, padding: int, groups: int) -> Result:
     """Convolves each group of channels with its own kernels.
 
     Args:
@@ -32,20 +33,22 @@ def grouped_conv(x: Map, kernel: Kernel, stride: int, padding: int, groups: int)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _grouped(x: Map, kernel: Kernel, stride: int, padding: int, groups: int) -> Map:
+def _grouped(x: Map, kernel: Kernel, stride: int, padding: int, groups: int) -> Result:
     options: dict[str, Any] = dict(stride=stride, padding=padding, groups=groups)
     cpu, default = functools.partial(apart, **options), functools.partial(together, **options)
     return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=default)
 
 
-def _forward(x: Map, kernel: Kernel, *options: int) -> tuple[Map, tuple[Map, Kernel]]:
+def _forward(x: Map, kernel: Kernel, *options: int) -> tuple[Result, tuple[Map, Kernel]]:
     return _grouped(x, kernel, *options), (x, kernel)
 
 
-def _backward(stride: int, padding: int, groups: int, kept: tuple[Map, Kernel], g: Map) -> tuple[Map, Kernel]:
+def _backward(
+    stride: int, padding: int, groups: int, kept: tuple[Map, Kernel], g: Result
+) -> tuple[Map, Kernel]:
     options: dict[str, Any] = dict(stride=stride, padding=padding, groups=groups)
 
-    def pull(how: Any, x: Map, kernel: Kernel, g: Map) -> tuple[Map, Kernel]:
+    def pull(how: Any, x: Map, kernel: Kernel, g: Result) -> tuple[Map, Kernel]:
         return jax.vjp(functools.partial(how, **options), x, kernel)[1](g)
 
     cpu, default = functools.partial(pull, apart), functools.partial(pull, together)
@@ -55,7 +58,7 @@ def _backward(stride: int, padding: int, groups: int, kept: tuple[Map, Kernel], 
 _grouped.defvjp(_forward, _backward)
 
 
-def together(x: Map, kernel: Kernel, *, stride: int, padding: int, groups: int) -> Map:
+def together(x: Map, kernel: Kernel, *, stride: int, padding: int, groups: int) -> Result:
     """The sum as XLA's grouped convolution."""
     return jax.lax.conv_general_dilated(
         x,
@@ -67,7 +70,7 @@ def together(x: Map, kernel: Kernel, *, stride: int, padding: int, groups: int) 
     )
 
 
-def apart(x: Map, kernel: Kernel, *, stride: int, padding: int, groups: int) -> Map:
+def apart(x: Map, kernel: Kernel, *, stride: int, padding: int, groups: int) -> Result:
     """The sum as one dense convolution a group."""
     pairs = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
     return jnp.concatenate([together(a, k, stride=stride, padding=padding, groups=1) for a, k in pairs], -1)

@@ -15,13 +15,13 @@ _LOW = dict(
     downsample_expand_ratios=[3.0, 2.0, 2.0, 3.0],
 )
 _NEXT = dict(
-    depths=[1, 3, 10],
-    stem_chs=[6, 4, 8],
-    stage_chs=[[8, 8], [8, 48], [8, 48]],
+    depths=[1, 2, 5],
+    stem_chs=[4, 4, 6],
+    stage_chs=[[8, 8], [8, 40], [8, 40]],
     strides=[1, 2, 2],
     sr_ratios=[4, 2, 1],
     mix_block_ratio=0.5,
-    head_dim=8,
+    head_dim=4,
     num_classes=5,
     drop_path_rate=0.0,
 )
@@ -57,7 +57,7 @@ class ToyNextViT(NextViT):
         self.grad_checkpointing = False
 
 
-def _low(changes, side=64, **options):
+def _low(changes, side=32, **options):
     config = {**_LOW, **changes}
     return Case(
         "timm:lowformer_b1",
@@ -69,7 +69,7 @@ def _low(changes, side=64, **options):
     )
 
 
-def _next(changes, side=64, **options):
+def _next(changes, side=24, **options):
     config = {**_NEXT, **changes}
     return Case(
         "timm:nextvit_small", config, lambda: ToyNextViT(config), images(side), channels_first, **options
@@ -82,7 +82,7 @@ def _published(name, side=224):
 
 CASES = {
     "timm_lowformer": _low({}, gradient=True, fixture=True),
-    "timm_lowformer_odd": _low({}, side=75),
+    "timm_lowformer_odd": _low({}, side=45),
     "timm_lowformer_unfused": _low(dict(fused_conv=False), fixture=True),
     "timm_lowformer_wide": _low(dict(width_list=[4, 6, 8, 64, 256], depth_list=[0, 1, 1, 1, 1])),
     "timm_lowformer_no_attention": _low(dict(attn=False, attn_mlp=False)),
@@ -93,7 +93,7 @@ CASES = {
     "timm_lowformer_e3": _published("lowformer_e3"),
     "timm_nextvit_deep": _next(dict(depths=[1, 3, 20])),
     "timm_nextvit": _next({}, gradient=True, fixture=True),
-    "timm_nextvit_odd": _next({}, side=75),
+    "timm_nextvit_odd": _next(dict(depths=[2, 3, 15]), side=45),
     "timm_nextvit_small": _published("nextvit_small"),
     "timm_nextvit_base": _published("nextvit_base", side=200),
 }
