@@ -29,7 +29,7 @@ class RelativeTable(nn.Module):
         init = named(truncated_normal(0.02), (None, "heads"))
         rows = (2 * span[0] - 1) * (2 * span[1] - 1)
         table = self.param("table", init, (rows, heads), jnp.float32)
-        return at_offsets(table, window, span)
+        return at_offsets(jnp.asarray(table), window, span)
 
 
 class LogSpacedContinuous(nn.Module):
