@@ -5,6 +5,7 @@ checkpoints that authors publish beside their papers.
 """
 
 from effjax.interop.families import (
+    cswin,
     decoder,
     dit,
     gpt,
@@ -25,5 +26,5 @@ FAMILIES: dict[str, Family] = {
         for name, family in module.TRANSFORMERS.items()
     },
     **{f"diffusers:{name}": family for name, family in dit.DIFFUSERS.items()},
-    **{f"official:{name}": family for name, family in dit.OFFICIAL.items()},
+    **{f"official:{name}": family for module in (cswin, dit) for name, family in module.OFFICIAL.items()},
 }
