@@ -54,6 +54,11 @@ def parts(module: nn.Module) -> tuple[nn.Module, Fold]:
     return (module.clone(**changed) if changed else module), at(folds)
 
 
+def unchanged(variables: Variables) -> Variables:
+    """The fold of a module that is already in its form for use."""
+    return variables
+
+
 def at(folds: Mapping[str, Fold]) -> Fold:
     """The function that changes the variables of the children named, and leaves all others as they are."""
 

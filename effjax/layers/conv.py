@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from effjax.compress import fold
+from effjax.compress.merge import Fold, Variables, unchanged
 from effjax.errors import UsageError
 from effjax.ffn.activations import activation
 from effjax.layers.dense import Dense, named, zeros
@@ -84,6 +86,7 @@ class ConvNorm(nn.Module):
       norm: a kind in `effjax.layers.norms`; None leaves it out.
       epsilon: of the norm.
       activation: a name in `effjax.ffn.activations`; None leaves it out.
+      scale: initial value of the norm's scale; zero at the end of a residual branch begins with identity.
     """
 
     features: int | None = None
@@ -95,6 +98,7 @@ class ConvNorm(nn.Module):
     norm: NormKind | None = "batch"
     epsilon: float = 1e-5
     activation: str | None = None
+    scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool = False) -> Float[Array, "b h2 w2 o"]:
@@ -112,5 +116,18 @@ class ConvNorm(nn.Module):
             conv = Conv(features, self.kernel, self.stride, self.padding, use_bias=self.use_bias, name="conv")
         x = conv(x)  # [B, H', W', O]
         if self.norm is not None:
-            x = norm(self.norm, self.epsilon, "norm", train=train)(x)
+            x = norm(self.norm, self.epsilon, "norm", train=train, scale=self.scale)(x)
         return x if self.activation is None else activation(self.activation)(x)
+
+    @nn.nowrap
+    def merge(self) -> tuple["ConvNorm", Fold]:
+        """A batch norm becomes part of the convolution."""
+        if self.norm != "batch":
+            return self, unchanged
+
+        def folded(variables: Variables) -> Variables:
+            params = variables["params"]
+            affine = fold.batch_norm(params["norm"], variables["batch_stats"]["norm"], self.epsilon)
+            return {"params": {"conv": fold.affine_behind(params["conv"], affine)}}
+
+        return self.clone(norm=None, use_bias=True), folded

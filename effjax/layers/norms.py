@@ -19,15 +19,19 @@ from jaxtyping import Array, Float
 
 from effjax.layers.dense import named, zeros
 
-_ones = nn.initializers.ones_init()
-
 NormKind = Literal[
     "rms", "rms_offset", "layer", "layer_no_bias", "layer_plain", "layer_offset", "group", "batch"
 ]
 
 
 def norm(
-    kind: NormKind, epsilon: float, name: str, reduced: int = 1, scaled: int = 1, train: bool = False
+    kind: NormKind,
+    epsilon: float,
+    name: str,
+    reduced: int = 1,
+    scaled: int = 1,
+    train: bool = False,
+    scale: float = 1.0,
 ) -> nn.Module:
     """A norm by its kind.
 
@@ -41,9 +45,11 @@ def norm(
       scaled: how many trailing axes scale and bias span.
       train: whether a batch norm takes mean and variance from the batch, and moves its running averages
         towards them by a tenth. Under `jit` the batch is the whole batch, over all devices.
+      scale: initial value of the scale, of the kinds that are no offset.
     """
+    scale_init = nn.initializers.constant(scale)
     if kind in ("batch", "group"):
-        affine = dict(scale_init=named(_ones, ("norm",)), bias_init=named(zeros, ("norm",)))
+        affine = dict(scale_init=named(scale_init, ("norm",)), bias_init=named(zeros, ("norm",)))
         common: dict[str, Any] = dict(epsilon=epsilon, name=name, **affine)
         return (
             nn.BatchNorm(not train, momentum=0.9, **common) if kind == "batch" else nn.GroupNorm(1, **common)
@@ -54,7 +60,7 @@ def norm(
     options: dict[str, Any] = dict(
         epsilon=epsilon,
         use_scale=kind != "layer_plain",
-        scale_init=named(_ones, axes),
+        scale_init=named(scale_init, axes),
         reduction_axes=tuple(range(-reduced, 0)),
         feature_axes=tuple(range(-scaled, 0)),
         name=name,

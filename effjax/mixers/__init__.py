@@ -2,6 +2,12 @@
 
 from effjax.mixers.attention import Attention
 from effjax.mixers.mamba import Mamba
+from effjax.mixers.reparam_depthwise import ReparamDepthwise
 from effjax.mixers.shifted_window import ShiftedWindow
 
-KINDS = {"attention": Attention, "mamba": Mamba, "shifted_window": ShiftedWindow}
+KINDS = {
+    "attention": Attention,
+    "mamba": Mamba,
+    "reparam_depthwise": ReparamDepthwise,
+    "shifted_window": ShiftedWindow,
+}
