@@ -71,26 +71,24 @@ VARIANTS = (
 
 def get_config(variant: str = "digits") -> ConfigDict:
     """Returns the config of a variant."""
-    variant, _, merged = variant.partition("-merged")
-    form = dict(merged=bool(merged))
+    variant, merged, _ = variant.partition("-merged")
     if variant in ("smoke", "digits"):
         smoke = variant == "smoke"
-        width, depths = (16, (1, 2)) if smoke else (32, (1, 5))
-        kernels = ((3,), (7, 3))
-        model = unireplknet(width, depths, kernels, classes=10, small_pictures=True, **form)
+        toy_width, toy_depths = (16, (1, 2)) if smoke else (32, (1, 5))
+        model = unireplknet(
+            toy_width, toy_depths, ((3,), (7, 3)), classes=10, small_pictures=True, merged=bool(merged)
+        )
         return digits(model, smoke=smoke)
     size, _, what = variant.partition("-")
     width, depths = SIZES[size]
     kernels = (3,), (13,), TURNS[depths[2]], (13,)
     if what == "22k":
         side, drop_path, batch_size, lr = RECIPES_22K[size]
-        model = unireplknet(width, depths, kernels, classes=21_841, drop_path=drop_path, **form)
-        return imagenet(
-            model, size=side, epochs=90, batch_size=batch_size, lr=lr, ema=None, dataset="22k"
-        )
+        model = unireplknet(width, depths, kernels, classes=21_841, drop_path=drop_path, merged=bool(merged))
+        return imagenet(model, size=side, epochs=90, batch_size=batch_size, lr=lr, ema=None, dataset="22k")
     if what == "384":
         drop_path, epochs, smoothing, ema = RECIPES_TUNED[size]
-        model = unireplknet(width, depths, kernels, classes=1000, drop_path=drop_path, **form)
+        model = unireplknet(width, depths, kernels, classes=1000, drop_path=drop_path, merged=bool(merged))
         config = imagenet(
             model, size=384, epochs=epochs, batch_size=512, lr=5e-5, weight_decay=1e-8, warmup="0%", ema=ema
         )
@@ -98,7 +96,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
         config.task.smoothing = smoothing
         return config
     drop_path, mixup, cutmix = RECIPES[size]
-    model = unireplknet(width, depths, kernels, classes=1000, drop_path=drop_path, **form)
+    model = unireplknet(width, depths, kernels, classes=1000, drop_path=drop_path, merged=bool(merged))
     config = imagenet(model, batch_size=4096, lr=4e-3, warmup="20 epochs", ema=None)
     config.task.mixing.mixup, config.task.mixing.cutmix = mixup, cutmix
     return config
@@ -126,9 +124,7 @@ def unireplknet(
 
     return dict(
         kind="pyramid",
-        stem=dict(
-            kind="convs", layers=(begin | dict(features=width // 2, activation="gelu"), begin)
-        ),
+        stem=dict(kind="convs", layers=(begin | dict(features=width // 2, activation="gelu"), begin)),
         stages=tuple(
             stage
             | dict(blocks=tuple(map(block, turn)))

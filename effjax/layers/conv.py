@@ -87,6 +87,7 @@ class ConvNorm(nn.Module):
       epsilon: of the norm.
       activation: a name in `effjax.ffn.activations`; None leaves it out.
       scale: initial value of the norm's scale; zero at the end of a residual branch begins with identity.
+      merged: whether a batch norm is part of the convolution, which then has a bias.
     """
 
     features: int | None = None
@@ -99,6 +100,14 @@ class ConvNorm(nn.Module):
     epsilon: float = 1e-5
     activation: str | None = None
     scale: float = 1.0
+    merged: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.merged and self.norm != "batch":
+            raise UsageError(
+                f"norm={self.norm!r} cannot be part of a convolution: only 'batch' can be merged."
+            )
 
     @nn.compact
     def __call__(
@@ -106,25 +115,26 @@ class ConvNorm(nn.Module):
     ) -> Float[Array, "b h2 w2 o"]:
         """Convolves, normalises and bends the maps; `features` serves where the field says none."""
         features = self.features or features or x.shape[-1]
+        use_bias = self.use_bias or self.merged
         if self.depthwise:
             if features != x.shape[-1]:
                 raise UsageError(f"a depthwise convolution keeps {x.shape[-1]} channels, not {features}.")
             conv: nn.Module = DepthwiseConv(
-                self.kernel, self.stride, padding=self.padding, use_bias=self.use_bias, name="conv"
+                self.kernel, self.stride, padding=self.padding, use_bias=use_bias, name="conv"
             )
         elif self.kernel == self.stride == 1:
-            conv = Dense(features, (None, "embed"), use_bias=self.use_bias, name="conv")
+            conv = Dense(features, (None, "embed"), use_bias=use_bias, name="conv")
         else:
-            conv = Conv(features, self.kernel, self.stride, self.padding, use_bias=self.use_bias, name="conv")
+            conv = Conv(features, self.kernel, self.stride, self.padding, use_bias=use_bias, name="conv")
         x = conv(x)  # [B, H', W', O]
-        if self.norm is not None:
+        if self.norm is not None and not self.merged:
             x = norm(self.norm, self.epsilon, "norm", train=train, scale=self.scale)(x)
         return x if self.activation is None else activation(self.activation)(x)
 
     @nn.nowrap
     def merge(self) -> tuple["ConvNorm", Fold]:
         """A batch norm becomes part of the convolution."""
-        if self.norm != "batch":
+        if self.norm != "batch" or self.merged:
             return self, unchanged
 
         def folded(variables: Variables) -> Variables:
@@ -132,4 +142,4 @@ class ConvNorm(nn.Module):
             affine = fold.batch_norm(params["norm"], variables["batch_stats"]["norm"], self.epsilon)
             return {"params": {"conv": fold.affine_behind(params["conv"], affine)}}
 
-        return self.clone(norm=None, use_bias=True), folded
+        return self.clone(merged=True), folded

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from effjax.layers.dense import named, truncated_normal
+from effjax.layers.dense import named, truncated_normal, zeros
 from effjax.mixers.windows import Window, offsets
 
 
@@ -30,4 +30,18 @@ class RelativeTable(nn.Module):
         return jnp.moveaxis(table[index], -1, 0)  # [H, places, places]
 
 
-KINDS = {"relative_table": RelativeTable}
+class DistanceTable(nn.Module):
+    """B_qk = table[|row_q - row_k|, |column_q - column_k|], a learned value a head that begins at zero.
+
+    Source: LeViT, Graham et al. 2021, section 4.2, figure 4; M^2 rows for maps of at most M x M.
+    """
+
+    @nn.compact
+    def __call__(self, window: Window, span: int, heads: int) -> Float[Array, "h places places"]:
+        """Reads the table at every pair of places."""
+        table = self.param("table", named(zeros, (None, "heads")), (span**2, heads), jnp.float32)
+        row, column = abs(offsets(window)[..., 0]), abs(offsets(window)[..., 1])
+        return jnp.moveaxis(table[row * span + column], -1, 0)  # [H, places, places]
+
+
+KINDS = {"distance_table": DistanceTable, "relative_table": RelativeTable}
