@@ -65,7 +65,7 @@ def lsnet(
 
     def blocks(last: bool) -> tuple[dict, ...]:
         return (
-            dict(kind="lean", mixer=fixed, ffn=ffn, residual=False, reduction=4),
+            dict(kind="lean", mixer=fixed, ffn=ffn, residual=False, squeeze=0.25),
             dict(kind="lean", mixer=attention if last else dynamic, ffn=ffn),
         )
 

@@ -33,7 +33,9 @@ class NormedMLP(nn.Module):
         width = x.shape[-1]
         form = dict[str, Any](epsilon=self.epsilon, merged=self.merged)
         expand = ConvNorm(round(width * self.ratio), 1, activation=self.activation, name="expand", **form)
-        return ConvNorm(width, 1, scale=0.0, name="contract", **form)(expand(x, train), train)  # [B, H, W, C]
+        return ConvNorm(width, 1, initial=0.0, name="contract", **form)(
+            expand(x, train), train
+        )  # [B, H, W, C]
 
     @nn.nowrap
     def merge(self) -> tuple["NormedMLP", Fold]:

@@ -86,7 +86,7 @@ class ConvNorm(nn.Module):
       norm: a kind in `effjax.layers.norms`; None leaves it out.
       epsilon: of the norm.
       activation: a name in `effjax.ffn.activations`; None leaves it out.
-      scale: initial value of the norm's scale; zero at the end of a residual branch begins with identity.
+      initial: what the norm's scale starts at; from zero a residual branch begins as identity.
       merged: whether a batch norm is part of the convolution, which then has a bias.
     """
 
@@ -99,7 +99,7 @@ class ConvNorm(nn.Module):
     norm: NormKind | None = "batch"
     epsilon: float = 1e-5
     activation: str | None = None
-    scale: float = 1.0
+    initial: float = 1.0
     merged: bool = False
 
     def __post_init__(self) -> None:
@@ -128,7 +128,7 @@ class ConvNorm(nn.Module):
             conv = Conv(features, self.kernel, self.stride, self.padding, use_bias=use_bias, name="conv")
         x = conv(x)  # [B, H', W', O]
         if self.norm is not None and not self.merged:
-            x = norm(self.norm, self.epsilon, "norm", train=train, scale=self.scale)(x)
+            x = norm(self.norm, self.epsilon, "norm", train=train, initial=self.initial)(x)
         return x if self.activation is None else activation(self.activation)(x)
 
     @nn.nowrap

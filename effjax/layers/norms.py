@@ -31,7 +31,7 @@ def norm(
     reduced: int = 1,
     scaled: int = 1,
     train: bool = False,
-    scale: float = 1.0,
+    initial: float = 1.0,
 ) -> nn.Module:
     """A norm by its kind.
 
@@ -45,11 +45,11 @@ def norm(
       scaled: how many trailing axes scale and bias span.
       train: whether a batch norm takes mean and variance from the batch, and moves its running averages
         towards them by a tenth. Under `jit` the batch is the whole batch, over all devices.
-      scale: initial value of the scale, of the kinds that are no offset.
+      initial: what the scale starts at; the `offset` kinds know only one.
     """
-    scale_init = nn.initializers.constant(scale)
+    filled = nn.initializers.constant(initial)
     if kind in ("batch", "group"):
-        affine = dict(scale_init=named(scale_init, ("norm",)), bias_init=named(zeros, ("norm",)))
+        affine = dict(scale_init=named(filled, ("norm",)), bias_init=named(zeros, ("norm",)))
         common: dict[str, Any] = dict(epsilon=epsilon, name=name, **affine)
         return (
             nn.BatchNorm(not train, momentum=0.9, **common) if kind == "batch" else nn.GroupNorm(1, **common)
@@ -60,7 +60,7 @@ def norm(
     options: dict[str, Any] = dict(
         epsilon=epsilon,
         use_scale=kind != "layer_plain",
-        scale_init=named(scale_init, axes),
+        scale_init=named(filled, axes),
         reduction_axes=tuple(range(-reduced, 0)),
         feature_axes=tuple(range(-scaled, 0)),
         name=name,

@@ -72,7 +72,7 @@ class ConvQueryAttention(nn.Module):
         bias = self.bias((height, width), self.side, self.heads)  # [h, N, N]
         weights = jax.nn.softmax(logits + bias.astype(jnp.float32)[None], axis=-1).astype(v.dtype)
         y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)  # [B, H, W, C]
-        return ConvNorm(channels, 1, scale=0.0, name="output", **form)(jax.nn.relu(y), train)
+        return ConvNorm(channels, 1, initial=0.0, name="output", **form)(jax.nn.relu(y), train)
 
     @nn.nowrap
     def merge(self) -> tuple["ConvQueryAttention", Fold]:

@@ -118,7 +118,7 @@ class Stage(nn.Module):
             folds["stack"] = jax.vmap(plan(cycle)[1])
             planned = [plan(block) for block in self.blocks]
             changed["blocks"] = tuple(definition for definition, _ in planned)
-            folds |= {f"rest_{i}": fold for i, (_, fold) in enumerate(planned)}
+            folds |= {f"rest_{i}": jax.vmap(fold) for i, (_, fold) in enumerate(planned)}
         return self.clone(**changed), at(folds)
 
 

@@ -19,8 +19,9 @@ from effjax.compress.merge import Fold, Variables, at, plan, unchanged
 from effjax.layers.axes import constrain
 from effjax.layers.dense import Dense, named
 from effjax.layers.drop import drop_path
-from effjax.layers.gates import GlobalResponseNorm, SqueezeExcite
 from effjax.layers.norms import norm
+from effjax.layers.response_norm import GlobalResponseNorm
+from effjax.layers.squeeze_excite import SqueezeExcite
 from effjax.mixers.context import Context
 from effjax.mixers.reparam_depthwise import ReparamDepthwise
 
@@ -31,7 +32,7 @@ class LargeKernel(nn.Module):
     Attributes:
       mixer: the depthwise convolution.
       ratio: expansion of the FFN.
-      reduction: of squeeze and excite.
+      squeeze: channels inside squeeze and excite, as a share of all.
       layer_scale: initial value of the channel scales; None leaves them out.
       epsilon: of the batch norms.
       merged: whether this is the form for use; then `mixer` is merged too.
@@ -39,7 +40,7 @@ class LargeKernel(nn.Module):
 
     mixer: ReparamDepthwise
     ratio: float = 4.0
-    reduction: int = 4
+    squeeze: float = 0.25
     layer_scale: float | None = 1e-6
     epsilon: float = 1e-5
     merged: bool = False
@@ -53,7 +54,7 @@ class LargeKernel(nn.Module):
         h = self.mixer(x, context, train=train)  # [B, H, W, C]
         if not self.merged:
             h = norm("batch", self.epsilon, "mixer_norm", train=train)(h)
-        h = SqueezeExcite(self.reduction, name="gate")(h)  # [B, H, W, C]
+        h = SqueezeExcite(self.squeeze, name="gate")(h)  # [B, H, W, C]
         h = Dense(round(channels * self.ratio), ("embed", "mlp"), name="expand")(h)  # [B, H, W, F]
         h = constrain(jax.nn.gelu(h, approximate=False), "mlp")
         h = GlobalResponseNorm(use_bias=not self.merged, name="response")(h)  # [B, H, W, F]

@@ -16,7 +16,7 @@ from effjax import ffn, mixers
 from effjax.config import part
 from effjax.layers.axes import constrain
 from effjax.layers.drop import drop_path
-from effjax.layers.gates import SqueezeExcite
+from effjax.layers.squeeze_excite import SqueezeExcite
 from effjax.mixers.context import Context
 
 
@@ -27,13 +27,13 @@ class Lean(nn.Module):
       mixer: how places mix.
       ffn: how channels mix.
       residual: whether the map is added to what the mixer makes of it.
-      reduction: of squeeze and excite behind the mixer; None leaves it out.
+      squeeze: channels inside squeeze and excite behind the mixer, as a share of all; None leaves it out.
     """
 
     mixer: nn.Module = part(mixers.KINDS)
     ffn: nn.Module = part(ffn.KINDS)
     residual: bool = True
-    reduction: int | None = None
+    squeeze: float | None = None
 
     @nn.compact
     def __call__(
@@ -42,8 +42,8 @@ class Lean(nn.Module):
         """Returns `(x, None)`; `drop_rate` is this layer's stochastic depth."""
         h = self.mixer(x, context, train=train)  # [B, H, W, C]
         x = x + self._drop(h, drop_rate, train) if self.residual else h
-        if self.reduction is not None:
-            x = SqueezeExcite(self.reduction, name="gate")(x)  # [B, H, W, C]
+        if self.squeeze is not None:
+            x = SqueezeExcite(self.squeeze, name="gate")(x)  # [B, H, W, C]
         x = x + self._drop(self.ffn(x, train=train), drop_rate, train)  # [B, H, W, C]
         return constrain(x), None
 

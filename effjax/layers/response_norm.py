@@ -1,38 +1,21 @@
-"""What a whole map says about its channels.
+"""Global response normalisation: channels compete by how strongly they answer to the map as a whole.
 
-squeeze and excite  y = x * sigmoid(relu(mean(x) W_1 + b_1) W_2 + b_2)        Hu et al. 2018, eqs. 2 to 4
-global response     y = gamma * x * n + beta + x,                             Woo et al. 2023, eqs. 1 to 3
-                    n_c = |x_c| / (mean_c |x_c| + epsilon),  |x_c| the Euclidean norm over all places
+    y = gamma * x * n + beta + x,  n_c = |x_c| / (mean_c |x_c| + epsilon)
+
+with |x_c| the Euclidean norm of channel c over all places.
+
+Source: ConvNeXt V2, Woo et al. 2023, section 3.2, equations 1 to 3 and algorithm 1.
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from effjax.layers.dense import Dense, named, zeros
-
-
-class SqueezeExcite(nn.Module):
-    """A factor in (0, 1) a channel, from the mean over the map.
-
-    Attributes:
-      reduction: how many times fewer channels the hidden layer has.
-    """
-
-    reduction: int = 4
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Scales every channel."""
-        hidden = max(x.shape[-1] // self.reduction, 1)
-        mean = jnp.mean(x, (1, 2), keepdims=True)  # [B, 1, 1, C]
-        h = jax.nn.relu(Dense(hidden, ("embed", None), name="squeeze")(mean))  # [B, 1, 1, C / r]
-        return x * jax.nn.sigmoid(Dense(x.shape[-1], (None, "embed"), name="excite")(h))  # [B, H, W, C]
+from effjax.layers.dense import named, zeros
 
 
 class GlobalResponseNorm(nn.Module):
-    """Channels compete by how strongly they answer to the map as a whole.
+    """A factor a channel, from all places and all channels.
 
     Attributes:
       use_bias: whether beta is added.
