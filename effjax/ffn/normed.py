@@ -17,7 +17,7 @@ class NormedMLP(nn.Module):
 
     Attributes:
       ratio: expansion.
-      activation: a name in `effjax.ffn.activations`.
+      activation: a name in `effjax.layers.activations`.
       epsilon: of the batch norms.
       merged: whether they are part of the layers.
     """

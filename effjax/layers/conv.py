@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from effjax.compress import fold
 from effjax.compress.merge import Fold, Variables, unchanged
 from effjax.errors import UsageError
-from effjax.ffn.activations import activation
+from effjax.layers.activations import activation
 from effjax.layers.dense import Dense, named, zeros
 from effjax.layers.depthwise import DepthwiseConv
 from effjax.layers.norms import NormKind, norm
@@ -85,7 +85,7 @@ class ConvNorm(nn.Module):
       use_bias: whether the convolution has a bias.
       norm: a kind in `effjax.layers.norms`; None leaves it out.
       epsilon: of the norm.
-      activation: a name in `effjax.ffn.activations`; None leaves it out.
+      activation: a name in `effjax.layers.activations`; None leaves it out.
       initial: what the norm's scale starts at; from zero a residual branch begins as identity.
       merged: whether a batch norm is part of the convolution, which then has a bias.
     """
