@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from effjax.compress import fold
+from effjax.compress.merge import Fold, Variables, unchanged
 from effjax.layers.dense import Dense, zeros
 from effjax.layers.norms import NormKind, norm
 
@@ -41,6 +43,27 @@ class Linear(nn.Module):
             return y
         other = self._project("distillation_norm", "distillation_classifier", pooled, classes, train)
         return (y + other) / 2
+
+    @nn.nowrap
+    def merge(self) -> tuple["Linear", Fold]:
+        """A batch norm on the pooled vector becomes part of the projection behind it."""
+        if self.norm != "batch" or self.place != "after_pool":
+            return self, unchanged
+        pairs = {"classifier": "norm"}
+        if self.distillation:
+            pairs["distillation_classifier"] = "distillation_norm"
+
+        def folded(variables: Variables) -> Variables:
+            params, statistics = variables["params"], variables["batch_stats"]
+            layers = {
+                layer: fold.affine_before(
+                    params[layer], fold.batch_norm(params[name], statistics[name], self.epsilon)
+                )
+                for layer, name in pairs.items()
+            }
+            return {"params": layers}
+
+        return self.clone(norm=None), folded
 
     @nn.nowrap
     def _norm(self, name: str, x: Float[Array, "b *places c"], train: bool) -> Float[Array, "b *places c"]:
