@@ -2,6 +2,7 @@
 
 from effjax.mixers.attention import Attention
 from effjax.mixers.depthwise import Depthwise
+from effjax.mixers.focal_modulation import FocalModulation
 from effjax.mixers.identity import Identity
 from effjax.mixers.mamba import Mamba
 from effjax.mixers.pooling import Pooling
@@ -11,6 +12,7 @@ from effjax.mixers.spatial import RandomMatrix, SpatialFC
 KINDS = {
     "attention": Attention,
     "depthwise": Depthwise,
+    "focal_modulation": FocalModulation,
     "identity": Identity,
     "mamba": Mamba,
     "pooling": Pooling,
