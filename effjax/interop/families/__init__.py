@@ -4,14 +4,30 @@
 checkpoints that authors publish beside their papers.
 """
 
-from effjax.interop.families import decoder, dit, gpt, mamba, transformers_clip, transformers_vit, vit
+from effjax.interop.families import (
+    decoder,
+    dit,
+    gpt,
+    mamba,
+    timm_convnext,
+    timm_focalnet,
+    timm_poolformer,
+    transformers_clip,
+    transformers_convolution,
+    transformers_vit,
+    vit,
+)
 from effjax.interop.family import Family
 
 FAMILIES: dict[str, Family] = {
-    **{f"timm:{name}": family for name, family in vit.TIMM.items()},
+    **{
+        f"timm:{name}": family
+        for module in (timm_convnext, timm_focalnet, timm_poolformer, vit)
+        for name, family in module.TIMM.items()
+    },
     **{
         f"transformers:{name}": family
-        for module in (decoder, gpt, mamba, transformers_clip, transformers_vit)
+        for module in (decoder, gpt, mamba, transformers_clip, transformers_convolution, transformers_vit)
         for name, family in module.TRANSFORMERS.items()
     },
     **{f"diffusers:{name}": family for name, family in dit.DIFFUSERS.items()},
