@@ -3,17 +3,28 @@
 from effjax.mixers.attention import Attention
 from effjax.mixers.conv_query import ConvQueryAttention
 from effjax.mixers.cross_shaped_window import CrossShapedWindow
+from effjax.mixers.depthwise import Depthwise
+from effjax.mixers.focal_modulation import FocalModulation
+from effjax.mixers.identity import Identity
 from effjax.mixers.large_small import LargeSmall
 from effjax.mixers.mamba import Mamba
+from effjax.mixers.pooling import Pooling
 from effjax.mixers.reparam_depthwise import ReparamDepthwise
 from effjax.mixers.shifted_window import ShiftedWindow
+from effjax.mixers.spatial import RandomMatrix, SpatialFC
 
 KINDS = {
     "attention": Attention,
     "conv_query": ConvQueryAttention,
     "cross_shaped_window": CrossShapedWindow,
+    "depthwise": Depthwise,
+    "focal_modulation": FocalModulation,
+    "identity": Identity,
     "large_small": LargeSmall,
     "mamba": Mamba,
+    "pooling": Pooling,
+    "random_matrix": RandomMatrix,
     "reparam_depthwise": ReparamDepthwise,
     "shifted_window": ShiftedWindow,
+    "spatial_fc": SpatialFC,
 }

@@ -3,6 +3,7 @@
 from typing import Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -20,6 +21,7 @@ class Linear(nn.Module):
       place: where the norm stands: at every place of the map, or on the pooled vector.
       epsilon: of the norm.
       pool: mean or largest value over the places.
+      hidden: width of a GELU layer in front of the classes; None leaves it out.
       distillation: whether a second norm and projection, taught by another network, is averaged with the
         first (Touvron et al. 2021).
     """
@@ -28,6 +30,7 @@ class Linear(nn.Module):
     place: Literal["before_pool", "after_pool"] = "before_pool"
     epsilon: float = 1e-6
     pool: Literal["mean", "max"] = "mean"
+    hidden: int | None = None
     distillation: bool = False
 
     @nn.compact
@@ -38,10 +41,12 @@ class Linear(nn.Module):
         if self.place == "before_pool":
             x = self._norm("norm", x, train)  # [B, H, W, C]
         pooled = jnp.mean(x, (1, 2)) if self.pool == "mean" else jnp.max(x, (1, 2))  # [B, C]
-        y = self._project("norm", "classifier", pooled, classes, train)  # [B, classes]
+        y = self._project("norm", "hidden", "classifier", pooled, classes, train)  # [B, classes]
         if not self.distillation or not classes:
             return y
-        other = self._project("distillation_norm", "distillation_classifier", pooled, classes, train)
+        other = self._project(
+            "distillation_norm", "distillation_hidden", "distillation_classifier", pooled, classes, train
+        )
         return (y + other) / 2
 
     @nn.nowrap
@@ -71,10 +76,12 @@ class Linear(nn.Module):
 
     @nn.nowrap
     def _project(
-        self, norm_name: str, name: str, x: Float[Array, "b c"], classes: int, train: bool
+        self, norm_name: str, hidden_name: str, name: str, x: Float[Array, "b c"], classes: int, train: bool
     ) -> Float[Array, "b classes"]:
         if self.place == "after_pool":
             x = self._norm(norm_name, x, train)
+        if self.hidden is not None:
+            x = jax.nn.gelu(Dense(self.hidden, ("embed", "mlp"), name=hidden_name)(x), approximate=False)
         if not classes:
             return x
         return Dense(classes, ("embed", "classes"), kernel_init=zeros, name=name)(x)
