@@ -97,7 +97,7 @@ class Stage(nn.Module):
             stack = Stack(Cycle(self.blocks), cycles, remat=remat, unroll=unroll, name="stack")
             x, _ = stack(x, context, each=each, train=train)
         for i in range(rest):
-            block = self.blocks[i].clone(parent=self, name=f"rest_{i}")
+            block = self.blocks[i].copy(parent=self, name=f"rest_{i}")  # its parts go with it
             x, _ = block(x, drop_rates[whole + i], context, train=train)
         return x
 
