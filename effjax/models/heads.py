@@ -3,11 +3,13 @@
 from typing import Literal
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from effjax.config import part
 from effjax.layers.dense import Dense, zeros
 from effjax.layers.norms import NormKind, norm
+from effjax.layers.pool import KINDS as POOLS
+from effjax.layers.pool import Plain, pooled
 
 
 class Linear(nn.Module):
@@ -17,7 +19,7 @@ class Linear(nn.Module):
       norm: a kind in `effjax.layers.norms`; None leaves it out.
       place: where the norm stands: at every place of the map, or on the pooled vector.
       epsilon: of the norm.
-      pool: mean or largest value over the places.
+      pool: mean or largest value over the places, or a kind in `effjax.layers.pool`.
       distillation: whether a second norm and projection, taught by another network, is averaged with the
         first (Touvron et al. 2021).
     """
@@ -25,7 +27,7 @@ class Linear(nn.Module):
     norm: NormKind | None = "layer"
     place: Literal["before_pool", "after_pool"] = "before_pool"
     epsilon: float = 1e-6
-    pool: Literal["mean", "max"] = "mean"
+    pool: Plain | nn.Module = part(POOLS, default="mean")
     distillation: bool = False
 
     @nn.compact
@@ -35,11 +37,11 @@ class Linear(nn.Module):
         """Returns logits, or pooled features where there are no classes."""
         if self.place == "before_pool":
             x = self._norm("norm", x, train)  # [B, H, W, C]
-        pooled = jnp.mean(x, (1, 2)) if self.pool == "mean" else jnp.max(x, (1, 2))  # [B, C]
-        y = self._project("norm", "classifier", pooled, classes, train)  # [B, classes]
+        vector = pooled(self.pool, x.reshape(x.shape[0], -1, x.shape[-1]), train, self)  # [B, C]
+        y = self._project("norm", "classifier", vector, classes, train)  # [B, classes]
         if not self.distillation or not classes:
             return y
-        other = self._project("distillation_norm", "distillation_classifier", pooled, classes, train)
+        other = self._project("distillation_norm", "distillation_classifier", vector, classes, train)
         return (y + other) / 2
 
     @nn.nowrap
