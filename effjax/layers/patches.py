@@ -51,7 +51,7 @@ class PatchEmbed(nn.Module):
     def __call__(self, images: Float[Array, "b height width c"]) -> Float[Array, "b h w dim"]:
         """Returns the grid of tokens."""
         stride = self.patch if self.stride is None else self.stride
-        if self.crop:
+        if self.crop and min(images.shape[1:3]) >= self.patch:
             h, w = (side - (side - self.patch) % stride for side in images.shape[1:3])
             images = images[:, :h, :w]
         if stride == self.patch:

@@ -5,8 +5,8 @@
     logits = norm(z_depth)[class] W_head                          Dosovitskiy et al. 2021, eqs. 1 to 4
 
 What later papers add: a class token in the middle (`class_place`) and patches that overlap (`stride`, both
-Zhu et al. 2024), norms around the patch projection (`pixel_norm`, `patch_norm`), a second class token and its head
-taught by another network, averaged with the first (`distillation`, Touvron et al. 2021), tokens that
+Zhu et al. 2024), norms around the patch projection (`pixel_norm`, `patch_norm`), a second class token whose
+head is taught by another network and averaged with the first (`distillation`, Touvron et al. 2021), tokens that
 nobody reads (`registers`, Darcet et al. 2024), a norm before the blocks (`pre_norm`, Radford et al. 2021),
 pools with parameters (`effjax.layers.pool`).
 
