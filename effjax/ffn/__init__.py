@@ -1,7 +1,8 @@
 """How channels mix. Each kind is a Linen module on `[..., C]`."""
 
 from effjax.ffn.gated import Gated
+from effjax.ffn.ista import ISTA
 from effjax.ffn.mixture import Mixture
 from effjax.ffn.mlp import MLP
 
-KINDS = {"mlp": MLP, "gated": Gated, "mixture": Mixture}
+KINDS = {"mlp": MLP, "gated": Gated, "mixture": Mixture, "ista": ISTA}

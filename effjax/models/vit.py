@@ -6,9 +6,9 @@
 
 What later papers add: a class token in the middle (`class_place`) and patches that overlap (`stride`, both
 Zhu et al. 2024), norms around the patch projection (`pixel_norm`, `patch_norm`), a second class token whose
-head is taught by another network and averaged with the first (`distillation`, Touvron et al. 2021), tokens that
-nobody reads (`registers`, Darcet et al. 2024), a norm before the blocks (`pre_norm`, Radford et al. 2021),
-pools with parameters (`effjax.layers.pool`).
+head is taught by another network and averaged with the first (`distillation`, Touvron et al. 2021), tokens
+that nobody reads (`registers`, Darcet et al. 2024), a norm before the blocks (`pre_norm`, Radford et al.
+2021), pools with parameters (`effjax.layers.pool`).
 
 Sources: "An Image is Worth 16x16 Words" (2021); DeiT's sizes and recipe, Touvron et al. 2021.
 """
