@@ -19,10 +19,10 @@ VARIANTS = ("smoke", "digits", "tiny", "small", "base", "large")
 
 # Width, depth and subspaces of the published sizes.
 SIZES = {
-    "tiny": dict(dim=384, depth=12, heads=6),
-    "small": dict(dim=576, depth=12, heads=12),
-    "base": dict(dim=768, depth=12, heads=12),
-    "large": dict(dim=1024, depth=24, heads=16),
+    "tiny": (384, 12, 6),
+    "small": (576, 12, 12),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
 }
 
 
@@ -30,12 +30,12 @@ def get_config(variant: str = "digits") -> ConfigDict:
     """Returns the config of a variant."""
     if variant in ("smoke", "digits"):
         smoke = variant == "smoke"
-        size = dict(dim=16, depth=2, heads=2) if smoke else dict(dim=96, depth=4, heads=6)
+        dim, depth, heads = (16, 2, 2) if smoke else (96, 4, 6)
         # A norm over the four pixels of a patch would leave nothing of how bright they are.
-        model = crate(**size, patch=2, classes=10, pixel_norm=smoke, pool="mean", unroll=size["depth"])
+        model = crate(dim, depth, heads, patch=2, classes=10, pixel_norm=smoke, pool="mean", unroll=depth)
         return digits(model, smoke=smoke)
     config = imagenet(
-        crate(**SIZES[variant], patch=16, classes=1000),
+        crate(*SIZES[variant], patch=16, classes=1000),
         epochs=150,
         batch_size=2048,
         lr=2.4e-4,
