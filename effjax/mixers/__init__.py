@@ -11,7 +11,10 @@ from effjax.mixers.mamba import Mamba
 from effjax.mixers.pooling import Pooling
 from effjax.mixers.reparam_depthwise import ReparamDepthwise
 from effjax.mixers.shifted_window import ShiftedWindow
+from effjax.mixers.simplified_linear import SimplifiedLinear
 from effjax.mixers.spatial import RandomMatrix, SpatialFC
+from effjax.mixers.subspace_attention import SubspaceAttention
+from effjax.mixers.vision_mamba import VisionMamba
 
 KINDS = {
     "attention": Attention,
@@ -26,5 +29,8 @@ KINDS = {
     "random_matrix": RandomMatrix,
     "reparam_depthwise": ReparamDepthwise,
     "shifted_window": ShiftedWindow,
+    "simplified_linear": SimplifiedLinear,
     "spatial_fc": SpatialFC,
+    "subspace_attention": SubspaceAttention,
+    "vision_mamba": VisionMamba,
 }

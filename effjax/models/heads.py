@@ -4,13 +4,15 @@ from typing import Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from effjax.compress import fold
 from effjax.compress.merge import Fold, Variables, unchanged
+from effjax.config import part
 from effjax.layers.dense import Dense, zeros
 from effjax.layers.norms import NormKind, norm
+from effjax.layers.pool import KINDS as POOLS
+from effjax.layers.pool import Plain, pooled
 
 
 class Linear(nn.Module):
@@ -20,7 +22,7 @@ class Linear(nn.Module):
       norm: a kind in `effjax.layers.norms`; None leaves it out.
       place: where the norm stands: at every place of the map, or on the pooled vector.
       epsilon: of the norm.
-      pool: mean or largest value over the places.
+      pool: mean or largest value over the places, or a kind in `effjax.layers.pool`.
       hidden: width of a GELU layer in front of the classes; None leaves it out.
       distillation: whether a second norm and projection, taught by another network, is averaged with the
         first (Touvron et al. 2021).
@@ -29,7 +31,7 @@ class Linear(nn.Module):
     norm: NormKind | None = "layer"
     place: Literal["before_pool", "after_pool"] = "before_pool"
     epsilon: float = 1e-6
-    pool: Literal["mean", "max"] = "mean"
+    pool: Plain | nn.Module = part(POOLS, default="mean")
     hidden: int | None = None
     distillation: bool = False
 
@@ -40,12 +42,12 @@ class Linear(nn.Module):
         """Returns logits, or pooled features where there are no classes."""
         if self.place == "before_pool":
             x = self._norm("norm", x, train)  # [B, H, W, C]
-        pooled = jnp.mean(x, (1, 2)) if self.pool == "mean" else jnp.max(x, (1, 2))  # [B, C]
-        y = self._project("norm", "hidden", "classifier", pooled, classes, train)  # [B, classes]
+        vector = pooled(self.pool, x.reshape(x.shape[0], -1, x.shape[-1]), train, self)  # [B, C]
+        y = self._project("norm", "hidden", "classifier", vector, classes, train)  # [B, classes]
         if not self.distillation or not classes:
             return y
         other = self._project(
-            "distillation_norm", "distillation_hidden", "distillation_classifier", pooled, classes, train
+            "distillation_norm", "distillation_hidden", "distillation_classifier", vector, classes, train
         )
         return (y + other) / 2
 
@@ -54,19 +56,21 @@ class Linear(nn.Module):
         """A batch norm on the pooled vector becomes part of the projection behind it."""
         if self.norm != "batch" or self.place != "after_pool":
             return self, unchanged
-        pairs = {"classifier": "norm"}
+        behind = "classifier" if self.hidden is None else "hidden"
+        pairs = {behind: "norm"}
         if self.distillation:
-            pairs["distillation_classifier"] = "distillation_norm"
+            pairs[f"distillation_{behind}"] = "distillation_norm"
 
         def folded(variables: Variables) -> Variables:
             params, statistics = variables["params"], variables["batch_stats"]
+            kept = {name: value for name, value in params.items() if name not in pairs.values()}
             layers = {
                 layer: fold.affine_before(
                     params[layer], fold.batch_norm(params[name], statistics[name], self.epsilon)
                 )
                 for layer, name in pairs.items()
             }
-            return {"params": layers}
+            return {"params": kept | layers}
 
         return self.clone(norm=None), folded
 
