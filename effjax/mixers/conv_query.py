@@ -69,7 +69,7 @@ class ConvQueryAttention(nn.Module):
         q = ConvNorm(keys, 3, depthwise=True, name="query", **form)(q, train)  # [B, H, W, K]
         q, k, v = (part.reshape(batch, height * width, self.heads, -1) for part in (q, k, v))  # [B, N, h, d]
         logits = jnp.einsum("bqhd,bkhd->bhqk", q * self.key_dim**-0.5, k, preferred_element_type=jnp.float32)
-        bias = self.bias((height, width), self.side, self.heads)  # [h, N, N]
+        bias = self.bias((height, width), (self.side, self.side), self.heads)  # [h, N, N]
         weights = jax.nn.softmax(logits + bias.astype(jnp.float32)[None], axis=-1).astype(v.dtype)
         y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)  # [B, H, W, C]
         return ConvNorm(channels, 1, initial=0.0, name="output", **form)(jax.nn.relu(y), train)

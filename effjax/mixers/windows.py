@@ -30,9 +30,26 @@ def reverse(x: Float[Array, "b windows places *rest"], grid: Window, window: Win
     )
 
 
-def fitted(window: int, grid: Window) -> Window:
+def sides(window: int | Window) -> Window:
+    """Height and width of a window that may be given by its side."""
+    return (window, window) if isinstance(window, int) else window
+
+
+def fitted(window: int | Window, grid: Window) -> Window:
     """The window on a map: not longer than its sides."""
-    return min(window, grid[0]), min(window, grid[1])
+    height, width = sides(window)
+    return min(height, grid[0]), min(width, grid[1])
+
+
+def tiled(x: Float[Array, "b h w c"], window: Window) -> Float[Array, "b h2 w2 c"]:
+    """Adds zeros below and to the right, up to where windows tile the map."""
+    below, right = -x.shape[1] % window[0], -x.shape[2] % window[1]
+    return jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0))) if below or right else x
+
+
+def rolled(x: Float[Array, "b h w c"], shift: Window) -> Float[Array, "b h w c"]:
+    """Moves the map down and to the right; what leaves it comes in on the other side."""
+    return jnp.roll(x, shift, (1, 2)) if any(shift) else x
 
 
 def shift_of(window: Window, grid: Window, shifted: bool) -> Window:
@@ -78,12 +95,15 @@ def window_attention(
       q: queries.
       k: keys.
       v: values.
-      scale: factor of the logits, or one a head.
+      scale: factor of the logits; one a head is applied in float32.
       bias: added to the logits of every window.
       allowed: which keys (last axis) a query sees.
     """
-    scaled = q * jnp.asarray(scale, q.dtype).reshape(1, 1, 1, -1, 1)
-    logits = jnp.einsum("bwqhd,bwkhd->bwhqk", scaled, k, preferred_element_type=jnp.float32)
+    if isinstance(scale, float):
+        q = q * scale
+    logits = jnp.einsum("bwqhd,bwkhd->bwhqk", q, k, preferred_element_type=jnp.float32)
+    if not isinstance(scale, float):
+        logits = logits * scale.astype(jnp.float32)[None, None, :, None, None]
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)[None, None]
     if allowed is not None:
