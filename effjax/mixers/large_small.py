@@ -12,6 +12,7 @@ Source: LSNet, Wang et al. 2025, section 3.2, equations 4 to 7.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -105,29 +106,61 @@ class GroupedNorm(nn.Module):
         return y.astype(w.dtype)
 
 
-@jax.checkpoint
+@jax.custom_vjp
 def aggregate(
     x: Float[Array, "b h w c"], weights: Float[Array, "b h w taps groups"]
 ) -> Float[Array, "b h w c"]:
     """A sum over the neighbours of each place with weights of its own.
 
-    As shifted multiply-adds: the neighbourhoods, `taps` times the size of the map, are never written, nor
-    kept for the gradient.
+    As shifted multiply-adds, in both directions: the neighbourhoods, `taps` times the size of the map, are
+    neither written nor kept for the gradient.
 
     Args:
       x: maps; zeros lie beyond the edges.
       weights: of the taps of a square kernel of odd side, row by row; channel c has those of group
         c mod groups.
     """
-    batch, height, width, channels = x.shape
     taps, groups = weights.shape[-2:]
+    shared = _shared(x, groups)  # [B, H, W, share, groups]
+    terms = (near * weights[:, :, :, tap, None] for tap, near in _neighbours(shared, taps))
+    return sum(terms, start=jnp.zeros((), x.dtype)).reshape(x.shape)
+
+
+def _forward(x: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
+    return aggregate(x, weights), (x, weights)
+
+
+def _backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, weights = kept
+    taps, groups = weights.shape[-2:]
+    g = _shared(gradient, groups)  # [B, H, W, share, groups]
+    shared = _shared(x, groups)
+    of_weights = [_sum(near * g) for _, near in _neighbours(shared, taps)]  # [B, H, W, groups] a tap
+    # What a place gave to its neighbour to the right comes back from there: the taps in reverse.
+    backward = zip(_neighbours(g, taps), _neighbours(weights, taps), strict=True)
+    of_x = (g_near * w_near[:, :, :, taps - 1 - tap, None] for (tap, g_near), (_, w_near) in backward)
+    total = sum(of_x, start=jnp.zeros((), x.dtype))
+    return total.reshape(x.shape), jnp.stack(of_weights, 3).astype(weights.dtype)
+
+
+aggregate.defvjp(_forward, _backward)
+
+
+def _shared(x: Float[Array, "b h w c"], groups: int) -> Float[Array, "b h w share groups"]:
+    """Channels by group, the groups last."""
+    return x.reshape(*x.shape[:3], x.shape[-1] // groups, groups)
+
+
+def _sum(x: Float[Array, "b h w share groups"]) -> Float[Array, "b h w groups"]:
+    """The sum over channels that share, term by term: as one reduction its input would be written first."""
+    return sum((x[:, :, :, i] for i in range(x.shape[3])), start=jnp.zeros((), x.dtype))
+
+
+def _neighbours(x: Float[Array, "b h w m n"], taps: int) -> Iterator[tuple[int, Float[Array, "b h w m n"]]]:
+    """The map as each tap of the kernel sees it."""
     side = math.isqrt(taps)
     around = (side // 2, side // 2)
-    padded = jnp.pad(x, ((0, 0), around, around, (0, 0)))
-    padded = padded.reshape(*padded.shape[:3], channels // groups, groups)  # [B, H + 2, W + 2, share, groups]
-    total = jnp.zeros((batch, height, width, channels // groups, groups), x.dtype)
+    padded = jnp.pad(x, ((0, 0), around, around, (0, 0), (0, 0)))
     for tap in range(taps):
         i, j = divmod(tap, side)
-        neighbour = padded[:, i : i + height, j : j + width]  # [B, H, W, share, groups]
-        total = total + neighbour * weights[:, :, :, tap, None]
-    return total.reshape(x.shape)
+        yield tap, padded[:, i : i + x.shape[1], j : j + x.shape[2]]

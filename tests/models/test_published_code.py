@@ -191,11 +191,11 @@ def test_logits_are_those_of_the_published_code(case):
 
 def test_the_merged_form_has_the_same_logits(case):
     make, model, variables, logits = case
-    merged, folded = merge(model, variables)
+    merged, folded = plan(model)[0], jax.jit(lambda variables: merge(model, variables)[1])(variables)
     assert merged == make(merged=True)
     assert distance(jax.jit(merged.apply)(folded, PICTURES), logits) < 1e-5
     shapes = meta.unbox(jax.eval_shape(lambda: merged.init(jax.random.key(0), PICTURES)))
     assert jax.tree.map(jnp.shape, folded) == jax.tree.map(lambda leaf: leaf.shape, shapes)
     again, fold = plan(merged)
     assert again == merged
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, fold(folded), folded))
+    assert all(map(np.array_equal, jax.tree.leaves(fold(folded)), jax.tree.leaves(folded)))
