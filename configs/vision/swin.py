@@ -16,6 +16,8 @@
     here; after 22k the paper reports 86.4% for base-384, 86.3% for large and 87.3% for large-384.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs.vision.recipes import digits, imagenet, stages
@@ -34,9 +36,8 @@ def get_config(variant: str = "digits") -> ConfigDict:
     """Returns the config of a variant."""
     if variant in ("smoke", "digits"):
         smoke = variant == "smoke"
-        width, depths = (16, (2, 2)) if smoke else (32, (2, 4))
-        model = swin(width, depths, window=4, patch=1, classes=10, head_dim=8, drop_path=0.0, unroll=2)
-        return digits(model, smoke=smoke)
+        toy: dict[str, Any] = dict(window=4, patch=1, classes=10, head_dim=8, drop_path=0.0, unroll=2)
+        return digits(swin(16, (2, 2), **toy) if smoke else swin(32, (2, 4), **toy), smoke=smoke)
     size, _, what = variant.partition("-")
     width, depths, drop_path = SIZES[size]
     if what == "22k":
@@ -46,8 +47,10 @@ def get_config(variant: str = "digits") -> ConfigDict:
         )
     if what == "384" or size == "large":
         model = swin(width, depths, window=12 if what else 7, classes=1000, drop_path=0.2)
-        finer = dict(epochs=30, lr=1e-5, weight_decay=1e-8, warmup="0%", clip=5.0, ema=None)
-        return imagenet(model, size=384 if what else 224, **finer)
+        pixels = 384 if what else 224
+        return imagenet(
+            model, size=pixels, epochs=30, lr=1e-5, weight_decay=1e-8, warmup="0%", clip=5.0, ema=None
+        )
     model = swin(width, depths, window=7, classes=1000, drop_path=drop_path)
     return imagenet(model, warmup="20 epochs", clip=5.0, ema=None)
 

@@ -75,7 +75,7 @@ class ConvNorm(nn.Module):
     """activation(norm(conv(x))).
 
     Attributes:
-      features: output channels; None keeps them.
+      features: output channels; None leaves them to the caller, or else keeps them.
       kernel: side of the kernel.
       stride: of the output places on the input.
       padding: zeros on each side; None is half of the kernel.
@@ -97,9 +97,11 @@ class ConvNorm(nn.Module):
     activation: str | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], train: bool = False) -> Float[Array, "b h2 w2 o"]:
-        """Convolves, normalises and bends the maps."""
-        features = self.features or x.shape[-1]
+    def __call__(
+        self, x: Float[Array, "b h w c"], train: bool = False, features: int | None = None
+    ) -> Float[Array, "b h2 w2 o"]:
+        """Convolves, normalises and bends the maps; `features` serves where the field says none."""
+        features = self.features or features or x.shape[-1]
         if self.depthwise:
             if features != x.shape[-1]:
                 raise UsageError(f"a depthwise convolution keeps {x.shape[-1]} channels, not {features}.")

@@ -21,6 +21,7 @@ from effjax.layers.dense import named, truncated_normal, zeros
 
 Edges = tuple[tuple[int, int], tuple[int, int]]
 Map = Float[Array, "b h w c"]
+Coarse = Float[Array, "b h2 w2 c"]
 Kernel = Float[Array, "u v c"]
 
 
@@ -56,26 +57,26 @@ def depthwise_conv(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _depthwise(x: Map, kernel: Kernel, stride: int, dilation: int, edges: Edges) -> Map:
+def _depthwise(x: Map, kernel: Kernel, stride: int, dilation: int, edges: Edges) -> Coarse:
     options: dict[str, Any] = dict(stride=stride, dilation=dilation, edges=edges)
     return _by_platform(functools.partial(shifted, **options), functools.partial(convolved, **options))(
         x, kernel
     )
 
 
-def _forward(x: Map, kernel: Kernel, *options: int | Edges) -> tuple[Map, tuple[Map, Kernel]]:
+def _forward(x: Map, kernel: Kernel, *options: int | Edges) -> tuple[Coarse, tuple[Map, Kernel]]:
     return _depthwise(x, kernel, *options), (x, kernel)
 
 
 def _backward(
-    stride: int, dilation: int, edges: Edges, kept: tuple[Map, Kernel], g: Map
+    stride: int, dilation: int, edges: Edges, kept: tuple[Map, Kernel], g: Coarse
 ) -> tuple[Map, Kernel]:
     options: dict[str, Any] = dict(stride=stride, dilation=dilation, edges=edges)
 
-    def transposed(x: Map, kernel: Kernel, g: Map) -> tuple[Map, Kernel]:
+    def transposed(x: Map, kernel: Kernel, g: Coarse) -> tuple[Map, Kernel]:
         return jax.vjp(functools.partial(convolved, **options), x, kernel)[1](g)
 
-    def by_shifts(x: Map, kernel: Kernel, g: Map) -> tuple[Map, Kernel]:
+    def by_shifts(x: Map, kernel: Kernel, g: Coarse) -> tuple[Map, Kernel]:
         return _input_gradient(x, kernel, g, **options), _kernel_gradient(x, kernel, g, **options)
 
     return _by_platform(by_shifts, transposed)(*kept, g)
@@ -88,7 +89,7 @@ def _by_platform(cpu: Callable[..., Any], default: Callable[..., Any]) -> Callab
     return functools.partial(jax.lax.platform_dependent, cpu=cpu, default=default)
 
 
-def convolved(x: Map, kernel: Kernel, *, stride: int, dilation: int, edges: Edges) -> Map:
+def convolved(x: Map, kernel: Kernel, *, stride: int, dilation: int, edges: Edges) -> Coarse:
     """The sum as XLA's grouped convolution."""
     return jax.lax.conv_general_dilated(
         x,
@@ -101,7 +102,7 @@ def convolved(x: Map, kernel: Kernel, *, stride: int, dilation: int, edges: Edge
     )
 
 
-def shifted(x: Map, kernel: Kernel, *, stride: int, dilation: int, edges: Edges) -> Map:
+def shifted(x: Map, kernel: Kernel, *, stride: int, dilation: int, edges: Edges) -> Coarse:
     """The sum as one multiply-add a tap of the kernel."""
     padded = jnp.pad(x, ((0, 0), *edges, (0, 0)))
     total = None
@@ -114,7 +115,7 @@ def shifted(x: Map, kernel: Kernel, *, stride: int, dilation: int, edges: Edges)
 
 def _windows(
     padded: Map, kernel: tuple[int, ...], stride: int, dilation: int
-) -> Iterator[tuple[int, int, Map]]:
+) -> Iterator[tuple[int, int, Coarse]]:
     """What each tap of the kernel sees."""
     rows, columns = (
         (n - dilation * (size - 1) - 1) // stride + 1
@@ -127,7 +128,7 @@ def _windows(
             yield u, v, padded[:, i : last[0] : stride, j : last[1] : stride]
 
 
-def _input_gradient(x: Map, kernel: Kernel, g: Map, *, stride: int, dilation: int, edges: Edges) -> Map:
+def _input_gradient(x: Map, kernel: Kernel, g: Coarse, *, stride: int, dilation: int, edges: Edges) -> Map:
     """The same sum with the kernel turned round, over the gradient with zeros between its places."""
     extents = [dilation * (size - 1) + 1 for size in kernel.shape[:2]]
     lengths = zip(x.shape[1:3], g.shape[1:3], extents, edges, strict=True)
@@ -140,7 +141,9 @@ def _input_gradient(x: Map, kernel: Kernel, g: Map, *, stride: int, dilation: in
     return shifted(wide, kernel[::-1, ::-1], stride=1, dilation=dilation, edges=((0, 0), (0, 0)))
 
 
-def _kernel_gradient(x: Map, kernel: Kernel, g: Map, *, stride: int, dilation: int, edges: Edges) -> Kernel:
+def _kernel_gradient(
+    x: Map, kernel: Kernel, g: Coarse, *, stride: int, dilation: int, edges: Edges
+) -> Kernel:
     """Example after example, so that the map stays in the cache while every tap goes over it."""
     padded = jnp.pad(x, ((0, 0), *edges, (0, 0)))
 
@@ -177,7 +180,7 @@ class DepthwiseConv(nn.Module):
         channels = x.shape[-1]
         init = named(truncated_normal((size[0] * size[1]) ** -0.5), (None, None, "embed"))
         kernel = self.param("kernel", init, (*size, channels), jnp.float32)
-        y = depthwise_conv(x, kernel, self.stride, self.dilation, self.padding)
+        y = depthwise_conv(x, jnp.asarray(kernel), self.stride, self.dilation, self.padding)
         if self.use_bias:
             bias = self.param("bias", named(zeros, ("embed",)), (channels,), jnp.float32)
             y = y + bias.astype(y.dtype)[None, None, None]

@@ -99,9 +99,8 @@ class Convs(nn.Module):
         """Convolves."""
         if self.norm is not None:
             x = norm(self.norm, self.epsilon, "norm", train=train)(x)
-        for i, layer in enumerate(self.layers):
-            features = layer.features or (x.shape[-1] if layer.depthwise else dim)
-            x = layer.clone(features=features, name=f"layers_{i}", parent=self)(x, train=train)
+        for layer in self.layers:
+            x = layer(x, train=train, features=None if layer.depthwise else dim)
         return x
 
 

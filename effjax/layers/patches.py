@@ -36,7 +36,7 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, images: Float[Array, "b height width c"]) -> Float[Array, "b h w dim"]:
         """Returns the grid of tokens."""
-        if self.crop:
+        if self.crop and min(images.shape[1:3]) >= self.patch:
             h, w = (side // self.patch * self.patch for side in images.shape[1:3])
             images = images[:, :h, :w]
         check_divides(images.shape[1], images.shape[2], self.patch)

@@ -97,8 +97,8 @@ class Stage(nn.Module):
             stack = Stack(Cycle(self.blocks), cycles, remat=remat, unroll=unroll, name="stack")
             x, _ = stack(x, context, each=each, train=train)
         for i in range(rest):
-            block = self.blocks[i].clone(parent=self, name=f"rest_{i}")
-            x, _ = block(x, drop_rates[whole + i], context, train=train)
+            stack = Stack(self.blocks[i], 1, remat=remat, name=f"rest_{i}")
+            x, _ = stack(x, context, each=drop_rates[whole + i : whole + i + 1], train=train)
         return x
 
 

@@ -89,3 +89,34 @@ def test_remat_saves_memory():
         return grad.lower(params).compile().memory_analysis().temp_size_in_bytes
 
     assert residuals("full") <= residuals("none")
+
+
+class Counting(nn.Module):
+    """Keeps a running mean of its input, and sows it."""
+
+    @nn.compact
+    def __call__(self, x, each, train=False):
+        mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:])
+        if train:
+            mean.value = 0.5 * mean.value + 0.5 * x.mean(0)
+        self.sow("intermediates", "seen", x)
+        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
+        return x * weight[None] - mean.value[None] + each, None
+
+
+@pytest.mark.parametrize("options", [{}, {"remat": "full"}, {"unroll": 4}])
+def test_other_variables_are_stacked_and_changed_layer_by_layer(options):
+    stack = Stack(Counting(), DEPTH, **options)
+    held = stack.init(jax.random.key(0), X, each=EACH)
+    assert held["batch_stats"]["mean"].shape == (DEPTH, 3)
+    np.testing.assert_array_equal(held["batch_stats"]["mean"], 0)  # making variables is no training step
+    (y, _), changed = stack.apply(held, X, each=EACH, train=True, mutable=["batch_stats", "intermediates"])
+    x, block = X, Counting()
+    for i in range(DEPTH):
+        layer = jax.tree.map(lambda leaf, i=i: leaf[i], held)
+        np.testing.assert_allclose(changed["intermediates"]["seen"][0][i], x, rtol=1e-6)
+        (x, _), one = block.apply(layer, x, EACH[i], train=True, mutable=["batch_stats"])
+        np.testing.assert_allclose(changed["batch_stats"]["mean"][i], one["batch_stats"]["mean"], rtol=1e-6)
+    np.testing.assert_allclose(y, x, rtol=1e-6)
+    after, _ = stack.apply({**held, **changed}, X, each=EACH)  # in evaluation what is kept is only read
+    np.testing.assert_allclose(after, y, rtol=1e-6)

@@ -14,8 +14,9 @@ FAMILIES = {
 
 
 def smoke(family, **changes):
-    """The smoke config of a family; `changes` are keys with `__` for dots: `train__steps="4 steps"`."""
-    config = importlib.import_module(FAMILIES[family]).get_config("smoke")
+    """The smoke config of a family, or of a module of configs; `changes` are keys with `__` for dots:
+    `train__steps="4 steps"`."""
+    config = importlib.import_module(FAMILIES.get(family, family)).get_config("smoke")
     config.unlock()
     for key, value in changes.items():
         *sections, last = key.split("__")

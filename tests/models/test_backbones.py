@@ -1,0 +1,114 @@
+"""What holds for every image classifier: the toy of each config, and what may be asked of it."""
+
+import functools
+import importlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import meta
+
+from effjax.errors import UsageError
+from effjax.experiment import resolve
+from effjax.models import Pyramid
+
+FOLDER = Path(__file__).parents[2] / "configs" / "vision"
+NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in ("__init__", "recipes"))
+IMAGES = jax.random.normal(jax.random.key(3), (4, 8, 8, 1))
+
+
+@functools.cache
+def model_of(name):
+    return resolve(importlib.import_module(f"configs.vision.{name}").get_config("smoke")).model
+
+
+@functools.cache
+def variables_of(name):
+    """Parameters away from their initial values, where scales and heads are often zero."""
+    held = meta.unbox(jax.jit(model_of(name).init)(jax.random.key(0), IMAGES))
+    leaves, tree = jax.tree.flatten(held["params"])
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [leaf + 0.1 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
+    return {**held, "params": jax.tree.unflatten(tree, moved)}
+
+
+@functools.cache
+def run(name):
+    return jax.jit(model_of(name).apply)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_stays_near_float32(name):
+    held = variables_of(name)
+    half = {**held, "params": jax.tree.map(lambda a: a.astype(jnp.bfloat16), held["params"])}
+    full = run(name)(
+        {**held, "params": jax.tree.map(lambda a: a.astype(jnp.float32), half["params"])}, IMAGES
+    )
+    low = run(name)(half, IMAGES.astype(jnp.bfloat16))
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_allclose(low.astype(jnp.float32), full, atol=2e-2 * float(jnp.abs(full).max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_reach_every_parameter_and_are_those_of_finite_differences(name):
+    model, held = model_of(name), variables_of(name)
+    others = {collection: held[collection] for collection in held if collection != "params"}
+    target = jax.random.normal(jax.random.key(5), (len(IMAGES), model.classes))
+
+    @jax.jit
+    def loss(params):
+        logits = model.apply({"params": params, **others}, IMAGES)
+        return -jnp.mean(jnp.sum(target * jax.nn.log_softmax(logits), axis=-1))
+
+    params = held["params"]
+    gradient = jax.jit(jax.grad(loss))(params)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
+    dead = [jax.tree_util.keystr(p) for p, g in jax.tree.leaves_with_path(gradient) if not jnp.any(g)]
+    assert dead == []
+    norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient)))
+    step = 1e-2 / float(norm)
+    ahead, behind = (
+        loss(jax.tree.map(lambda p, g, s=sign: p + s * step / norm * g, params, gradient)) for sign in (1, -1)
+    )
+    np.testing.assert_allclose((ahead - behind) / (2 * step), norm, rtol=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_examples_do_not_touch_each_other_in_evaluation(name):
+    held = variables_of(name)
+    one = jnp.concatenate([run(name)(held, IMAGES[i : i + 1]) for i in range(len(IMAGES))])
+    whole = run(name)(held, IMAGES)
+    np.testing.assert_allclose(one, whole, atol=1e-4 * float(jnp.abs(whole).max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_vmap_and_remat_change_nothing(name):
+    held = variables_of(name)
+    whole = run(name)(held, IMAGES)
+    mapped = jax.jit(jax.vmap(lambda image: model_of(name).apply(held, image[None])[0]))(IMAGES)
+    np.testing.assert_allclose(mapped, whole, atol=1e-4 * float(jnp.abs(whole).max()))
+    again = model_of(name).clone(remat="full")
+    np.testing.assert_allclose(
+        jax.jit(again.apply)(held, IMAGES), whole, atol=1e-4 * float(jnp.abs(whole).max())
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("sides", [(9, 7), (12, 8)])
+def test_another_size_of_picture(name, sides):
+    """A pyramid takes odd ones too; where a table of positions is made for one size, others are refused."""
+    images = jax.random.normal(jax.random.key(4), (2, *sides, 1))
+    if isinstance(model_of(name), Pyramid):
+        logits = run(name)(variables_of(name), images)
+        assert logits.shape == (2, 10)
+        assert bool(jnp.isfinite(logits).all())
+    else:
+        with pytest.raises(UsageError, match="resize"):
+            run(name)(variables_of(name), images)
