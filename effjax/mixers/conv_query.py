@@ -23,6 +23,7 @@ from effjax.errors import UsageError
 from effjax.layers.conv import ConvNorm
 from effjax.mixers import position_bias
 from effjax.mixers.context import Context
+from effjax.mixers.dot_product import softmax_attention
 from effjax.mixers.position_bias import DistanceTable
 
 
@@ -68,10 +69,9 @@ class ConvQueryAttention(nn.Module):
         q, k, v = jnp.split(qkv, [keys, 2 * keys], axis=-1)
         q = ConvNorm(keys, 3, depthwise=True, name="query", **form)(q, train)  # [B, H, W, K]
         q, k, v = (part.reshape(batch, height * width, self.heads, -1) for part in (q, k, v))  # [B, N, h, d]
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q * self.key_dim**-0.5, k, preferred_element_type=jnp.float32)
-        bias = self.bias((height, width), (self.side, self.side), self.heads)  # [h, N, N]
-        weights = jax.nn.softmax(logits + bias.astype(jnp.float32)[None], axis=-1).astype(v.dtype)
-        y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)  # [B, H, W, C]
+        bias = self.bias((height, width), (self.side, self.side), self.heads)[None]  # [1, h, N, N]
+        y = softmax_attention(q, k, v, mask=None, causal=False, bias=bias, scale=self.key_dim**-0.5)
+        y = y.reshape(x.shape)  # [B, H, W, C]
         return ConvNorm(channels, 1, initial=0.0, name="output", **form)(jax.nn.relu(y), train)
 
     @nn.nowrap
