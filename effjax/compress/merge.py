@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from flax.core import meta
 
 # Collections of one module: `{"params": {...}, "batch_stats": {...}}`.
@@ -28,7 +30,7 @@ def merge(model: nn.Module, variables: Mapping[str, Any]) -> tuple[nn.Module, Va
       variables: its parameters and batch statistics, with or without names on their axes.
     """
     definition, fold = plan(model)
-    return definition, fold(meta.unbox(dict(variables)))
+    return definition, fold(jax.tree.map(jnp.asarray, meta.unbox(dict(variables))))
 
 
 def plan(module: nn.Module) -> tuple[nn.Module, Fold]:
@@ -52,6 +54,11 @@ def parts(module: nn.Module) -> tuple[nn.Module, Fold]:
             changed[field.name] = tuple(definition for definition, _ in planned)
             folds |= {f"{field.name}_{i}": fold for i, (_, fold) in enumerate(planned)}
     return (module.clone(**changed) if changed else module), at(folds)
+
+
+def unchanged(variables: Variables) -> Variables:
+    """The fold of a module that is already in its form for use."""
+    return variables
 
 
 def at(folds: Mapping[str, Fold]) -> Fold:

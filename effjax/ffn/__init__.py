@@ -4,5 +4,6 @@ from effjax.ffn.gated import Gated
 from effjax.ffn.ista import ISTA
 from effjax.ffn.mixture import Mixture
 from effjax.ffn.mlp import MLP
+from effjax.ffn.normed import NormedMLP
 
-KINDS = {"mlp": MLP, "gated": Gated, "mixture": Mixture, "ista": ISTA}
+KINDS = {"gated": Gated, "ista": ISTA, "mixture": Mixture, "mlp": MLP, "normed_mlp": NormedMLP}

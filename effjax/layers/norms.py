@@ -22,8 +22,6 @@ from jaxtyping import Array, Float
 from effjax.layers.dense import named, zeros
 from effjax.layers.progressive import Progressive, ProgressiveNorm, RepBatchNorm
 
-_ones = nn.initializers.ones_init()
-
 NormName = Literal[
     "rms",
     "rms_offset",
@@ -40,7 +38,13 @@ NormKind = NormName | Progressive
 
 
 def norm(
-    kind: NormKind, epsilon: float, name: str, reduced: int = 1, scaled: int = 1, train: bool = False
+    kind: NormKind,
+    epsilon: float,
+    name: str,
+    reduced: int = 1,
+    scaled: int = 1,
+    train: bool = False,
+    initial: float = 1.0,
 ) -> nn.Module:
     """A norm by its kind.
 
@@ -54,6 +58,7 @@ def norm(
       scaled: how many trailing axes scale and bias span.
       train: whether a batch norm takes mean and variance from the batch, and moves its running averages
         towards them by a tenth. Under `jit` the batch is the whole batch, over all devices.
+      initial: what the scale starts at; the `offset` kinds know only one.
     """
     if isinstance(kind, Progressive):
         return ProgressiveNorm(kind, epsilon, train, name=name)
@@ -61,8 +66,9 @@ def norm(
         return RepBatchNorm(epsilon, train, name=name)
     if kind == "none":
         return Identity(name=name)
+    filled = nn.initializers.constant(initial)
     if kind in ("batch", "group"):
-        affine = dict(scale_init=named(_ones, ("norm",)), bias_init=named(zeros, ("norm",)))
+        affine = dict(scale_init=named(filled, ("norm",)), bias_init=named(zeros, ("norm",)))
         common: dict[str, Any] = dict(epsilon=epsilon, name=name, **affine)
         return (
             nn.BatchNorm(not train, momentum=0.9, **common) if kind == "batch" else nn.GroupNorm(1, **common)
@@ -73,7 +79,7 @@ def norm(
     options: dict[str, Any] = dict(
         epsilon=epsilon,
         use_scale=kind != "layer_plain",
-        scale_init=named(_ones, axes),
+        scale_init=named(filled, axes),
         reduction_axes=tuple(range(-reduced, 0)),
         feature_axes=tuple(range(-scaled, 0)),
         name=name,

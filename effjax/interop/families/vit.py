@@ -263,7 +263,7 @@ def fused(theirs: str, ours: str, parts: tuple[str, ...], bias: bool) -> list[n.
     return [*rows, n.Name(f"{theirs}.bias", biases, n.FUSED_IN_BIAS)] if bias else rows
 
 
-def norm_rows(theirs: str, ours: str, kind: NormKind) -> list[n.Row]:
+def norm_rows(theirs: str, ours: str, kind: NormKind | None) -> list[n.Row]:
     """The rows of a norm; an RMS norm has no bias."""
     rows: list[n.Row] = [n.Name(f"{theirs}.weight", f"{ours}/scale")]
     return [*rows, n.Name(f"{theirs}.bias", f"{ours}/bias")] if kind == "layer" else rows

@@ -10,7 +10,8 @@
                     x <- ffn(norm(x))                                    Yu et al. 2023, CRATE, equation 17
 
 `drop` is stochastic depth and `s` an optional learned scale a channel (LayerScale, Touvron et al. 2021). A
-`pre_norm` block without an FFN is its first line alone, as state-space models have it.
+norm of the residual stream itself, behind every so many blocks, bounds huge networks (Swin V2, section 3.2).
+A `pre_norm` block without an FFN is its first line alone, as state-space models have it.
 """
 
 from typing import Literal
@@ -39,8 +40,10 @@ class Block(nn.Module):
       dropout: rate of ordinary dropout on both branches.
       layer_scale: initial value of the channel scales; None leaves them out.
       norm: which norm, a kind in `effjax.layers.norms`.
+      norm_scale: what the norms' scales start at; res_post_norm from 0 starts as the identity.
       order: where norms and residual connections stand, see above; `parallel` and `one_branch` have one norm
         and one scale.
+      stream_norm: whether a norm of the residual stream itself closes the block.
     """
 
     mixer: nn.Module = part(mixers.KINDS)
@@ -49,7 +52,9 @@ class Block(nn.Module):
     dropout: float = 0.0
     layer_scale: float | None = None
     norm: norms.NormKind = "layer"
+    norm_scale: float = 1.0
     order: Literal["pre_norm", "res_post_norm", "parallel", "one_branch", "unrolled"] = "pre_norm"
+    stream_norm: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,11 +93,13 @@ class Block(nn.Module):
             else:
                 h = self.ffn(self._norm("ffn_norm", x, train), train=train)  # [B, ..., C]
                 x = x + self._branch(h, drop_rate, "ffn_scale", train)
+        if self.stream_norm:
+            x = norms.norm(self.norm, self.epsilon, "stream_norm", train=train)(x)
         return constrain(x), None
 
     @nn.nowrap
     def _norm(self, name: str, x: Float[Array, "b *places c"], train: bool) -> Float[Array, "b *places c"]:
-        return norms.norm(self.norm, self.epsilon, name, train=train)(x)
+        return norms.norm(self.norm, self.epsilon, name, train=train, initial=self.norm_scale)(x)
 
     @nn.nowrap
     def _branch(
