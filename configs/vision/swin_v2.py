@@ -60,7 +60,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
         pre: dict[str, Any] = dict(epochs=90, batch_size=4096, weight_decay=0.1, clip=5.0, ema=None)
         return _decayed(imagenet(model, size=192, dataset="22k" if what else "1k", **pre))
     if what in ("256", "384"):
-        window = dict(window=16 if what == "256" else 24, trained=(12, 12, 12, 6))
+        window: dict[str, Any] = dict(window=16 if what == "256" else 24, trained=(12, 12, 12, 6))
         model = swin_v2(width, depths, classes=1000, drop_path=0.2, **window)
         finer: dict[str, Any] = dict(epochs=30, lr=4e-5, weight_decay=1e-8, clip=5.0, ema=None)
         return _decayed(imagenet(model, size=int(what), **finer))

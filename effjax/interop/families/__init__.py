@@ -12,6 +12,7 @@ from effjax.interop.families import (
     mamba,
     timm_swin,
     transformers_clip,
+    transformers_dinat,
     transformers_swin,
     transformers_vit,
     vit,
@@ -22,7 +23,15 @@ FAMILIES: dict[str, Family] = {
     **{f"timm:{name}": family for module in (vit, timm_swin) for name, family in module.TIMM.items()},
     **{
         f"transformers:{name}": family
-        for module in (decoder, gpt, mamba, transformers_clip, transformers_swin, transformers_vit)
+        for module in (
+            decoder,
+            gpt,
+            mamba,
+            transformers_clip,
+            transformers_dinat,
+            transformers_swin,
+            transformers_vit,
+        )
         for name, family in module.TRANSFORMERS.items()
     },
     **{f"diffusers:{name}": family for name, family in dit.DIFFUSERS.items()},
