@@ -8,6 +8,7 @@ from effjax.mixers.focal_modulation import FocalModulation
 from effjax.mixers.identity import Identity
 from effjax.mixers.large_small import LargeSmall
 from effjax.mixers.mamba import Mamba
+from effjax.mixers.neighborhood import Neighborhood
 from effjax.mixers.pooling import Pooling
 from effjax.mixers.reparam_depthwise import ReparamDepthwise
 from effjax.mixers.shifted_window import ShiftedWindow
@@ -25,6 +26,7 @@ KINDS = {
     "identity": Identity,
     "large_small": LargeSmall,
     "mamba": Mamba,
+    "neighborhood": Neighborhood,
     "pooling": Pooling,
     "random_matrix": RandomMatrix,
     "reparam_depthwise": ReparamDepthwise,
