@@ -9,7 +9,9 @@ from effjax.interop.families import (
     decoder,
     dit,
     gpt,
+    lowformer,
     mamba,
+    nextvit,
     timm_convnext,
     timm_focalnet,
     timm_poolformer,
@@ -23,7 +25,7 @@ from effjax.interop.families import (
 )
 from effjax.interop.family import Family
 
-_TIMM = (timm_convnext, timm_focalnet, timm_poolformer, timm_swin, vit)
+_TIMM = (timm_convnext, timm_focalnet, timm_poolformer, timm_swin, lowformer, nextvit, vit)
 _TRANSFORMERS = (
     decoder,
     gpt,
