@@ -1,6 +1,7 @@
 """Converted weights on disk: our own paths, and the model they belong to.
 
-<folder>/params.safetensors     tensors by path, `blocks/mixer/query/kernel`, or shards and their index
+<folder>/params.safetensors     tensors by path, `blocks/mixer/query/kernel`, or shards and their index;
+                                those of other collections behind its name, `batch_stats:head/norm/mean`
 <folder>/config.json            `model`: the section of an effjax config that builds the model
                                 `inputs`: shapes of what it was shaped for
                                 `source`, `library_config`: where the weights come from
@@ -16,8 +17,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from flax import traverse_util
-from flax.core import meta
 
 from effjax import models
 from effjax.config import build_kind, section_of
@@ -26,9 +25,9 @@ from effjax.interop.load import family_of, fill, leaf_specs
 from effjax.interop.match import compare
 from effjax.interop.names import Name, resolve
 from effjax.interop.resize import Request
+from effjax.interop.variables import flatten, parameters_alone, unflatten
 from effjax.interop.weights import Spec, closing, open_weights
 from effjax.interop.write import SHARD_BYTES, Progress, counted, new_folder, write_weights
-from effjax.matching import named_leaves
 
 
 def save_converted(
@@ -46,7 +45,7 @@ def save_converted(
     Args:
       folder: must be empty or not exist.
       model: one that `effjax.models.KINDS` can build.
-      params: its parameters.
+      params: its parameters, or all its variables by collection where it has others.
       source: what they were loaded from, `timm:vit_small_patch16_224`.
       config: the other library's configuration that was given with it.
       shard_bytes: size of a file that is not exceeded, unless one leaf alone does.
@@ -64,7 +63,7 @@ def save_converted(
         "source": source,
         "library_config": dict(config or {}),
     }
-    leaves = named_leaves(meta.unbox(params))
+    leaves = flatten(params)
     specs = {path: Spec(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in leaves.items()}
     tensors = ((path, np.asarray(leaf)) for path, leaf in leaves.items())
     with new_folder(folder) as hidden:
@@ -81,9 +80,18 @@ def load_converted(
       The model, its parameters as numpy arrays, and the source they came from.
 
     Raises:
-      UsageError: for a folder that is none of these, or whose parameters are not those of its model.
+      UsageError: for a folder that is none of these, whose parameters are not those of its model, or that
+        holds more variables than parameters.
       RunError: for a damaged file, or a tensor with NaN in it.
     """
+    model, variables, source = load_converted_variables(folder, allow_nan=allow_nan, progress=progress)
+    return model, parameters_alone(variables, f"the model in '{folder}'", "load_converted_variables"), source
+
+
+def load_converted_variables(
+    folder: str | os.PathLike[str], *, allow_nan: bool = False, progress: Progress | None = None
+) -> tuple[nn.Module, dict[str, Any], str]:
+    """Like `load_converted`, with the variables of every collection."""
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise UsageError(f"'{folder}' holds no converted weights: it has no config.json.")
@@ -94,44 +102,45 @@ def load_converted(
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"'{file}' is not what experiments.convert writes: {error!r}.") from None
     model = build_kind(models.KINDS, sections[0], f"{file}: model")
-    leaves = leaf_specs(model, inputs)
-    params = read_parameters(folder, leaves, "its own config.json", allow_nan=allow_nan, progress=progress)
-    return model, params, sections[1]
+    shapes = unflatten(leaf_specs(model, inputs))
+    variables = read_variables(folder, shapes, "its own config.json", allow_nan=allow_nan, progress=progress)
+    return model, variables, sections[1]
 
 
-def read_parameters(
+def read_variables(
     folder: str | os.PathLike[str],
-    leaves: Any,
+    shapes: Any,
     of: str,
     *,
     dtype: Any = None,
     allow_nan: bool = False,
     progress: Progress | None = None,
-) -> Any:
-    """Reads parameters that lie under our own paths, for any definition that has these leaves.
+) -> dict[str, Any]:
+    """Reads variables that lie under our own paths, for any definition that has these leaves.
 
     Args:
       folder: what `save_converted` wrote.
-      leaves: shapes and dtypes of the parameters, as a tree.
+      shapes: shapes and dtypes of the variables, by collection.
       of: what the leaves belong to, for messages.
-      dtype: of all parameters; None keeps each as it is.
+      dtype: of all parameters, with running averages in float32; None keeps each as it is.
       allow_nan: whether a tensor may hold NaN.
       progress: called with the bytes read so far and in all.
 
     Returns:
-      The parameters as numpy arrays, in a tree like `leaves`.
+      The variables as numpy arrays, in a tree like `shapes`.
 
     Raises:
       UsageError: where they are not the same, in one message with every path, its expected and found shape.
       RunError: for a damaged file, or a tensor with NaN in it.
     """
-    rows = [Name(path, path) for path in named_leaves(leaves)]
-    entries, _ = resolve(rows, named_leaves(leaves))
+    leaves = flatten(shapes)
+    rows = [Name(path, path) for path in leaves]
+    entries, _ = resolve(rows, leaves)
     with closing(open_weights(folder)) as opened:
         what = f"{opened.where} for {of}"
         plan = compare(what, opened.specs, rows, entries, (), request=Request(), replace=False)
         filled = fill(plan, opened, dtype, allow_nan, progress)
-    return traverse_util.unflatten_dict(filled, sep="/")
+    return unflatten(filled)
 
 
 def section(part: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:

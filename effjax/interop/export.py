@@ -7,14 +7,13 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
-from flax.core import meta
 
 from effjax.errors import UsageError
 from effjax.interop.load import family_of
 from effjax.interop.names import Entry
+from effjax.interop.variables import flatten
 from effjax.interop.weights import Spec
 from effjax.interop.write import SHARD_BYTES, Progress, counted, new_folder, write_weights
-from effjax.matching import named_leaves
 
 
 def export(
@@ -24,7 +23,8 @@ def export(
 
     Args:
       model: the definition that the parameters belong to.
-      params: its parameters, numpy or jax arrays, boxed or not.
+      params: its parameters, or all its variables by collection where it has others; numpy or jax arrays,
+        boxed or not.
       target: `timm:<architecture>`, `transformers:<model_type>` or `diffusers:<class name>`.
       like: names that the tensors are to have, where the library spells them in several ways: those of a
         `state_dict()`, say. By default they are spelled as in its files.
@@ -57,7 +57,7 @@ def export_to(
     Args:
       folder: must be empty or not exist.
       model: the definition that the parameters belong to.
-      params: its parameters.
+      params: its parameters or variables.
       target: as for `export`.
       shard_bytes: size of a file that is not exceeded.
       progress: called with the bytes written so far and in all.
@@ -81,7 +81,7 @@ def export_to(
 def _resolved(
     model: nn.Module, params: Any, target: str, like: Collection[str] = ()
 ) -> tuple[dict[str, Any], list[Entry]]:
-    leaves = named_leaves(meta.unbox(params))
+    leaves = flatten(params)
     try:
         _, entries, _ = family_of(target).resolved(model, leaves, like)
     except (UsageError, AttributeError) as error:

@@ -3,8 +3,11 @@
     model, params = load_pretrained("timm:vit_small_patch16_224", "model.safetensors")
     logits = model.apply({"params": params}, images)
 
+    model, variables = load_variables("timm:nextvit_small", "model.safetensors")
+    logits = model.apply(variables, images)
+
 First everything is compared, names and shapes and dtypes, from headers alone; then memory is made and tensors
-are read into it one at a time. Parameters are numpy arrays, most of them transposed views of memory that is
+are read into it one at a time. Variables are numpy arrays, most of them transposed views of memory that is
 laid out as in the file: a tensor is read once, straight to where it stays, and goes to a device when it is
 used. `export` reads the same memory back, which is why a round trip is exact.
 """
@@ -18,16 +21,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
 
 from effjax.errors import RunError, UsageError, did_you_mean
 from effjax.interop.families import FAMILIES
 from effjax.interop.family import Family
 from effjax.interop.match import Plan, Step, compare
 from effjax.interop.resize import Request
+from effjax.interop.variables import PARAMS, collection_of, flatten, parameters_alone, unflatten
 from effjax.interop.weights import Renamed, Source, Weights, closing, open_weights
 from effjax.interop.write import Progress
-from effjax.matching import named_leaves
 
 Report = Callable[[str], None]
 ReadInto = Callable[[str, np.ndarray], None]
@@ -70,7 +72,8 @@ def load_pretrained(
         patch kernels are resized.
       classes: `"keep"` refuses a classifier of another number of classes; `"replace"` starts it anew as the
         model itself would.
-      dtype: of all parameters; None keeps each as it is.
+      dtype: of all parameters; None keeps each as it is. Running averages are float32 wherever a dtype is
+        asked for: rounded to bfloat16 they shift every activation.
       allow_nan: whether a tensor may hold NaN.
       source_grid: rows and columns of the position table in the weights, where these are not equal.
       report: told, in a sentence, of each tensor that was resized, replaced or left out.
@@ -80,9 +83,34 @@ def load_pretrained(
       The model, and its parameters: the tree of `model.init(...)["params"]`, unboxed, as numpy arrays.
 
     Raises:
-      UsageError: for an unknown source, a configuration that is not understood, and weights that do not fit,
-        in one message with every name, its expected and its found shape.
+      UsageError: for an unknown source, a configuration that is not understood, a model that has more
+        variables than parameters, and weights that do not fit, in one message with every name, its expected
+        and its found shape.
       RunError: for a damaged file, or a tensor with NaN in it.
+    """
+    options: dict[str, Any] = dict(dtype=dtype, allow_nan=allow_nan, report=report, progress=progress)
+    model, variables = load_variables(
+        source, weights, config, classes=classes, source_grid=source_grid, **options
+    )
+    return model, parameters_alone(variables, f"the model of {source}", "load_variables")
+
+
+def load_variables(
+    source: str,
+    weights: Weights,
+    config: Mapping[str, Any] | None = None,
+    *,
+    classes: str = "keep",
+    dtype: Any = None,
+    allow_nan: bool = False,
+    source_grid: tuple[int, int] | None = None,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Like `load_pretrained`, with the variables of every collection.
+
+    Returns:
+      The model, and its variables: the tree of `model.init(...)`, unboxed, as numpy arrays.
     """
     if classes not in ("keep", "replace"):
         raise UsageError(f"classes is {classes!r}. {did_you_mean(classes, ['keep', 'replace'])}")
@@ -96,7 +124,7 @@ def load_pretrained(
         model = family.build(config)
         inputs = family.inputs(model, config)
         leaves = leaf_specs(model, inputs)
-        rows, entries, absent = family.resolved(model, named_leaves(leaves), opened.specs)
+        rows, entries, absent = family.resolved(model, leaves, opened.specs)
         plan = compare(
             f"{opened.where} for {source}",
             opened.specs,
@@ -112,8 +140,7 @@ def load_pretrained(
         filled = fill(plan, opened, wanted, allow_nan, progress)
     if plan.fresh:
         filled.update(_initial(model, inputs, plan.fresh))
-    structure = jax.tree.structure(leaves)
-    return model, jax.tree.unflatten(structure, [filled[path] for path in named_leaves(leaves)])
+    return model, unflatten({path: filled[path] for path in leaves})
 
 
 def config_of(weights: Weights) -> dict[str, Any] | None:
@@ -142,10 +169,9 @@ def parse_config(text: bytes | str, where: str) -> dict[str, Any]:
     return config
 
 
-def leaf_specs(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    """Shapes and dtypes of a model's parameters, unboxed; nothing is computed."""
-    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    return meta.unbox(variables["params"])
+def leaf_specs(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Shapes and dtypes of a model's variables by path; nothing is computed."""
+    return flatten(jax.eval_shape(model.init, jax.random.key(0), *inputs))
 
 
 def contains_nan(array: np.ndarray) -> bool:
@@ -197,9 +223,17 @@ def fill(
 
     for step in plan.steps:
         straight = step.entry.viewable and not step.changes
-        leaves = (_read_straight if straight else _read_copying)(step, source, dtype or step.dtype, read)
+        wanted = _wanted(step, dtype)
+        leaves = (_read_straight if straight else _read_copying)(step, source, wanted, read)
         filled.update(zip(step.entry.row.our_paths, leaves, strict=True))
     return filled
+
+
+def _wanted(step: Step, dtype: Any) -> Any:
+    """The dtype of a step's leaves: parameters take what was asked for, running averages stay exact."""
+    if dtype is None:
+        return step.dtype
+    return dtype if collection_of(step.entry.row.our_paths[0]) == PARAMS else np.dtype(np.float32)
 
 
 def _read_straight(step: Step, source: Source, dtype: Any, read: ReadInto) -> list[np.ndarray]:
@@ -241,7 +275,7 @@ def _initial(model: nn.Module, inputs: tuple[Any, ...], paths: tuple[str, ...]) 
 
     def some(key: Any) -> dict[str, Any]:
         arrays = jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), inputs)
-        leaves = named_leaves(meta.unbox(model.init(key, *arrays)["params"]))
+        leaves = flatten(model.init(key, *arrays))
         return {path: leaves[path] for path in paths}
 
     return jax.tree.map(np.array, jax.jit(some)(jax.random.key(0)))

@@ -9,7 +9,11 @@ A row says their name, our path and how the array is laid out, as an einops patt
 A placeholder such as `{layer}` is a leading axis of our leaf: `Stack` keeps `[depth, ...]`, experts add an
 axis of their own. A row with several of our paths splits their tensor: along the axis `part` of the pattern
 where it names one, else along `axis`, each of ours taking as much as it needs. A row with several of their
-names joins them along `axis`. Patterns read backwards give the way out, so one table serves both directions
+names joins them along `axis`. Leaves outside the parameters stand behind their collection's name:
+
+    Name("bn.running_mean", "batch_stats:norm/mean")
+
+Patterns read backwards give the way out, so one table serves both directions
 and a round trip is exact.
 """
 
@@ -24,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.errors import UsageError
+from effjax.interop.variables import collection_of
 
 Shape = tuple[int, ...]
 
@@ -35,6 +40,8 @@ HEADS_OUT = "o (h d) -> h d o"  # from heads back to the width
 FUSED_IN = "(part h d) i -> i h d"  # query, key and value in one matrix
 FUSED_IN_BIAS = "(part h d) -> h d"
 CONV = "o i h w -> h w i o"  # OIHW to HWIO
+DEPTHWISE = "c 1 h w -> h w c"  # a convolution with as many groups as channels
+POINTWISE = "o i 1 1 -> i o"  # a convolution of one place, which is a projection
 PATCHES = "o c p q -> (p q c) o"  # a convolution whose stride is its kernel; needs sizes p and q
 
 _TOKEN = re.compile(r"\([^)]*\)|\S+")
@@ -238,7 +245,7 @@ def resolve(rows: Sequence[Row], leaves: Mapping[str, Any]) -> tuple[list[Entry]
 
     Args:
       rows: the name map.
-      leaves: `{path: anything with shape and dtype}` of the whole parameter tree.
+      leaves: `{path: anything with shape and dtype}` of all variables.
 
     Returns:
       The resolved rows, and the classifier rows whose leaves this model does not have.
@@ -249,6 +256,8 @@ def resolve(rows: Sequence[Row], leaves: Mapping[str, Any]) -> tuple[list[Entry]
     """
     entries, absent, wrong = [], [], []
     seen: set[str] = set()
+    collections = set(map(collection_of, leaves))
+    lacking: set[str] = set()
     for row in rows:
         if isinstance(row, Ignored):
             continue
@@ -256,7 +265,9 @@ def resolve(rows: Sequence[Row], leaves: Mapping[str, Any]) -> tuple[list[Entry]
         if missing and row.classifier:
             absent.append(row)
             continue
-        wrong += [f"{path} is in the name map and not in the model" for path in missing]
+        lacking.update({*map(collection_of, missing)} - collections)
+        missing_here = [path for path in missing if collection_of(path) in collections]
+        wrong += [f"{path} is in the name map and not in the model" for path in missing_here]
         wrong += [f"{path} is twice in the name map" for path in row.our_paths if path in seen]
         seen.update(row.our_paths)
         if not missing:
@@ -266,6 +277,7 @@ def resolve(rows: Sequence[Row], leaves: Mapping[str, Any]) -> tuple[list[Entry]
         for path in leaves
         if path not in seen
     ]
+    wrong += [f"all of {name} is missing: give the variables, not the parameters alone" for name in lacking]
     if wrong:
         raise UsageError("the name map does not fit the model:\n  " + "\n  ".join(wrong))
     return entries, absent

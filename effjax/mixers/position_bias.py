@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from effjax.layers.dense import Dense, named, truncated_normal
+from effjax.layers.dense import Dense, named, truncated_normal, zeros
 from effjax.mixers.windows import Window, offsets, sides
 
 
@@ -30,6 +30,20 @@ class RelativeTable(nn.Module):
         rows = (2 * span[0] - 1) * (2 * span[1] - 1)
         table = self.param("table", init, (rows, heads), jnp.float32)
         return at_offsets(jnp.asarray(table), window, span)
+
+
+class DistanceTable(nn.Module):
+    """B_qk = table[|row_q - row_k|, |column_q - column_k|], a learned value a head that begins at zero.
+
+    Source: LeViT, Graham et al. 2021, section 4.2, figure 4; M^2 rows for maps of at most M x M.
+    """
+
+    @nn.compact
+    def __call__(self, window: Window, span: Window, heads: int) -> Float[Array, "h places places"]:
+        """Reads the table at every pair of places."""
+        table = self.param("table", named(zeros, (None, "heads")), (span[0] * span[1], heads), jnp.float32)
+        row, column = abs(offsets(window)[..., 0]), abs(offsets(window)[..., 1])
+        return jnp.moveaxis(jnp.asarray(table)[row * span[1] + column], -1, 0)  # [H, places, places]
 
 
 class LogSpacedContinuous(nn.Module):
@@ -78,4 +92,8 @@ def at_offsets(
     return jnp.moveaxis(table[index], -1, 0)  # [H, places, places]
 
 
-KINDS = {"relative_table": RelativeTable, "log_spaced_continuous": LogSpacedContinuous}
+KINDS = {
+    "distance_table": DistanceTable,
+    "log_spaced_continuous": LogSpacedContinuous,
+    "relative_table": RelativeTable,
+}

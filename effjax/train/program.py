@@ -70,22 +70,23 @@ class Program:
         """Where each array of the state lies."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
 
-    def init(self, params: Any = None) -> TrainState:
+    def init(self, variables: Any = None) -> TrainState:
         """The state before the first step, made where it will lie.
 
         Args:
-          params: what the run starts from, a tree like `shapes.params`; None draws them.
+          variables: what the run starts from, trees like `shapes.params` and those of `shapes.collections`
+            by name; None draws them.
         """
         with activate(self.mesh, self.rules):
-            if params is None:
+            if variables is None:
                 return jax.jit(self._make_state, out_shardings=self.shardings)()
-            params = jax.device_put(params, self.shardings.params)
-            return jax.jit(self._make_state, out_shardings=self.shardings)(params)
+            shardings = self.shardings
+            variables = jax.device_put(variables, {"params": shardings.params, **shardings.collections})
+            return jax.jit(self._make_state, out_shardings=shardings)(variables)
 
-    def _make_state(self, params: Any = None) -> TrainState:
-        variables = meta.unbox(_init_variables(self.experiment, self.data))
-        if params is not None:
-            variables = {**variables, "params": params}
+    def _make_state(self, variables: Any = None) -> TrainState:
+        if variables is None:
+            variables = meta.unbox(_init_variables(self.experiment, self.data))
         return _state(self.experiment, self.optimizer, variables)
 
     @functools.cached_property

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from effjax.errors import UsageError
-from effjax.interop import export_to, load_converted, load_pretrained, save_converted
+from effjax.interop import export_to, load_converted_variables, load_variables, save_converted
 from effjax.interop.load import config_of, parse_config
 from experiments.run.formatting import count
 from experiments.run.restore import load_run
@@ -36,7 +36,7 @@ def inwards(
     config = config_of(weights) if library_config is None else read_config(library_config)
     console = Console(highlight=False)
     with bar("reading", console) as progress:
-        model, params = load_pretrained(
+        model, variables = load_variables(
             source,
             weights,
             config,
@@ -47,8 +47,8 @@ def inwards(
             progress=progress,
         )
     with bar("writing", console) as progress:
-        save_converted(out, model, params, source, config, shard_bytes=shard_bytes, progress=progress)
-    console.print(f"{_size(params)} of {source} are in {out}", markup=False, soft_wrap=True)
+        save_converted(out, model, variables, source, config, shard_bytes=shard_bytes, progress=progress)
+    console.print(f"{_size(variables)} of {source} are in {out}", markup=False, soft_wrap=True)
     return 0
 
 
@@ -56,22 +56,24 @@ def outwards(target: str, folder: str, out: str, shard_bytes: int, allow_nan: bo
     """Writes converted parameters as another library's weights; returns the exit code."""
     console = Console(highlight=False)
     with bar("reading", console) as progress:
-        model, params, _ = load_converted(folder, allow_nan=allow_nan, progress=progress)
-    return _write_theirs(console, model, params, target, out, shard_bytes)
+        model, variables, _ = load_converted_variables(folder, allow_nan=allow_nan, progress=progress)
+    return _write_theirs(console, model, variables, target, out, shard_bytes)
 
 
 def outwards_from_run(target: str, workdir: str, out: str, shard_bytes: int, step: int | None) -> int:
     """Writes the newest weights of a training run as another library's; returns the exit code."""
     program, variables = load_run(workdir, step)
     model = program.task.model
-    return _write_theirs(Console(highlight=False), model, variables["params"], target, out, shard_bytes)
+    return _write_theirs(Console(highlight=False), model, variables, target, out, shard_bytes)
 
 
-def _write_theirs(console: Console, model: Any, params: Any, target: str, out: str, shard_bytes: int) -> int:
+def _write_theirs(
+    console: Console, model: Any, variables: Any, target: str, out: str, shard_bytes: int
+) -> int:
     with bar("writing", console) as progress:
-        files = export_to(out, model, params, target, shard_bytes=shard_bytes, progress=progress)
+        files = export_to(out, model, variables, target, shard_bytes=shard_bytes, progress=progress)
     console.print(
-        f"{_size(params)} for {target} are in {out}: {', '.join(files)}", markup=False, soft_wrap=True
+        f"{_size(variables)} for {target} are in {out}: {', '.join(files)}", markup=False, soft_wrap=True
     )
     return 0
 
@@ -94,6 +96,6 @@ def bar(label: str, console: Console) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def _size(params: Any) -> str:
-    leaves = jax.tree.leaves(params)
+def _size(variables: Any) -> str:
+    leaves = jax.tree.leaves(variables["params"])
     return f"{count(sum(int(np.size(leaf)) for leaf in leaves))} parameters in {len(leaves)} leaves"

@@ -12,7 +12,7 @@ import numpy as np
 
 from effjax.errors import Preempted, RunError
 from effjax.experiment import resolve
-from effjax.interop import read_parameters
+from effjax.interop import read_variables
 from effjax.train.checkpoint import Checkpoints
 from effjax.train.loop import Outcome, fit
 from effjax.train.nonfinite import Diagnosis
@@ -90,8 +90,8 @@ def first_state(program: Program) -> TrainState:
     start = program.experiment.train.start
     if start is None:
         return program.init()
-    params = read_parameters(start, program.shapes.params, "config.model", dtype=jnp.float32)
-    return program.init(params)
+    shapes = {"params": program.shapes.params, **program.shapes.collections}
+    return program.init(read_variables(start, shapes, "config.model", dtype=jnp.float32))
 
 
 def _progress(program: Program, state: TrainState) -> Progress:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from effjax.interop import export, load_pretrained
+from effjax.interop import export, load_variables
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("*.npz"))
 
@@ -28,8 +28,8 @@ def test_there_are_some_and_they_are_small():
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
 def test_outputs_are_those_of_the_original(path):
     source, config, weights, inputs, output = read(path)
-    model, params = load_pretrained(source, weights, config)
-    ours = jax.jit(model.apply)({"params": params}, *inputs)
+    model, variables = load_variables(source, weights, config)
+    ours = jax.jit(model.apply)(variables, *inputs)
     assert ours.shape == output.shape
     assert np.abs(np.asarray(ours) - output).max() <= 1e-4 * np.abs(output).max()
 
@@ -37,8 +37,8 @@ def test_outputs_are_those_of_the_original(path):
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
 def test_what_was_loaded_goes_back_bit_by_bit(path):
     source, config, weights, _, _ = read(path)
-    model, params = load_pretrained(source, weights, config)
-    back = export(model, params, source, like=weights)
+    model, variables = load_variables(source, weights, config)
+    back = export(model, variables, source, like=weights)
     assert back
     for name, array in back.items():
         assert array.dtype == weights[name].dtype

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from effjax.interop import export, load_pretrained
+from effjax.interop import export, load_variables
 
 FIXTURES = Path(__file__).resolve().parents[1] / "interop" / "fixtures"
 
@@ -61,7 +61,7 @@ def channels_first(module: torch.nn.Module, pictures: torch.Tensor) -> torch.Ten
 
 
 def original(case: Case, seed: int = 0) -> torch.nn.Module:
-    """The original with every parameter drawn anew, so that no initial zero or one hides a mistake."""
+    """The original with all parameters and averages drawn anew: no initial zero or one hides a mistake."""
     module = case.module().float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -69,6 +69,11 @@ def original(case: Case, seed: int = 0) -> torch.nn.Module:
             fan_in = tensor[0].numel() if tensor.ndim > 1 else 100
             centre = 1.0 if tensor.ndim == 1 and name.endswith("weight") else 0.0
             tensor.copy_(centre + torch.randn(tensor.shape, generator=generator) * fan_in**-0.5)
+        for name, tensor in module.named_buffers():
+            if name.endswith("running_mean"):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+            elif name.endswith("running_var"):
+                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
     return module
 
 
@@ -83,8 +88,8 @@ def compare_outputs(case: Case) -> float:
     inputs = case.inputs(np.random.default_rng(1))
     with torch.no_grad():
         theirs = case.call(module, *map(torch.from_numpy, inputs)).numpy()
-    model, params = load_pretrained(case.source, case.tensors(module), case.config)
-    ours = np.asarray(jax.jit(model.apply)({"params": params}, *inputs))
+    model, variables = load_variables(case.source, case.tensors(module), case.config)
+    ours = np.asarray(jax.jit(model.apply)(variables, *inputs))
     assert ours.shape == theirs.shape
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
@@ -92,8 +97,8 @@ def compare_outputs(case: Case) -> float:
 def compare_round_trip(case: Case) -> list[str]:
     """Names whose tensors do not come back bit by bit; tensors left out on loading are not expected back."""
     tensors = case.tensors(original(case))
-    model, params = load_pretrained(case.source, tensors, case.config)
-    back = export(model, params, case.source, like=tensors)
+    model, variables = load_variables(case.source, tensors, case.config)
+    back = export(model, variables, case.source, like=tensors)
     return [
         name
         for name, array in back.items()
@@ -115,17 +120,21 @@ def compare_gradients(case: Case) -> dict[str, float]:
     (outputs * torch.from_numpy(weights)).mean().backward()
     theirs = {name: p.grad.numpy() for name, p in module.named_parameters() if p.grad is not None}
     theirs = case.published(theirs)
-    model, params = load_pretrained(case.source, case.tensors(module), case.config)
+    model, variables = load_variables(case.source, case.tensors(module), case.config)
 
     ours_in = tuple(map(jnp.asarray, inputs))
 
     @jax.jit
     def gradient(params):
-        return jax.grad(
-            lambda params: jnp.mean(model.apply({"params": params}, *ours_in, train=True) * weights)
-        )(params)
+        def loss(params):
+            given = {**variables, "params": params}
+            outputs, _ = model.apply(given, *ours_in, train=True, mutable=["batch_stats"])
+            return jnp.mean(outputs * weights)
 
-    ours = export(model, gradient(params), case.source, like=theirs)
+        return jax.grad(loss)(params)
+
+    gradients = {**variables, "params": gradient(variables["params"])}
+    ours = export(model, gradients, case.source, like=theirs)
     scale = {name: max(float(np.abs(g).max()), 1e-12) for name, g in theirs.items()}
     return {
         name: float(np.abs(ours[name] - g).max()) / scale[name] for name, g in theirs.items() if name in ours

@@ -10,8 +10,12 @@ from effjax.interop.families import (
     dit,
     gpt,
     mamba,
+    timm_convnext,
+    timm_focalnet,
+    timm_poolformer,
     timm_swin,
     transformers_clip,
+    transformers_convolution,
     transformers_dinat,
     transformers_swin,
     transformers_vit,
@@ -19,21 +23,26 @@ from effjax.interop.families import (
 )
 from effjax.interop.family import Family
 
+_TIMM = timm_convnext, timm_focalnet, timm_poolformer, timm_swin, vit
+_TRANSFORMERS = (
+    decoder,
+    gpt,
+    mamba,
+    transformers_clip,
+    transformers_convolution,
+    transformers_dinat,
+    transformers_swin,
+    transformers_vit,
+)
+_OFFICIAL = cswin, dit
+
 FAMILIES: dict[str, Family] = {
-    **{f"timm:{name}": family for module in (vit, timm_swin) for name, family in module.TIMM.items()},
+    **{f"timm:{name}": family for module in _TIMM for name, family in module.TIMM.items()},
     **{
         f"transformers:{name}": family
-        for module in (
-            decoder,
-            gpt,
-            mamba,
-            transformers_clip,
-            transformers_dinat,
-            transformers_swin,
-            transformers_vit,
-        )
+        for module in _TRANSFORMERS
         for name, family in module.TRANSFORMERS.items()
     },
     **{f"diffusers:{name}": family for name, family in dit.DIFFUSERS.items()},
-    **{f"official:{name}": family for module in (cswin, dit) for name, family in module.OFFICIAL.items()},
+    **{f"official:{name}": family for module in _OFFICIAL for name, family in module.OFFICIAL.items()},
 }
