@@ -12,7 +12,12 @@ from effjax.train.program import build_program
 from experiments.run.cost import forward_cost
 
 ROOT = Path(__file__).parents[2]
-SIZES = [pytest.param(size, id=size.config) for entry in catalog.load() for size in entry.sizes]
+# The first of each table always; the others where there is time.
+SIZES = [
+    pytest.param(size, id=size.config, marks=[pytest.mark.slow] if i else [])
+    for entry in catalog.load()
+    for i, size in enumerate(entry.sizes)
+]
 
 # Variants made here, and processes and pre-training that share the networks of others.
 OWN = ("smoke", "digits", "pydocs")
