@@ -4,6 +4,7 @@ from typing import Any
 
 import timm
 import timm.layers
+import timm.models.convnext
 import timm.models.focalnet
 import timm.models.metaformer
 import torch
@@ -82,6 +83,7 @@ _LARGE = dict(
     use_overlap_down=True,
     normalize_modulator=True,
     layerscale_value=0.1,
+    drop_path_rate=0.0,
 )
 
 CASES = {
@@ -96,18 +98,27 @@ CASES = {
     "timm_convnext_hidden": _timm("convnext_large_mlp", dict(_CONVNEXT, head_hidden_size=12), fixture=True),
     "timm_convnext_kernels": _timm("test_convnext3", {}),
     "timm_convnext_patch_2": _timm("convnext_tiny", dict(_CONVNEXT, patch_size=2)),
-    "timm_convnext_no_scale": _timm("convnext_tiny", dict(_CONVNEXT, ls_init_value=None)),
+    # `timm.create_model` drops what is None, its class does not.
+    "timm_convnext_no_scale": Case(
+        "timm:convnext_tiny",
+        dict(_CONVNEXT, ls_init_value=None),
+        lambda: timm.models.convnext.ConvNeXt(**_CONVNEXT, ls_init_value=None),
+        images(64),
+        channels_first,
+    ),
     "timm_convnext_max": _timm("convnext_tiny", dict(_CONVNEXT, global_pool="max")),
     "timm_convnext_features": _timm("convnext_tiny", dict(_CONVNEXT, num_classes=0)),
     "timm_convnext_tiny": _timm("convnext_tiny", {}, 224, gradient=True),
-    "timm_poolformer_toy": _poolformer(_POOL, gradient=True, fixture=True),
+    "timm_poolformer_toy": _poolformer(_POOL, fixture=True),
     "timm_poolformer_wide": _poolformer(dict(_POOL, pool_size=5)),
-    "timm_poolformer_s12": _timm("poolformer_s12", {}, 224, gradient=True),
-    "timm_focalnet_toy": _focalnet("focalnet_tiny_srf", _FOCAL, gradient=True, fixture=True),
+    "timm_poolformer_s12": _timm("poolformer_s12", {}, 224),
+    "timm_focalnet_toy": _focalnet(
+        "focalnet_tiny_srf", dict(_FOCAL, drop_path_rate=0.0), gradient=True, fixture=True
+    ),
     "timm_focalnet_large": _focalnet(
         "focalnet_tiny_srf", dict(_FOCAL, **_LARGE), gradient=True, fixture=True
     ),
-    "timm_focalnet_tiny_srf": _timm("focalnet_tiny_srf", {}, 224, gradient=True),
+    "timm_focalnet_tiny_srf": _timm("focalnet_tiny_srf", dict(drop_path_rate=0.0), 224, gradient=True),
     "timm_focalnet_tiny_lrf": _timm("focalnet_tiny_lrf", {}, 224),
     "transformers_convnext": _transformers(
         "ConvNextForImageClassification", _HIDDEN, side=70, fixture=True, gradient=True
@@ -115,7 +126,7 @@ CASES = {
     "transformers_convnext_model": _transformers("ConvNextModel", _HIDDEN, _pooled),
     "transformers_convnext_tiny": _transformers("ConvNextForImageClassification", {}, side=224),
     "transformers_poolformer": _transformers(
-        "PoolFormerForImageClassification", _HIDDEN, side=70, fixture=True, gradient=True
+        "PoolFormerForImageClassification", _HIDDEN, side=70, fixture=True
     ),
     "transformers_poolformer_no_scale": _transformers(
         "PoolFormerForImageClassification",
@@ -124,7 +135,7 @@ CASES = {
     "transformers_poolformer_s12": _transformers("PoolFormerForImageClassification", {}, side=224),
     "transformers_focalnet": _transformers(
         "FocalNetForImageClassification",
-        dict(depths=(1, 2, 1, 1), embed_dim=4, num_labels=5),
+        dict(depths=(1, 2, 1, 1), embed_dim=4, num_labels=5, drop_path_rate=0.0),
         side=70,
         fixture=True,
         gradient=True,
