@@ -18,7 +18,7 @@ _POOL = dict(depths=(1, 2, 1, 1), dims=_DIMS, num_classes=5)
 _FOCAL = dict(depths=(1, 2, 1, 1), embed_dim=4, num_classes=5)
 
 
-def _timm(name: str, config: dict[str, Any], side: int = 64, **options: Any) -> Case:
+def _timm(name: str, config: dict[str, Any], side: int = 44, **options: Any) -> Case:
     return Case(
         f"timm:{name}",
         config,
@@ -44,14 +44,14 @@ def _poolformer(config: dict[str, Any], **options: Any) -> Case:
             **config,
         )
 
-    return Case("timm:poolformer_s12", config, module, images(70), channels_first, **options)
+    return Case("timm:poolformer_s12", config, module, images(44), channels_first, **options)
 
 
 def _focalnet(name: str, config: dict[str, Any], **options: Any) -> Case:
     def module() -> torch.nn.Module:
         return timm.models.focalnet.FocalNet(**config)
 
-    return Case(f"timm:{name}", config, module, images(70), channels_first, **options)
+    return Case(f"timm:{name}", config, module, images(44), channels_first, **options)
 
 
 def _logits(module: Any, pictures: Any) -> Any:
@@ -62,7 +62,7 @@ def _pooled(module: Any, pictures: Any) -> Any:
     return channels_first(module, pictures).pooler_output
 
 
-def _transformers(kind: str, config: dict[str, Any], call: Any = _logits, side: int = 64, **options: Any):
+def _transformers(kind: str, config: dict[str, Any], call: Any = _logits, side: int = 44, **options: Any):
     cls = getattr(transformers, kind)
     model_type = cls.config_class.model_type
     return Case(
@@ -87,15 +87,15 @@ _LARGE = dict(
 )
 
 CASES = {
-    "timm_convnext_toy": _timm("convnext_tiny", _CONVNEXT, 70, gradient=True, fixture=True),
+    "timm_convnext_toy": _timm("convnext_tiny", _CONVNEXT, 44, gradient=True, fixture=True),
     "timm_convnext_conv": _timm("convnext_atto", dict(_CONVNEXT, act_layer="silu")),
-    "timm_convnext_tiered": _timm("convnext_pico_ols", _CONVNEXT, 70, fixture=True),
+    "timm_convnext_tiered": _timm("convnext_pico_ols", _CONVNEXT, 44, fixture=True),
     "timm_convnext_tiered_wide": _timm("convnext_atto_ols", dict(depths=(1, 1, 1, 1))),
     "timm_convnext_overlap": _timm("convnext_nano_ols", _CONVNEXT),
     "timm_convnext_act": _timm("convnext_nano_ols", dict(_CONVNEXT, stem_type="overlap_act")),
     "timm_convnext_rms": _timm("convnext_atto_rms", _CONVNEXT),
     "timm_convnext_norm_first": _timm("convnext_tiny_hnf", _CONVNEXT),
-    "timm_convnext_hidden": _timm("convnext_large_mlp", dict(_CONVNEXT, head_hidden_size=12), fixture=True),
+    "timm_convnext_hidden": _timm("convnext_large_mlp", dict(_CONVNEXT, head_hidden_size=12)),
     "timm_convnext_kernels": _timm("test_convnext3", {}),
     "timm_convnext_patch_2": _timm("convnext_tiny", dict(_CONVNEXT, patch_size=2)),
     # `timm.create_model` drops what is None, its class does not.
@@ -103,7 +103,7 @@ CASES = {
         "timm:convnext_tiny",
         dict(_CONVNEXT, ls_init_value=None),
         lambda: timm.models.convnext.ConvNeXt(**_CONVNEXT, ls_init_value=None),
-        images(64),
+        images(44),
         channels_first,
     ),
     "timm_convnext_max": _timm("convnext_tiny", dict(_CONVNEXT, global_pool="max")),
@@ -121,12 +121,12 @@ CASES = {
     "timm_focalnet_tiny_srf": _timm("focalnet_tiny_srf", dict(drop_path_rate=0.0), 224, gradient=True),
     "timm_focalnet_tiny_lrf": _timm("focalnet_tiny_lrf", {}, 224),
     "transformers_convnext": _transformers(
-        "ConvNextForImageClassification", _HIDDEN, side=70, fixture=True, gradient=True
+        "ConvNextForImageClassification", _HIDDEN, side=44, fixture=True, gradient=True
     ),
     "transformers_convnext_model": _transformers("ConvNextModel", _HIDDEN, _pooled),
     "transformers_convnext_tiny": _transformers("ConvNextForImageClassification", {}, side=224),
     "transformers_poolformer": _transformers(
-        "PoolFormerForImageClassification", _HIDDEN, side=70, fixture=True
+        "PoolFormerForImageClassification", _HIDDEN, side=44, fixture=True
     ),
     "transformers_poolformer_no_scale": _transformers(
         "PoolFormerForImageClassification",
@@ -136,7 +136,7 @@ CASES = {
     "transformers_focalnet": _transformers(
         "FocalNetForImageClassification",
         dict(depths=(1, 2, 1, 1), embed_dim=4, num_labels=5, drop_path_rate=0.0),
-        side=70,
+        side=44,
         fixture=True,
         gradient=True,
     ),
