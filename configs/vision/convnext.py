@@ -40,7 +40,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
     if variant == "smoke":
         return digits(convnext(16, (1, 2), classes=10, patch=1), smoke=True)
     if variant == "digits":
-        return digits(convnext(48, (2, 4), classes=10, patch=1, unroll=2), smoke=False)
+        return digits(convnext(48, (2, 4), classes=10, patch=1, unroll=2), smoke=False, steps="30 epochs")
     size, _, what = variant.partition("-")
     width, depths = SIZES[size]
     if what == "22k":

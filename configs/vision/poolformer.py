@@ -63,7 +63,9 @@ def get_config(variant: str = "digits") -> ConfigDict:
     stem = dict(kernel=3, stride=1)
     if variant == "smoke":
         return digits(metaformer((1, 2), (16, 32), classes=10, stem=stem), smoke=True)
-    return digits(metaformer((2, 4), (48, 96), classes=10, stem=stem, unroll=2), smoke=False)
+    return digits(
+        metaformer((2, 4), (48, 96), classes=10, stem=stem, unroll=2), smoke=False, steps="30 epochs"
+    )
 
 
 def metaformer(

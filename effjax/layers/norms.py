@@ -5,6 +5,8 @@ rms:    y = x / sqrt(mean(x^2) + epsilon) * scale                      Zhang and
 group:  the layer norm with mean and variance over all places too      Wu and He 2018, with one group
 batch:  the same over all places and examples, a running average of
         both in evaluation                                             Ioffe and Szegedy 2015
+rep_batch, and a section that says `progressive`: see `effjax.layers.progressive`
+none:   y = x
 
 `norm` makes either by the name a config gives it. The `offset` kinds keep their scale as its distance from
 one, as the Gemma and Nemotron families do, so that weight decay pulls it to one.
@@ -18,16 +20,31 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from effjax.layers.dense import named, zeros
+from effjax.layers.progressive import Progressive, ProgressiveNorm, RepBatchNorm
 
-_ones = nn.initializers.ones_init()
-
-NormKind = Literal[
-    "rms", "rms_offset", "layer", "layer_no_bias", "layer_plain", "layer_offset", "group", "batch"
+NormName = Literal[
+    "rms",
+    "rms_offset",
+    "layer",
+    "layer_no_bias",
+    "layer_plain",
+    "layer_offset",
+    "group",
+    "batch",
+    "rep_batch",
+    "none",
 ]
+NormKind = NormName | Progressive
 
 
 def norm(
-    kind: NormKind, epsilon: float, name: str, reduced: int = 1, scaled: int = 1, train: bool = False
+    kind: NormKind,
+    epsilon: float,
+    name: str,
+    reduced: int = 1,
+    scaled: int = 1,
+    train: bool = False,
+    initial: float = 1.0,
 ) -> nn.Module:
     """A norm by its kind.
 
@@ -41,9 +58,17 @@ def norm(
       scaled: how many trailing axes scale and bias span.
       train: whether a batch norm takes mean and variance from the batch, and moves its running averages
         towards them by a tenth. Under `jit` the batch is the whole batch, over all devices.
+      initial: what the scale starts at; the `offset` kinds know only one.
     """
+    if isinstance(kind, Progressive):
+        return ProgressiveNorm(kind, epsilon, train, name=name)
+    if kind == "rep_batch":
+        return RepBatchNorm(epsilon, train, name=name)
+    if kind == "none":
+        return Identity(name=name)
+    filled = nn.initializers.constant(initial)
     if kind in ("batch", "group"):
-        affine = dict(scale_init=named(_ones, ("norm",)), bias_init=named(zeros, ("norm",)))
+        affine = dict(scale_init=named(filled, ("norm",)), bias_init=named(zeros, ("norm",)))
         common: dict[str, Any] = dict(epsilon=epsilon, name=name, **affine)
         return (
             nn.BatchNorm(not train, momentum=0.9, **common) if kind == "batch" else nn.GroupNorm(1, **common)
@@ -54,7 +79,7 @@ def norm(
     options: dict[str, Any] = dict(
         epsilon=epsilon,
         use_scale=kind != "layer_plain",
-        scale_init=named(_ones, axes),
+        scale_init=named(filled, axes),
         reduction_axes=tuple(range(-reduced, 0)),
         feature_axes=tuple(range(-scaled, 0)),
         name=name,
@@ -66,7 +91,18 @@ def norm(
 
 def norm_size(kind: NormKind, channels: int) -> int:
     """How many parameters a norm over so many channels has."""
-    return channels * {"rms": 1, "rms_offset": 1, "layer_no_bias": 1, "layer_plain": 0}.get(kind, 2)
+    if isinstance(kind, Progressive):
+        return 4 * channels + 1
+    vectors = {"rms": 1, "rms_offset": 1, "layer_no_bias": 1, "layer_plain": 0, "none": 0}
+    return channels * vectors.get(kind, 2) + (kind == "rep_batch")
+
+
+class Identity(nn.Module):
+    """No norm at all, as after one was folded into what follows."""
+
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
+        """Returns its input."""
+        return x
 
 
 class OffsetNorm(nn.Module):

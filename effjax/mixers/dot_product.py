@@ -21,15 +21,15 @@ def band(length: int, window: Int[Array, ""], causal: bool) -> Bool[Array, "1 1 
 def softmax_attention(
     q: Float[Array, "b n h d"],
     k: Float[Array, "b s g d"],
-    v: Float[Array, "b s g d"],
+    v: Float[Array, "b s g e"],
     *,
     mask: Bool[Array, "#b 1 #n s"] | None,
     causal: bool,
-    bias: Float[Array, "#b 1 #n s"] | None = None,
+    bias: Float[Array, "#b #h #n s"] | None = None,
     scale: float | None = None,
     cap: float | None = None,
     window: tuple[int, int] | None = None,
-) -> Float[Array, "b n h d"]:
+) -> Float[Array, "b n h e"]:
     """Weighs the values.
 
     Args:
@@ -86,7 +86,7 @@ def dot_products(q: Float[Array, "b n h d"], k: Float[Array, "b s g d"]) -> Floa
     return logits.reshape(b, h, n, s)
 
 
-def weighted_sum(weights: Float[Array, "b h n s"], v: Float[Array, "b s g d"]) -> Float[Array, "b n h d"]:
+def weighted_sum(weights: Float[Array, "b h n s"], v: Float[Array, "b s g e"]) -> Float[Array, "b n h e"]:
     """sum_s p_ns v_s for every head; `h / g` heads of weights share a value head."""
     b, h, n, s = weights.shape
     g, d = v.shape[2:]

@@ -2,21 +2,27 @@
 
     W-MSA    y = reverse(softmax(q k^T / sqrt(d) + B) v),   q, k, v in windows of M x M places
     SW-MSA   the same on the map rolled by floor(M / 2), where places that were apart do not see each other
+    cosine   y = reverse(softmax(cos(q, k) / tau + B) v),   1 / tau = exp(min(s, log 100)), s learned a head
 
 The cost 4 H W C^2 + 2 M^2 H W C is linear in the number of places. A map side of at most M is one window and
 is not shifted. A map that windows do not tile gets zeros below and to the right; like the reference, its
 attention does not hide them.
 
-Source: Swin Transformer, Liu et al. 2021, sections 3.2 and 3.3.
+Source: Swin Transformer, Liu et al. 2021, sections 3.2 and 3.3; Swin Transformer V2, Liu et al. 2022, section
+3.2 for cosine attention.
 """
 
+import math
+from typing import Literal
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from effjax.config import part
 from effjax.errors import UsageError
-from effjax.layers.dense import Dense
+from effjax.layers.dense import Dense, named
 from effjax.mixers import position_bias, windows
 from effjax.mixers.context import Context
 from effjax.mixers.position_bias import RelativeTable
@@ -27,17 +33,24 @@ class ShiftedWindow(nn.Module):
 
     Attributes:
       heads: attention heads.
-      window: side M of a window.
+      window: side M of a window, or its height and width.
       shifted: whether the map is rolled by half a window.
       qkv_bias: biases of the query, key and value projections.
+      key_bias: whether the key projection has its bias among them.
+      similarity: of queries and keys: `dot`, scaled by 1 / sqrt(d), or `cosine`, scaled by 1 / tau.
       bias: what relative positions add to the logits, a kind in `effjax.mixers.position_bias`.
+      pad: whether zeros are added before or after the map is rolled. Swin's own code for detection does the
+        first, timm the second; the two differ at the edge, and nowhere where windows tile the map.
     """
 
     heads: int
-    window: int = 7
+    window: int | tuple[int, int] = 7
     shifted: bool = False
     qkv_bias: bool = True
+    key_bias: bool = True
+    similarity: Literal["dot", "cosine"] = "dot"
     bias: nn.Module = part(position_bias.KINDS, default=RelativeTable)
+    pad: Literal["before_shift", "after_shift"] = "before_shift"
 
     @nn.compact
     def __call__(
@@ -52,24 +65,49 @@ class ShiftedWindow(nn.Module):
         if channels % self.heads:
             raise UsageError(f"heads={self.heads} does not divide the width {channels}.")
         size = windows.fitted(self.window, (height, width))
-        shift = windows.shift_of(size, (height, width), self.shifted)
-        below, right = -height % size[0], -width % size[1]
-        if below or right:
-            x = jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0)))  # [B, H', W', C]
-        grid = height + below, width + right
-        if shift != (0, 0):
-            x = jnp.roll(x, (-shift[0], -shift[1]), (1, 2))
-        x = windows.partition(x, size)  # [B, w, M M, C]
-        head = self.heads, channels // self.heads
-        axes = "embed", "heads", "head_dim"
-        q = Dense(head, axes, use_bias=self.qkv_bias, name="query")(x)  # [B, w, M M, H, D]
-        k = Dense(head, axes, use_bias=self.qkv_bias, name="key")(x)  # [B, w, M M, H, D]
-        v = Dense(head, axes, use_bias=self.qkv_bias, name="value")(x)  # [B, w, M M, H, D]
-        bias = self.bias(size, self.window, self.heads)  # [H, M M, M M]
-        allowed = windows.allowed_after_shift(grid, size, shift)  # [w, M M, M M]
-        y = windows.window_attention(q, k, v, scale=head[1] ** -0.5, bias=bias, allowed=allowed)
-        y = Dense(channels, ("heads", "head_dim", "embed"), inputs=2, name="output")(y)  # [B, w, M M, C]
+        down, right = windows.shift_of(size, (height, width), self.shifted)
+        if self.pad == "before_shift":
+            x = windows.tiled(x, size)  # [B, H', W', C]
+        x = windows.tiled(windows.rolled(x, (-down, -right)), size)  # [B, H', W', C]
+        grid = x.shape[1], x.shape[2]
+        y = self._attend(windows.partition(x, size), size, grid, (down, right))  # [B, w, M M, C]
         y = windows.reverse(y, grid, size)  # [B, H', W', C]
-        if shift != (0, 0):
-            y = jnp.roll(y, shift, (1, 2))
-        return y[:, :height, :width]
+        if self.pad == "after_shift":
+            y = y[:, :height, :width]
+        return windows.rolled(y, (down, right))[:, :height, :width]
+
+    @nn.nowrap
+    def _attend(
+        self,
+        x: Float[Array, "b windows places c"],
+        size: windows.Window,
+        grid: windows.Window,
+        shift: windows.Window,
+    ) -> Float[Array, "b windows places c"]:
+        """Attention inside the windows of a map of `grid` places that was rolled by `shift`."""
+        head = self.heads, x.shape[-1] // self.heads
+        axes, key_bias = ("embed", "heads", "head_dim"), self.qkv_bias and self.key_bias
+        q = Dense(head, axes, use_bias=self.qkv_bias, name="query")(x)  # [B, w, M M, H, D]
+        k = Dense(head, axes, use_bias=key_bias, name="key")(x)  # [B, w, M M, H, D]
+        v = Dense(head, axes, use_bias=self.qkv_bias, name="value")(x)  # [B, w, M M, H, D]
+        scale: float | Float[Array, " h"] = head[1] ** -0.5
+        if self.similarity == "cosine":
+            q, k, scale = unit(q), unit(k), self._inverse_temperature()
+        bias = self.bias(size, windows.sides(self.window), self.heads)  # [H, M M, M M]
+        allowed = windows.allowed_after_shift(grid, size, shift)  # [w, M M, M M]
+        y = windows.window_attention(q, k, v, scale=scale, bias=bias, allowed=allowed)
+        return Dense(x.shape[-1], ("heads", "head_dim", "embed"), inputs=2, name="output")(y)
+
+    @nn.nowrap
+    def _inverse_temperature(self) -> Float[Array, " h"]:
+        """1 / tau of every head: 10 at first, at most 100."""
+        init = named(nn.initializers.constant(math.log(10.0)), ("heads",))
+        scale = self.param("logit_scale", init, (self.heads,), jnp.float32)
+        return jnp.exp(jnp.minimum(scale.astype(jnp.float32), math.log(100.0)))
+
+
+def unit(x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+    """Vectors of length one in the directions of `x`; zero stays zero."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    squared = jnp.sum(wide * wide, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))).astype(x.dtype)

@@ -31,9 +31,26 @@ def reverse(x: Float[Array, "b windows places *rest"], grid: Window, window: Win
     )
 
 
-def fitted(window: int, grid: Window) -> Window:
+def sides(window: int | Window) -> Window:
+    """Height and width of a window that may be given by its side."""
+    return (window, window) if isinstance(window, int) else window
+
+
+def fitted(window: int | Window, grid: Window) -> Window:
     """The window on a map: not longer than its sides."""
-    return min(window, grid[0]), min(window, grid[1])
+    height, width = sides(window)
+    return min(height, grid[0]), min(width, grid[1])
+
+
+def tiled(x: Float[Array, "b h w c"], window: Window) -> Float[Array, "b h2 w2 c"]:
+    """Adds zeros below and to the right, up to where windows tile the map."""
+    below, right = -x.shape[1] % window[0], -x.shape[2] % window[1]
+    return jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0))) if below or right else x
+
+
+def rolled(x: Float[Array, "b h w c"], shift: Window) -> Float[Array, "b h w c"]:
+    """Moves the map down and to the right; what leaves it comes in on the other side."""
+    return jnp.roll(x, shift, (1, 2)) if any(shift) else x
 
 
 def shift_of(window: Window, grid: Window, shifted: bool) -> Window:
@@ -79,16 +96,17 @@ def window_attention(
       q: queries.
       k: keys.
       v: values.
-      scale: factor of the logits, or one a head.
+      scale: factor of the logits; one a head is applied in float32.
       bias: added to the logits of every window.
       allowed: which keys (last axis) a query sees.
     """
     b, count, places, heads, d = q.shape
-    scaled = q * jnp.asarray(scale, q.dtype).reshape(1, 1, 1, -1, 1)
-    scaled, k, v = (
-        part.reshape(-1, places, heads, d) for part in (scaled, k, v)
-    )  # [B windows, places, H, D]
-    logits = dot_products(scaled, k)  # [B windows, H, places, places]
+    if isinstance(scale, float):
+        q = q * scale
+    q, k, v = (part.reshape(-1, places, heads, d) for part in (q, k, v))  # [B windows, places, H, D]
+    logits = dot_products(q, k)  # [B windows, H, places, places]
+    if not isinstance(scale, float):
+        logits = logits * scale.astype(jnp.float32)[None, :, None, None]
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)[None]
     if allowed is not None:
