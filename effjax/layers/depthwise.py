@@ -147,8 +147,10 @@ def _input_gradient(x: Map, kernel: Kernel, g: Coarse, *, stride: int, dilation:
 _PLACES = 28
 
 
-def _kernel_gradient(x: Map, kernel: Kernel, g: Map, *, stride: int, dilation: int, edges: Edges) -> Kernel:
-    """Block after block of output places, each tap's products added in place: [B, u, v, C] stays in the cache.
+def _kernel_gradient(
+    x: Map, kernel: Kernel, g: Coarse, *, stride: int, dilation: int, edges: Edges
+) -> Kernel:
+    """Block after block of output places; each tap adds its products in place, so [B, u, v, C] stays cached.
 
     Along channels this is one fused chain of vector multiply-adds, where a sum over places for each tap would
     go over the map as often as the kernel has taps.
