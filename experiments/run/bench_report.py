@@ -92,7 +92,7 @@ def markdown(results: Sequence[Result]) -> str:
     here = environment()
     packages = ", ".join(f"{name} {version}" for name, version in here["packages"].items())
     pictures = sorted({f"{one.batch} x {one.size[0]} x {one.size[1]} pixels" for one in results})
-    notes = (  
+    notes = (
         f"float32, {', '.join(pictures)}; {here['cores']} CPU cores with a load of {here['load']:.1f};",
         f"{packages}.",
         "`train` is forward and backward, without the optimiser. images/s are of the least time. ratio is timm's",
