@@ -139,14 +139,24 @@ def _convert(hint: Any, metadata: Mapping[str, Any], value: Any, path: str) -> A
 
 
 def _convert_any(hints: list[Any], metadata: Mapping[str, Any], value: Any, path: str) -> Any:
-    """Takes the first of several annotations that the value fits."""
+    """Takes the first of several annotations that the value fits.
+
+    A section is held only against those that are made from one, so that the error names what was meant.
+    """
+    alike = [hint for hint in hints if _takes_section(hint, metadata) == section_of(value)]
     errors = []
-    for hint in hints:
+    for hint in alike or hints:
         try:
             return _convert(hint, metadata, value, path)
         except UsageError as error:
             errors.append(error)
     raise errors[-1]
+
+
+def _takes_section(hint: Any, metadata: Mapping[str, Any]) -> bool:
+    if typing.get_origin(hint) is typing.Literal:
+        return False
+    return "kinds" in metadata or typing.get_origin(hint) in (dict, Mapping) or dataclasses.is_dataclass(hint)
 
 
 def _convert_tuple(arguments: tuple[Any, ...], metadata: Mapping[str, Any], value: Any, path: str) -> Any:

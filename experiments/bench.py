@@ -1,9 +1,14 @@
-"""Benchmarks of the machinery, as ratios within one run.
+"""Benchmarks as ratios within one run.
 
     python -m experiments.bench loop --config=configs/vision/vit.py:digits
+    python -m experiments.bench models --config=configs/vision/vit.py:s16,configs/vision/swin.py:tiny
 
 `loop`: the time of a step in the training loop over that of the bare compiled step (target: at most 1.05),
 and the rate of the input pipeline over the rate at which the step takes batches (target: at least 3).
+
+`models`: forward pass and training step of each config beside timm's version, where the extra `parity` is
+installed: images a second, the peak of memory, the ratio. Writes bench.md, bench.json and bench.png to --out;
+docs/bench.md says what is measured and what can be believed.
 """
 
 import contextlib
@@ -16,9 +21,16 @@ from absl import flags
 
 from experiments import cli
 
-cli.define_config("configs/vision/vit.py:digits")
-STEPS = flags.DEFINE_integer("steps", 100, "steps of one measurement")
+cli.define_configs("configs/vision/vit.py:digits")
+STEPS = flags.DEFINE_integer(
+    "steps", None, "steps of one measurement; by default 100 of a loop, 1 of a model"
+)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "measurements of each candidate, taken in turn")
+BATCH = flags.DEFINE_integer("batch", 8, "models: pictures a step")
+SIZE = flags.DEFINE_integer(
+    "size", None, "models: side of the pictures; by default what the config trains on"
+)
+OUT = flags.DEFINE_string("out", "bench", "models: the folder for the table and the plot")
 
 
 class Silent:
@@ -105,19 +117,46 @@ def bench_loop(loaded: cli.LoadedConfig, steps: int, rounds: int) -> dict[str, f
     }
 
 
-def main(argv: list[str]) -> None:
-    """Runs the benchmark that is named."""
-    from effjax.errors import UsageError, did_you_mean
+def report_loop() -> None:
+    """Runs `loop` and prints it."""
+    from effjax.errors import UsageError
     from experiments.run.closing import closing_table
     from experiments.run.formatting import measurement
 
-    known = {"loop": bench_loop}
+    configs = cli.load_configs()
+    if len(configs) != 1:
+        raise UsageError(f"loop takes one --config, not {len(configs)}.")
+    figures = bench_loop(configs[0], STEPS.value or 100, ROUNDS.value)
+    closing_table(f"loop: {configs[0].name}", {name: measurement(value) for name, value in figures.items()})
+
+
+def report_models() -> None:
+    """Runs `models`, prints each as it comes and writes the files."""
+    from experiments.run import bench_report
+    from experiments.run.bench_models import bench
+    from experiments.run.closing import closing_table
+
+    results = []
+    for loaded in cli.load_configs():
+        results.append(bench(loaded, BATCH.value, SIZE.value, STEPS.value or 1, ROUNDS.value))
+        for row in bench_report.rows(results[-1:]):
+            cells = dict(zip(bench_report.HEADINGS, row, strict=True))
+            closing_table(f"{cells.pop('model')}, {cells.pop('step')}", cells)
+        bench_report.write(OUT.value, results)
+
+
+def main(argv: list[str]) -> None:
+    """Runs the benchmark that is named."""
+    from effjax.errors import UsageError, did_you_mean
+
+    known = {"loop": report_loop, "models": report_models}
     if len(argv) != 2 or argv[1] not in known:
         raise UsageError(f"name one benchmark, such as `loop`. {did_you_mean(' '.join(argv[1:]), known)}")
-    loaded = cli.load_config()
-    figures = known[argv[1]](loaded, STEPS.value, ROUNDS.value)
-    closing_table(f"{argv[1]}: {loaded.name}", {name: measurement(value) for name, value in figures.items()})
+    for flag in (STEPS, ROUNDS, BATCH, SIZE):
+        if flag.value is not None and flag.value < 1:
+            raise UsageError(f"--{flag.name}={flag.value} must be at least 1.")
+    known[argv[1]]()
 
 
 if __name__ == "__main__":
-    cli.run(main, positional="loop: the training loop against its bare step, and the input pipeline")
+    cli.run(main, positional="loop: the training loop and the input pipeline; models: models beside timm's")

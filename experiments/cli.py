@@ -37,10 +37,24 @@ from rich.console import Console
 from rich.text import Text
 
 from effjax.errors import EffjaxError, Preempted, UsageError, did_you_mean
-from experiments.run.config_file import LoadedConfig, define_config, load_config
+from experiments.run.config_file import (
+    LoadedConfig,
+    define_config,
+    define_configs,
+    load_config,
+    load_configs,
+)
 from experiments.run.files import refusal
 
-__all__ = ["LoadedConfig", "command_line", "define_config", "load_config", "run"]
+__all__ = [
+    "LoadedConfig",
+    "command_line",
+    "define_config",
+    "define_configs",
+    "load_config",
+    "load_configs",
+    "run",
+]
 
 # Flags belong to the driver on whose behalf this file defines them, and show up in its --help.
 flags.disclaim_key_flags()

@@ -32,9 +32,15 @@ def get_config(variant: str = "digits") -> ConfigDict:
     """Returns the config of a variant."""
     if variant in ("smoke", "digits"):
         smoke = variant == "smoke"
-        dims, depths = ((8, 8, 12, 16), (0, 1, 1, 2)) if smoke else ((16, 24, 48, 64), (0, 1, 2, 2))
+        widths, blocks = ((8, 8, 12, 16), (0, 1, 1, 2)) if smoke else ((16, 24, 48, 64), (0, 1, 2, 2))
         model = lowformer(
-            dims, depths, head=(2 * dims[-1],) * 2, down_ratio=4.0, classes=10, drop_path=0.0, stem_stride=1
+            widths,
+            blocks,
+            head=(2 * widths[-1],) * 2,
+            down_ratio=4.0,
+            classes=10,
+            drop_path=0.0,
+            stem_stride=1,
         )
         return digits(model, smoke=smoke)
     dims, depths, head, down_ratio, batch_size, lr, drop_path = SIZES[variant]

@@ -21,6 +21,8 @@ Lengths, sizes and stochastic depth are those of the paper and its code; what el
 For dense tasks on large pictures, `window` makes attention local, with windows that tile and do not shift.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs.vision.recipes import digits, imagenet, stages
@@ -50,9 +52,11 @@ def get_config(variant: str = "digits") -> ConfigDict:
     """Returns the config of a variant."""
     if variant in ("smoke", "digits"):
         smoke = variant == "smoke"
-        dims, depths = ((8, 16), (2, 2)) if smoke else ((24, 48), (2, 3))
-        options = dict(strides=(1, 2), attention=(False, True), head_dim=8, tables=(8, 4), windows=(8, 4))
-        model = moat(dims[0], dims, depths, classes=10, drop_path=0.0, stem_stride=1, **options)
+        widths, blocks = ((8, 16), (2, 2)) if smoke else ((24, 48), (2, 3))
+        options: dict[str, Any] = dict(
+            strides=(1, 2), attention=(False, True), head_dim=8, tables=(8, 4), windows=(8, 4)
+        )
+        model = moat(widths[0], widths, blocks, classes=10, drop_path=0.0, stem_stride=1, **options)
         return digits(model, smoke=smoke)
     size, _, what = variant.partition("-")
     stem, dims, depths, drop_path = SIZES[size]
@@ -63,7 +67,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
     windows = (side // 4, side // 8, side // 16, side // 32)
     model = moat(stem, dims, depths, classes=1000, drop_path=drop_path, windows=windows)
     if size.startswith("moat") and what:
-        finer = dict(epochs=30, lr=5e-5, weight_decay=1e-8, warmup="0%", clip=1.0, ema=None)
+        finer: dict[str, Any] = dict(epochs=30, lr=5e-5, weight_decay=1e-8, warmup="0%", clip=1.0, ema=None)
         return imagenet(model, size=side, **finer)
     return imagenet(model, size=side, clip=1.0)
 

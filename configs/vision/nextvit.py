@@ -13,6 +13,8 @@
     reports 83.6%, 84.3% and 84.7%.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs.vision.recipes import digits, imagenet
@@ -46,7 +48,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
     depths, drop_path = SIZES[size]
     model = nextvit(depths, classes=1000, drop_path=drop_path)
     if what == "384":
-        finer = dict(epochs=30, lr=1e-5, weight_decay=1e-8, warmup="0%")
+        finer: dict[str, Any] = dict(epochs=30, lr=1e-5, weight_decay=1e-8, warmup="0%")
         return imagenet(model, size=384, batch_size=1024, clip=5.0, ema=None, **finer)
     return imagenet(model, batch_size=2048, lr=2e-3, weight_decay=0.1, clip=5.0, warmup="20 epochs", ema=None)
 

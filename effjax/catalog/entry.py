@@ -34,11 +34,13 @@ class Size:
       config: the variant that builds it: `configs/vision/vit.py:b16`.
       parameters: as published.
       macs: multiply-accumulates of one example, as published; None where the paper gives none.
+      top1: top-1 accuracy on ImageNet's validation set in percent, as published; None where there is none.
     """
 
     config: str
     parameters: int | float
     macs: int | float | None = None
+    top1: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

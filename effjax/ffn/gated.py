@@ -6,7 +6,7 @@ y = (activation(x W_gate) * (x W_expand)) W_contract                  Shazeer 20
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from effjax.ffn.activations import activation
+from effjax.layers.activations import activation
 from effjax.layers.axes import constrain
 from effjax.layers.dense import Dense
 
@@ -16,7 +16,7 @@ class Gated(nn.Module):
 
     Attributes:
       hidden: channels of each expansion.
-      activation: a name in `effjax.ffn.activations`.
+      activation: a name in `effjax.layers.activations`.
       use_bias: biases on all three layers.
     """
 

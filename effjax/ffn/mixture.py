@@ -17,8 +17,8 @@ from flax.linen.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
 from effjax.errors import UsageError
-from effjax.ffn.activations import activation
 from effjax.ffn.gated import Gated
+from effjax.layers.activations import activation
 from effjax.layers.dense import Dense, named, xavier
 
 
@@ -29,7 +29,7 @@ class Mixture(nn.Module):
       experts: how many there are.
       chosen: how many of them a token is sent to.
       hidden: channels of each expansion of one expert.
-      activation: a name in `effjax.ffn.activations`.
+      activation: a name in `effjax.layers.activations`.
       normalised: whether the weights of the chosen experts add up to one.
       shared: channels of an expert that sees every token; 0 means there is none.
       shared_gate: whether a sigmoid of the token weighs the shared expert.

@@ -6,7 +6,7 @@ y = activation(x W_1 + b_1) W_2 + b_2                                  Vaswani e
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from effjax.ffn.activations import activation
+from effjax.layers.activations import activation
 from effjax.layers.axes import constrain
 from effjax.layers.dense import Dense
 
@@ -17,7 +17,7 @@ class MLP(nn.Module):
     Attributes:
       hidden: channels between the two layers; None means `ratio` times the width.
       ratio: expansion where `hidden` is not given.
-      activation: a name in `effjax.ffn.activations`.
+      activation: a name in `effjax.layers.activations`.
       use_bias: biases on both layers.
     """
 

@@ -40,6 +40,8 @@ HEADS_OUT = "o (h d) -> h d o"  # from heads back to the width
 FUSED_IN = "(part h d) i -> i h d"  # query, key and value in one matrix
 FUSED_IN_BIAS = "(part h d) -> h d"
 CONV = "o i h w -> h w i o"  # OIHW to HWIO
+DEPTHWISE = "c 1 h w -> h w c"  # a convolution with as many groups as channels
+POINTWISE = "o i 1 1 -> i o"  # a convolution of one place, which is a projection
 PATCHES = "o c p q -> (p q c) o"  # a convolution whose stride is its kernel; needs sizes p and q
 
 _TOKEN = re.compile(r"\([^)]*\)|\S+")

@@ -9,8 +9,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from effjax.compress import fold
+from effjax.compress.merge import Fold, Variables, unchanged
 from effjax.errors import UsageError
-from effjax.ffn.activations import activation
+from effjax.layers.activations import activation
 from effjax.layers.dense import Dense, named, zeros
 from effjax.layers.depthwise import DepthwiseConv
 from effjax.layers.grouped import grouped_conv, together
@@ -83,7 +85,9 @@ class ConvNorm(nn.Module):
       use_bias: whether the convolution has a bias.
       norm: a kind in `effjax.layers.norms`; None leaves it out.
       epsilon: of the norm.
-      activation: a name in `effjax.ffn.activations`; None leaves it out.
+      activation: a name in `effjax.layers.activations`; None leaves it out.
+      initial: what the norm's scale starts at; from zero a residual branch begins as identity.
+      merged: whether a batch norm is part of the convolution, which then has a bias.
     """
 
     features: int | None = None
@@ -95,6 +99,15 @@ class ConvNorm(nn.Module):
     norm: NormKind | None = "batch"
     epsilon: float = 1e-5
     activation: str | None = None
+    initial: float = 1.0
+    merged: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.merged and self.norm != "batch":
+            raise UsageError(
+                f"norm={self.norm!r} cannot be part of a convolution: only 'batch' can be merged."
+            )
 
     @nn.compact
     def __call__(
@@ -102,17 +115,31 @@ class ConvNorm(nn.Module):
     ) -> Float[Array, "b h2 w2 o"]:
         """Convolves, normalises and bends the maps; `features` serves where the field says none."""
         features = self.features or features or x.shape[-1]
+        use_bias = self.use_bias or self.merged
         if self.depthwise:
             if features != x.shape[-1]:
                 raise UsageError(f"a depthwise convolution keeps {x.shape[-1]} channels, not {features}.")
             conv: nn.Module = DepthwiseConv(
-                self.kernel, self.stride, padding=self.padding, use_bias=self.use_bias, name="conv"
+                self.kernel, self.stride, padding=self.padding, use_bias=use_bias, name="conv"
             )
         elif self.kernel == self.stride == 1:
-            conv = Dense(features, (None, "embed"), use_bias=self.use_bias, name="conv")
+            conv = Dense(features, (None, "embed"), use_bias=use_bias, name="conv")
         else:
-            conv = Conv(features, self.kernel, self.stride, self.padding, use_bias=self.use_bias, name="conv")
+            conv = Conv(features, self.kernel, self.stride, self.padding, use_bias=use_bias, name="conv")
         x = conv(x)  # [B, H', W', O]
-        if self.norm is not None:
-            x = norm(self.norm, self.epsilon, "norm", train=train)(x)
+        if self.norm is not None and not self.merged:
+            x = norm(self.norm, self.epsilon, "norm", train=train, initial=self.initial)(x)
         return x if self.activation is None else activation(self.activation)(x)
+
+    @nn.nowrap
+    def merge(self) -> tuple["ConvNorm", Fold]:
+        """A batch norm becomes part of the convolution."""
+        if self.norm != "batch" or self.merged:
+            return self, unchanged
+
+        def folded(variables: Variables) -> Variables:
+            params = variables["params"]
+            affine = fold.batch_norm(params["norm"], variables["batch_stats"]["norm"], self.epsilon)
+            return {"params": {"conv": fold.affine_behind(params["conv"], affine)}}
+
+        return self.clone(merged=True), folded

@@ -59,11 +59,13 @@ class Merge(nn.Module):
       norm: a kind in `effjax.layers.norms`.
       norm_first: whether it stands before the projection.
       epsilon: of the norm.
+      use_bias: bias of the projection.
     """
 
     norm: NormKind = "layer"
     norm_first: bool = True
     epsilon: float = 1e-5
+    use_bias: bool = False
 
     @nn.compact
     def __call__(
@@ -75,7 +77,7 @@ class Merge(nn.Module):
         x = einops.rearrange(x, "b (h p) (w q) c -> b h w (q p c)", p=2, q=2)  # [B, H/2, W/2, 4 C]
         if self.norm_first:
             x = norm(self.norm, self.epsilon, "norm", train=train)(x)
-        x = Dense(dim, (None, "embed"), use_bias=False, name="reduction")(x)  # [B, H/2, W/2, dim]
+        x = Dense(dim, (None, "embed"), use_bias=self.use_bias, name="reduction")(x)  # [B, H/2, W/2, dim]
         return x if self.norm_first else norm(self.norm, self.epsilon, "norm", train=train)(x)
 
 

@@ -5,6 +5,8 @@ rms:    y = x / sqrt(mean(x^2) + epsilon) * scale                      Zhang and
 group:  the layer norm with mean and variance over all places too      Wu and He 2018, with one group
 batch:  the same over all places and examples, a running average of
         both in evaluation                                             Ioffe and Szegedy 2015
+rep_batch, and a section that says `progressive`: see `effjax.layers.progressive`
+none:   y = x
 
 `norm` makes either by the name a config gives it. The `offset` kinds keep their scale as its distance from
 one, as the Gemma and Nemotron families do, so that weight decay pulls it to one.
@@ -18,10 +20,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from effjax.layers.dense import named, zeros
+from effjax.layers.progressive import Progressive, ProgressiveNorm, RepBatchNorm
 
-NormKind = Literal[
-    "rms", "rms_offset", "layer", "layer_no_bias", "layer_plain", "layer_offset", "group", "batch"
+NormName = Literal[
+    "rms",
+    "rms_offset",
+    "layer",
+    "layer_no_bias",
+    "layer_plain",
+    "layer_offset",
+    "group",
+    "batch",
+    "rep_batch",
+    "none",
 ]
+NormKind = NormName | Progressive
 
 
 def norm(
@@ -47,6 +60,12 @@ def norm(
         towards them by a tenth. Under `jit` the batch is the whole batch, over all devices.
       initial: what the scale starts at; the `offset` kinds know only one.
     """
+    if isinstance(kind, Progressive):
+        return ProgressiveNorm(kind, epsilon, train, name=name)
+    if kind == "rep_batch":
+        return RepBatchNorm(epsilon, train, name=name)
+    if kind == "none":
+        return Identity(name=name)
     filled = nn.initializers.constant(initial)
     if kind in ("batch", "group"):
         affine = dict(scale_init=named(filled, ("norm",)), bias_init=named(zeros, ("norm",)))
@@ -72,7 +91,18 @@ def norm(
 
 def norm_size(kind: NormKind, channels: int) -> int:
     """How many parameters a norm over so many channels has."""
-    return channels * {"rms": 1, "rms_offset": 1, "layer_no_bias": 1, "layer_plain": 0}.get(kind, 2)
+    if isinstance(kind, Progressive):
+        return 4 * channels + 1
+    vectors = {"rms": 1, "rms_offset": 1, "layer_no_bias": 1, "layer_plain": 0, "none": 0}
+    return channels * vectors.get(kind, 2) + (kind == "rep_batch")
+
+
+class Identity(nn.Module):
+    """No norm at all, as after one was folded into what follows."""
+
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
+        """Returns its input."""
+        return x
 
 
 class OffsetNorm(nn.Module):

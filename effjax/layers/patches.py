@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from effjax.errors import UsageError
 from effjax.layers.dense import Dense, xavier
+from effjax.layers.norms import NormKind, norm
 
 
 def check_divides(height: int, width: int, patch: int) -> None:
@@ -24,26 +25,65 @@ def check_divides(height: int, width: int, patch: int) -> None:
 
 
 class PatchEmbed(nn.Module):
-    """Cuts a picture into patches and projects each; the same map as a convolution with stride `patch`."""
+    """Cuts a picture into patches and projects each, the same map as a convolution.
+
+    Attributes:
+      patch: side of a patch.
+      dim: channels of a token.
+      kernel_init: initialiser of the projection.
+      use_bias: its bias.
+      crop: leaves out the pixels below and right of the last whole patch, as a convolution does.
+      stride: pixels from one patch to the next; None means `patch`, and fewer let patches overlap.
+      norm: on the pixels of each patch, a kind in `effjax.layers.norms`; None leaves it out.
+      epsilon: of the norm.
+    """
 
     patch: int
     dim: int
     kernel_init: Initializer = xavier
     use_bias: bool = True
     crop: bool = False
-    """Leaves out the pixels below and right of the last whole patch, as a convolution does."""
+    stride: int | None = None
+    norm: NormKind | None = None
+    epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, images: Float[Array, "b height width c"]) -> Float[Array, "b h w dim"]:
         """Returns the grid of tokens."""
+        stride = self.patch if self.stride is None else self.stride
         if self.crop and min(images.shape[1:3]) >= self.patch:
-            h, w = (side // self.patch * self.patch for side in images.shape[1:3])
+            h, w = (side - (side - self.patch) % stride for side in images.shape[1:3])
             images = images[:, :h, :w]
-        check_divides(images.shape[1], images.shape[2], self.patch)
-        cut = "b (h p) (w q) c -> b h w (p q c)"
-        x = einops.rearrange(images, cut, p=self.patch, q=self.patch)  # [B, H/p, W/p, p p C]
+        if stride == self.patch:
+            check_divides(images.shape[1], images.shape[2], self.patch)
+            cut = "b (h p) (w q) c -> b h w (p q c)"
+            x = einops.rearrange(images, cut, p=self.patch, q=self.patch)  # [B, H/p, W/p, p p C]
+        else:
+            x = overlapping(images, self.patch, stride)  # [B, h, w, p p C]
+        if self.norm is not None:
+            x = norm(self.norm, self.epsilon, "norm")(x)
         axes, init = (None, "embed"), self.kernel_init
         return Dense(self.dim, axes, use_bias=self.use_bias, kernel_init=init, name="projection")(x)
+
+
+def overlapping(
+    images: Float[Array, "b height width c"], patch: int, stride: int
+) -> Float[Array, "b h w pixels"]:
+    """Patches `stride` pixels apart, each as its `p p C` values.
+
+    Raises:
+      UsageError: where the last patches end before the picture does, or beyond it.
+    """
+    if any(side < patch or (side - patch) % stride for side in images.shape[1:3]):
+        raise UsageError(
+            f"patches of {patch} x {patch} pixels, {stride} apart, do not end with a picture of "
+            f"{images.shape[1]} x {images.shape[2]}: resize it to {patch} and a multiple of {stride}."
+        )
+    rows, columns = (
+        np.arange(0, side - patch + 1, stride)[:, None] + np.arange(patch)[None] for side in images.shape[1:3]
+    )
+    x = images[:, rows][:, :, :, columns]  # [B, h, p, w, p, C]
+    return einops.rearrange(x, "b h p w q c -> b h w (p q c)")
 
 
 def unpatch(

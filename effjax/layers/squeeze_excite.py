@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from effjax.ffn.activations import activation
+from effjax.layers.activations import activation
 from effjax.layers.dense import Dense
 
 
@@ -21,7 +21,7 @@ class SqueezeExcite(nn.Module):
     Attributes:
       ratio: channels between the two projections, as a share of those of the map.
       hidden: the same as a number; None takes the ratio.
-      activation: between the projections, a name in `effjax.ffn.activations`.
+      activation: between the projections, a name in `effjax.layers.activations`.
       gate: what bounds the weights.
     """
 

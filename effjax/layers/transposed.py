@@ -42,7 +42,7 @@ class ConvTransposed(nn.Module):
             raise UsageError(
                 f"stride={self.stride} must divide kernel={self.kernel} of a transposed convolution."
             )
-        shape = (self.kernel, self.kernel, x.shape[-1])
+        shape: tuple[int, ...] = (self.kernel, self.kernel, x.shape[-1])
         if self.features is not None:
             shape = *shape, self.features
         # So many taps of the kernel meet in one place of the output.

@@ -1,6 +1,7 @@
 """What things cost: work and memory from the jaxpr, time from the clock, floors from a table of chips."""
 
 from effjax.measure.chips import CHIPS, Chip, chip
+from effjax.measure.coding_rate import coding_rate, density, subspace_coding_rate
 from effjax.measure.cost import Cost, count
 from effjax.measure.cpu import measure_cpu
 from effjax.measure.latency import Comparison, Timing, compare, time_function
@@ -28,17 +29,20 @@ __all__ = [
     "Work",
     "attainable",
     "chip",
+    "coding_rate",
     "collective_seconds",
     "compare",
     "count",
     "count_bytes",
     "count_parameters",
+    "density",
     "floor",
     "floor_of",
     "intensity",
     "measure_cpu",
     "ridge",
     "short",
+    "subspace_coding_rate",
     "table",
     "time_function",
     "tree",

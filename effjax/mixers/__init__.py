@@ -1,17 +1,44 @@
 """How tokens mix. Each kind is a Linen module with the same shape in and out."""
 
 from effjax.mixers.attention import Attention
+from effjax.mixers.conv_query import ConvQueryAttention
+from effjax.mixers.cross_shaped_window import CrossShapedWindow
+from effjax.mixers.depthwise import Depthwise
+from effjax.mixers.focal_modulation import FocalModulation
+from effjax.mixers.identity import Identity
+from effjax.mixers.large_small import LargeSmall
 from effjax.mixers.lowtention import Lowtention
 from effjax.mixers.mamba import Mamba
 from effjax.mixers.multi_head_conv import MultiHeadConv
+from effjax.mixers.neighborhood import Neighborhood
 from effjax.mixers.pooled_attention import PooledAttention
+from effjax.mixers.pooling import Pooling
+from effjax.mixers.reparam_depthwise import ReparamDepthwise
 from effjax.mixers.shifted_window import ShiftedWindow
+from effjax.mixers.simplified_linear import SimplifiedLinear
+from effjax.mixers.spatial import RandomMatrix, SpatialFC
+from effjax.mixers.subspace_attention import SubspaceAttention
+from effjax.mixers.vision_mamba import VisionMamba
 
 KINDS = {
     "attention": Attention,
+    "conv_query": ConvQueryAttention,
+    "cross_shaped_window": CrossShapedWindow,
+    "depthwise": Depthwise,
+    "focal_modulation": FocalModulation,
+    "identity": Identity,
+    "large_small": LargeSmall,
     "lowtention": Lowtention,
     "mamba": Mamba,
     "multi_head_conv": MultiHeadConv,
+    "neighborhood": Neighborhood,
     "pooled_attention": PooledAttention,
+    "pooling": Pooling,
+    "random_matrix": RandomMatrix,
+    "reparam_depthwise": ReparamDepthwise,
     "shifted_window": ShiftedWindow,
+    "simplified_linear": SimplifiedLinear,
+    "spatial_fc": SpatialFC,
+    "subspace_attention": SubspaceAttention,
+    "vision_mamba": VisionMamba,
 }

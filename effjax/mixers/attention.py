@@ -76,11 +76,11 @@ class Attention(nn.Module):
     causal: bool = False
 
     def __call__(
-        self, x: Float[Array, "b n c"], context: Context, train: bool = False
-    ) -> Float[Array, "b n c"]:
-        """Mixes the tokens of whole sequences."""
-        y, _ = self.attend(x, context, None)
-        return y
+        self, x: Float[Array, "b *places c"], context: Context, train: bool = False
+    ) -> Float[Array, "b *places c"]:
+        """Mixes the tokens of whole sequences, or the places of whole maps, row by row."""
+        y, _ = self.attend(x.reshape(x.shape[0], -1, x.shape[-1]), context, None)
+        return y.reshape(x.shape)
 
     def step(
         self, x: Float[Array, "b n c"], cache: Cache, context: Context

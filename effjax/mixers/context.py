@@ -23,6 +23,7 @@ class Context:
         mixer's own `window` where layers differ.
       rotary: `([D/2], [])` frequencies and amplitude of this layer's rotary positions; in place of the
         mixer's own where layers differ.
+      grid: rows and columns that the tokens are laid out in, row by row, where nothing else is among them.
     """
 
     positions: Any = None
@@ -31,6 +32,7 @@ class Context:
     size: Any = None
     window: Any = None
     rotary: Any = None
+    grid: Any = flax.struct.field(pytree_node=False, default=None)
 
     def mask(self) -> Bool[Array, "b 1 n n"] | None:
         """Which keys (last axis) each query may see, by segments and validity; None where all may see all."""

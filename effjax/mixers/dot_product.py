@@ -21,16 +21,16 @@ def band(length: int, window: Int[Array, ""], causal: bool) -> Bool[Array, "1 1 
 def softmax_attention(
     q: Float[Array, "b n h d"],
     k: Float[Array, "b s g d"],
-    v: Float[Array, "b s g d"],
+    v: Float[Array, "b s g e"],
     *,
     mask: Bool[Array, "#b 1 #n s"] | None,
     causal: bool,
-    bias: Float[Array, "#b 1 #n s"] | None = None,
+    bias: Float[Array, "#b #h #n s"] | None = None,
     scale: float | None = None,
     cap: float | None = None,
     window: tuple[int, int] | None = None,
-) -> Float[Array, "b n h d"]:
-    """Weighs the values; JAX's own attention wherever it can express the request.
+) -> Float[Array, "b n h e"]:
+    """Weighs the values.
 
     Args:
       q: queries; `h / g` of them share a key/value head.
@@ -43,24 +43,70 @@ def softmax_attention(
       cap: logits become `cap tanh(logits / cap)` before anything is masked.
       window: how many tokens to the left and to the right a query may see.
     """
-    if cap is None:
-        return jax.nn.dot_product_attention(
-            q, k, v, bias=bias, mask=mask, is_causal=causal, scale=scale, local_window_size=window
-        )
+    n, s = q.shape[1], k.shape[1]
+    logits = dot_products(q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)  # [B, H, N, S]
+    if cap is not None:
+        logits = cap * jnp.tanh(logits / cap)
+    if bias is not None:
+        logits = logits + bias.astype(jnp.float32)
+    distance = jnp.arange(n)[:, None] - jnp.arange(s)[None, :]  # query - key
+    allowed = mask
+    if causal:
+        allowed = both(allowed, (distance >= 0)[None, None])
+    if window is not None:
+        allowed = both(allowed, ((distance <= window[0]) & (-distance <= window[1]))[None, None])
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, -0.7 * jnp.finfo(jnp.float32).max)
+    return weighted_sum(softmax(logits).astype(v.dtype), v)  # [B, N, H, D]
+
+
+def both(a: Bool[Array, "..."] | None, b: Bool[Array, "..."]) -> Bool[Array, "..."]:
+    """Where both allow; None allows everything."""
+    return b if a is None else a & b
+
+
+# Heads stand before places in both products: a matrix times a matrix for each head. XLA's CPU backend takes
+# the strides of `[B, N, H, D]` for a slower product, up to three times in windows of 49 places.
+
+
+def dot_products(q: Float[Array, "b n h d"], k: Float[Array, "b s g d"]) -> Float[Array, "b h n s"]:
+    """q_n k_s for every head, in float32; `h / g` query heads share a key head."""
     b, n, h, d = q.shape
     s, g = k.shape[1:3]
-    grouped = (q * (d**-0.5 if scale is None else scale)).reshape(b, n, g, h // g, d)
-    logits = jnp.einsum("bngrd,bsgd->bgrns", grouped, k, preferred_element_type=jnp.float32)
-    logits = cap * jnp.tanh(logits / cap)
-    if bias is not None:
-        logits = logits + bias[:, :, None].astype(jnp.float32)
-    allowed = jnp.ones((1, 1, n, s), bool) if mask is None else mask
-    distance = jnp.arange(n)[:, None] - jnp.arange(s)[None, :]  # query - key
-    if causal:
-        allowed = allowed & (distance >= 0)[None, None]
-    if window is not None:
-        allowed = allowed & ((distance <= window[0]) & (-distance <= window[1]))[None, None]
-    weights = jax.nn.softmax(
-        jnp.where(allowed[:, :, None], logits, -0.7 * jnp.finfo(jnp.float32).max), axis=-1
-    )
-    return jnp.einsum("bgrns,bsgd->bngrd", weights.astype(v.dtype), v).reshape(b, n, h, d)
+    rows = q.reshape(b, n, g, h // g, d).transpose(0, 2, 3, 1, 4).reshape(b, g, h // g * n, d)
+    contracted = ((3,), (3,)), ((0, 1), (0, 1))
+    # Without it the products of the backward pass mix types: github.com/jax-ml/jax/issues/24047.
+    precision = {
+        "bfloat16": jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
+        "float16": jax.lax.DotAlgorithmPreset.F16_F16_F32,
+    }.get(q.dtype.name)
+    logits = jax.lax.dot_general(
+        rows, k.swapaxes(1, 2), contracted, precision=precision, preferred_element_type=jnp.float32
+    )  # [B, G, H/G N, S]
+    return logits.reshape(b, h, n, s)
+
+
+def weighted_sum(weights: Float[Array, "b h n s"], v: Float[Array, "b s g e"]) -> Float[Array, "b n h e"]:
+    """sum_s p_ns v_s for every head; `h / g` heads of weights share a value head."""
+    b, h, n, s = weights.shape
+    g, d = v.shape[2:]
+    y = jax.lax.dot_general(
+        weights.reshape(b, g, h // g * n, s), v.swapaxes(1, 2), (((3,), (2,)), ((0, 1), (0, 1)))
+    )  # [B, G, H/G N, D]
+    return y.reshape(b, h, n, d).swapaxes(1, 2)
+
+
+@jax.custom_jvp
+def softmax(logits: Float[Array, "*batch s"]) -> Float[Array, "*batch s"]:
+    """e^l / sum e^l over the last axis.
+
+    The backward pass keeps the result alone; `jax.nn.softmax` also keeps the exponentials.
+    """
+    powers = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    return powers / jnp.sum(powers, axis=-1, keepdims=True)
+
+
+@softmax.defjvp
+def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    y, dot = softmax(*primals), tangents[0]
+    return y, y * (dot - jnp.sum(y * dot, axis=-1, keepdims=True))

@@ -10,7 +10,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from effjax.errors import UsageError
-from effjax.ffn.activations import activation
+from effjax.layers.activations import activation
 from effjax.layers.conv import Conv
 from effjax.layers.dense import Dense
 from effjax.layers.norms import norm
@@ -22,7 +22,7 @@ class MultiHeadConv(nn.Module):
 
     Attributes:
       head_dim: channels of a head.
-      activation: a name in `effjax.ffn.activations`.
+      activation: a name in `effjax.layers.activations`.
       epsilon: of the batch norm.
     """
 

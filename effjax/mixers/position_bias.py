@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from effjax.layers.dense import Dense, named, truncated_normal
+from effjax.layers.dense import Dense, named, truncated_normal, zeros
 from effjax.mixers.windows import Window, offsets, sides
 
 
@@ -29,7 +29,21 @@ class RelativeTable(nn.Module):
         init = named(truncated_normal(0.02), (None, "heads"))
         rows = (2 * span[0] - 1) * (2 * span[1] - 1)
         table = self.param("table", init, (rows, heads), jnp.float32)
-        return at_offsets(table, window, span)
+        return at_offsets(jnp.asarray(table), window, span)
+
+
+class DistanceTable(nn.Module):
+    """B_qk = table[|row_q - row_k|, |column_q - column_k|], a learned value a head that begins at zero.
+
+    Source: LeViT, Graham et al. 2021, section 4.2, figure 4; M^2 rows for maps of at most M x M.
+    """
+
+    @nn.compact
+    def __call__(self, window: Window, span: Window, heads: int) -> Float[Array, "h places places"]:
+        """Reads the table at every pair of places."""
+        table = self.param("table", named(zeros, (None, "heads")), (span[0] * span[1], heads), jnp.float32)
+        row, column = abs(offsets(window)[..., 0]), abs(offsets(window)[..., 1])
+        return jnp.moveaxis(jnp.asarray(table)[row * span[1] + column], -1, 0)  # [H, places, places]
 
 
 class InterpolatedTable(nn.Module):
@@ -49,7 +63,7 @@ class InterpolatedTable(nn.Module):
         """Resizes the table to the offsets of this window, and reads it at every pair of places."""
         init = named(truncated_normal(0.02), (None, "heads"))
         rows = 2 * self.side - 1
-        table = self.param("table", init, (rows**2, heads), jnp.float32)
+        table = jnp.asarray(self.param("table", init, (rows**2, heads), jnp.float32))
         if window != (self.side, self.side):
             resized = 2 * window[0] - 1, 2 * window[1] - 1, heads
             table = table.reshape(rows, rows, heads)
@@ -104,7 +118,8 @@ def at_offsets(
 
 
 KINDS = {
-    "relative_table": RelativeTable,
+    "distance_table": DistanceTable,
     "interpolated_table": InterpolatedTable,
     "log_spaced_continuous": LogSpacedContinuous,
+    "relative_table": RelativeTable,
 }

@@ -7,10 +7,11 @@ attention   y_q = sum_k p_qk v_k,  p_q = softmax(scale q k^T + bias_qk where k i
 from typing import TypeVar
 
 import einops
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from effjax.mixers.dot_product import dot_products, softmax, weighted_sum
 
 Window = tuple[int, int]
 AnyArray = TypeVar("AnyArray", Array, np.ndarray)
@@ -99,14 +100,18 @@ def window_attention(
       bias: added to the logits of every window.
       allowed: which keys (last axis) a query sees.
     """
+    b, count, places, heads, d = q.shape
     if isinstance(scale, float):
         q = q * scale
-    logits = jnp.einsum("bwqhd,bwkhd->bwhqk", q, k, preferred_element_type=jnp.float32)
+    q, k, v = (part.reshape(-1, places, heads, d) for part in (q, k, v))  # [B windows, places, H, D]
+    logits = dot_products(q, k)  # [B windows, H, places, places]
     if not isinstance(scale, float):
-        logits = logits * scale.astype(jnp.float32)[None, None, :, None, None]
+        logits = logits * scale.astype(jnp.float32)[None, :, None, None]
     if bias is not None:
-        logits = logits + bias.astype(jnp.float32)[None, None]
+        logits = logits + bias.astype(jnp.float32)[None]
     if allowed is not None:
-        logits = jnp.where(allowed[None, :, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)  # [B, windows, H, places, places]
-    return jnp.einsum("bwhqk,bwkhd->bwqhd", weights, v)
+        split = logits.reshape(b, count, heads, places, places)
+        split = jnp.where(allowed[None, :, None], split, jnp.finfo(jnp.float32).min)
+        logits = split.reshape(logits.shape)
+    y = weighted_sum(softmax(logits).astype(v.dtype), v)  # [B windows, places, H, D]
+    return y.reshape(b, count, places, heads, d)

@@ -3,13 +3,18 @@
 from typing import Any, Literal
 
 import flax.linen as nn
-import jax.numpy as jnp
+import jax
 from jaxtyping import Array, Float
 
-from effjax.ffn.activations import activation
+from effjax.compress import fold
+from effjax.compress.merge import Fold, Variables, unchanged
+from effjax.config import part
+from effjax.layers.activations import activation
 from effjax.layers.conv import ConvNorm
 from effjax.layers.dense import Dense, zeros
 from effjax.layers.norms import NormKind, norm
+from effjax.layers.pool import KINDS as POOLS
+from effjax.layers.pool import Plain, pooled
 
 
 class Linear(nn.Module):
@@ -19,7 +24,8 @@ class Linear(nn.Module):
       norm: a kind in `effjax.layers.norms`; None leaves it out.
       place: where the norm stands: at every place of the map, or on the pooled vector.
       epsilon: of the norm.
-      pool: mean or largest value over the places.
+      pool: mean or largest value over the places, or a kind in `effjax.layers.pool`.
+      hidden: width of a GELU layer in front of the classes; None leaves it out.
       distillation: whether a second norm and projection, taught by another network, is averaged with the
         first (Touvron et al. 2021).
     """
@@ -27,7 +33,8 @@ class Linear(nn.Module):
     norm: NormKind | None = "layer"
     place: Literal["before_pool", "after_pool"] = "before_pool"
     epsilon: float = 1e-6
-    pool: Literal["mean", "max"] = "mean"
+    pool: Plain | nn.Module = part(POOLS, default="mean")
+    hidden: int | None = None
     distillation: bool = False
 
     @nn.compact
@@ -37,12 +44,37 @@ class Linear(nn.Module):
         """Returns logits, or pooled features where there are no classes."""
         if self.place == "before_pool":
             x = self._norm("norm", x, train)  # [B, H, W, C]
-        pooled = jnp.mean(x, (1, 2)) if self.pool == "mean" else jnp.max(x, (1, 2))  # [B, C]
-        y = self._project("norm", "classifier", pooled, classes, train)  # [B, classes]
+        vector = pooled(self.pool, x.reshape(x.shape[0], -1, x.shape[-1]), train, self)  # [B, C]
+        y = self._project("norm", "hidden", "classifier", vector, classes, train)  # [B, classes]
         if not self.distillation or not classes:
             return y
-        other = self._project("distillation_norm", "distillation_classifier", pooled, classes, train)
+        other = self._project(
+            "distillation_norm", "distillation_hidden", "distillation_classifier", vector, classes, train
+        )
         return (y + other) / 2
+
+    @nn.nowrap
+    def merge(self) -> tuple["Linear", Fold]:
+        """A batch norm on the pooled vector becomes part of the projection behind it."""
+        if self.norm != "batch" or self.place != "after_pool":
+            return self, unchanged
+        behind = "classifier" if self.hidden is None else "hidden"
+        pairs = {behind: "norm"}
+        if self.distillation:
+            pairs[f"distillation_{behind}"] = "distillation_norm"
+
+        def folded(variables: Variables) -> Variables:
+            params, statistics = variables["params"], variables["batch_stats"]
+            kept = {name: value for name, value in params.items() if name not in pairs.values()}
+            layers = {
+                layer: fold.affine_before(
+                    params[layer], fold.batch_norm(params[name], statistics[name], self.epsilon)
+                )
+                for layer, name in pairs.items()
+            }
+            return {"params": kept | layers}
+
+        return self.clone(norm=None), folded
 
     @nn.nowrap
     def _norm(self, name: str, x: Float[Array, "b *places c"], train: bool) -> Float[Array, "b *places c"]:
@@ -50,10 +82,12 @@ class Linear(nn.Module):
 
     @nn.nowrap
     def _project(
-        self, norm_name: str, name: str, x: Float[Array, "b c"], classes: int, train: bool
+        self, norm_name: str, hidden_name: str, name: str, x: Float[Array, "b c"], classes: int, train: bool
     ) -> Float[Array, "b classes"]:
         if self.place == "after_pool":
             x = self._norm(norm_name, x, train)
+        if self.hidden is not None:
+            x = jax.nn.gelu(Dense(self.hidden, ("embed", "mlp"), name=hidden_name)(x), approximate=False)
         if not classes:
             return x
         return Dense(classes, ("embed", "classes"), kernel_init=zeros, name=name)(x)
@@ -68,7 +102,7 @@ class Wide(nn.Module):
 
     Attributes:
       widths: channels at every place, and of the hidden layer.
-      activation: `a`, a name in `effjax.ffn.activations`.
+      activation: `a`, a name in `effjax.layers.activations`.
       epsilon: of the norms.
     """
 

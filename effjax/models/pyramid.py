@@ -9,9 +9,13 @@ stands at these places. Depth is a scan over cycles of a stage's blocks: `blocks
 a, b, a, b, a, b with three-fold parameters; what is left of an odd depth stands behind the scan.
 """
 
+from typing import Any
+
 import flax.linen as nn
+import jax
 from jaxtyping import Array, Float
 
+from effjax.compress.merge import Fold, at, plan
 from effjax.config import part
 from effjax.errors import UsageError
 from effjax.layers import downsample
@@ -101,6 +105,22 @@ class Stage(nn.Module):
             stack = Stack(self.blocks[i], 1, remat=remat, name=f"rest_{i}")
             x, _ = stack(x, context, each=drop_rates[whole + i : whole + i + 1], train=train)
         return x
+
+    @nn.nowrap
+    def merge(self) -> tuple["Stage", Fold]:
+        """Every block merged; those of a scan keep their layers in front."""
+        changed: dict[str, Any] = {}
+        folds: dict[str, Fold] = {}
+        for name in ("downsample", "first"):
+            if getattr(self, name) is not None:
+                changed[name], folds[name] = plan(getattr(self, name))
+        if self.blocks:
+            cycle = self.blocks[0] if len(self.blocks) == 1 else Cycle(self.blocks)
+            folds["stack"] = jax.vmap(plan(cycle)[1])
+            planned = [plan(block) for block in self.blocks]
+            changed["blocks"] = tuple(definition for definition, _ in planned)
+            folds |= {f"rest_{i}": jax.vmap(fold) for i, (_, fold) in enumerate(planned)}
+        return self.clone(**changed), at(folds)
 
 
 class Pyramid(nn.Module):

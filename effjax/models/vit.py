@@ -4,9 +4,11 @@
     z_l = Block(z_{l-1}),  l = 1 .. depth
     logits = norm(z_depth)[class] W_head                          Dosovitskiy et al. 2021, eqs. 1 to 4
 
-What later papers add: a second class token and head taught by another network and averaged with the first
-(`distillation`, Touvron et al. 2021), tokens that nobody reads (`registers`, Darcet et al. 2024), a norm
-before the blocks (`pre_norm`, Radford et al. 2021), attention pooling (`pool="attention"`, Zhai et al. 2022).
+What later papers add: a class token in the middle (`class_place`) and patches that overlap (`stride`, both
+Zhu et al. 2024), norms around the patch projection (`pixel_norm`, `patch_norm`), a second class token whose
+head is taught by another network and averaged with the first (`distillation`, Touvron et al. 2021), tokens
+that nobody reads (`registers`, Darcet et al. 2024), a norm before the blocks (`pre_norm`, Radford et al.
+2021), pools with parameters (`effjax.layers.pool`).
 
 Sources: "An Image is Worth 16x16 Words" (2021); DeiT's sizes and recipe, Touvron et al. 2021.
 """
@@ -17,17 +19,19 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from effjax.config import part
 from effjax.errors import UsageError
 from effjax.layers.dense import Dense, named, truncated_normal, zeros
 from effjax.layers.drop import linear_rates
 from effjax.layers.norms import norm
 from effjax.layers.patches import PatchEmbed
-from effjax.layers.pool import AttentionPool
+from effjax.layers.pool import KINDS as POOLS
+from effjax.layers.pool import pooled
 from effjax.layers.stack import Stack
 from effjax.mixers.context import Context
 from effjax.models.blocks.metaformer import Block
 
-Pool = Literal["token", "mean", "max", "mean_max", "token_mean", "attention", "none"]
+Pool = Literal["token", "mean", "max", "mean_max", "token_mean", "none"]
 
 
 class ViT(nn.Module):
@@ -40,22 +44,25 @@ class ViT(nn.Module):
       depth: number of blocks.
       classes: outputs of the head; 0 leaves the head out and returns pooled features.
       pool: what the head reads: the class token, the mean or the largest value of the patches or half of
-        both, the class token beside the mean, an attention over the patches; "none" gives every token to it.
+        both, the class token beside the mean; "none" gives every token to it; a section is a pool with
+        parameters over the patches, a kind in `effjax.layers.pool`.
       drop_path: stochastic depth of the last block, growing linearly from 0.
       dropout: rate after adding the positions.
       remat: rematerialisation policy, a name in `effjax.layers.stack.REMAT`.
       unroll: layers a scan iteration.
       class_token: whether there is one; None means where the pool reads it.
+      class_place: whether it stands before the patches or in their middle.
       distillation: whether a second token with a head of its own follows; logits are averaged.
       registers: tokens that are mixed with the others and read by nobody.
       positioned: which tokens have a place in the position table.
+      stride: pixels from one patch to the next; None means `patch`.
       patch_bias: bias of the patch projection.
       crop: whether pixels beyond the last whole patch are left out; otherwise such a picture is refused.
+      pixel_norm: a norm on the pixels of each patch.
       patch_norm: a norm on the projected patches.
       pre_norm: a norm before the first block.
       final_norm: where the norm behind the last block stands.
       pool_all: whether the pool also sees the tokens that are no patches.
-      attention_pool: the pooling of `pool="attention"`.
       representation: channels of a tanh layer between pool and head; None leaves it out.
       mask_token: whether there is a token that takes the place of masked patches.
     """
@@ -65,22 +72,24 @@ class ViT(nn.Module):
     dim: int
     depth: int
     classes: int
-    pool: Pool = "token"
+    pool: Pool | nn.Module = part(POOLS, default="token")
     drop_path: float = 0.0
     dropout: float = 0.0
     remat: str = "none"
     unroll: int = 1
     class_token: bool | None = None
+    class_place: Literal["first", "middle"] = "first"
     distillation: bool = False
     registers: int = 0
     positioned: Literal["all", "class_and_patches", "patches", "none"] = "all"
+    stride: int | None = None
     patch_bias: bool = True
     crop: bool = False
+    pixel_norm: bool = False
     patch_norm: bool = False
     pre_norm: bool = False
     final_norm: Literal["before_pool", "after_pool", "none"] = "before_pool"
     pool_all: bool = False
-    attention_pool: AttentionPool | None = None
     representation: int | None = None
     mask_token: bool = False
 
@@ -90,8 +99,9 @@ class ViT(nn.Module):
             raise UsageError(f"pool={self.pool!r} reads a class token: leave class_token=False out.")
         if self.distillation and self.pool != "token":
             raise UsageError(f"distillation reads two tokens: it goes with pool='token', not {self.pool!r}.")
-        if (self.pool == "attention") != (self.attention_pool is not None):
-            raise UsageError("pool='attention' and attention_pool=dict(heads=..., ffn=...) go together.")
+        alone = self.has_class_token and self.prefix == 1 and self.positioned == "all"
+        if self.class_place == "middle" and not alone:
+            raise UsageError("class_place='middle' is for a class token alone, positioned='all'.")
 
     @property
     def has_class_token(self) -> bool:
@@ -128,31 +138,44 @@ class ViT(nn.Module):
           UsageError: where patches do not tile the picture, or the picture is not of the size that the
             position table was made for.
         """
-        embed = PatchEmbed(self.patch, self.dim, use_bias=self.patch_bias, crop=self.crop, name="embed")
-        x = embed(images)  # [B, h, w, C]
+        x = PatchEmbed(
+            self.patch,
+            self.dim,
+            use_bias=self.patch_bias,
+            crop=self.crop,
+            stride=self.stride,
+            norm=self.block.norm if self.pixel_norm else None,
+            epsilon=self.block.epsilon,
+            name="embed",
+        )(images)  # [B, h, w, C]
+        context = Context(grid=x.shape[1:3])
         x = x.reshape(x.shape[0], -1, self.dim)  # [B, h w, C]
         if self.patch_norm:
-            x = self._norm("patch_norm", x)
+            x = self._norm("patch_norm", x, train)
         if self.mask_token:
             init = named(zeros, (None, "embed"))
             token = self.param("mask_token", init, (1, self.dim), jnp.float32).astype(x.dtype)
             x = x if masked is None else jnp.where(masked[:, :, None], token[None], x)
-        x = self._add_positions(jnp.concatenate([*self._prefix(x), x], axis=1))  # [B, N, C]
+        middle = x.shape[1] // 2 if self.class_place == "middle" else 0
+        x = jnp.concatenate([x[:, :middle], *self._prefix(x), x[:, middle:]], axis=1)  # [B, N, C]
+        x = self._add_positions(x)
         if self.dropout:
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         if self.pre_norm:
-            x = self._norm("pre_norm", x)
+            x = self._norm("pre_norm", x, train)
         x = nn.with_logical_constraint(x, ("batch", "length", "features"))
 
         stack = Stack(self.block, self.depth, remat=self.remat, unroll=self.unroll, name="blocks")
-        x, _ = stack(x, Context(), each=linear_rates(self.drop_path, self.depth), train=train)  # [B, N, C]
+        x, _ = stack(x, context, each=linear_rates(self.drop_path, self.depth), train=train)  # [B, N, C]
 
         if self.final_norm == "before_pool":
-            x = self._norm("norm", x)  # [B, N, C]
+            x = self._norm("norm", x, train)  # [B, N, C]
+        if middle:  # to the front, where all else has it
+            x = jnp.concatenate([x[:, middle : middle + 1], x[:, :middle], x[:, middle + 1 :]], axis=1)
         second = x[:, 1] if self.distillation else None  # [B, C]
         x = self._pooled(x, train)  # [B, C]
         if self.final_norm == "after_pool":
-            x = self._norm("norm", x)
+            x = self._norm("norm", x, train)
         if self.representation:
             x = nn.tanh(Dense(self.representation, ("embed", "mlp"), name="representation")(x))
         if second is None:
@@ -160,8 +183,8 @@ class ViT(nn.Module):
         return (self._head("head", x) + self._head("distillation_head", second)) / 2
 
     @nn.nowrap
-    def _norm(self, name: str, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
-        return norm(self.block.norm, self.block.epsilon, name)(x)
+    def _norm(self, name: str, x: Float[Array, "*batch c"], train: bool) -> Float[Array, "*batch c"]:
+        return norm(self.block.norm, self.block.epsilon, name, train=train)(x)
 
     @nn.nowrap
     def _prefix(self, x: Float[Array, "b n c"]) -> list[Float[Array, "b m c"]]:
@@ -209,15 +232,12 @@ class ViT(nn.Module):
             return x[:, 0]
         if self.pool == "none":
             return x
-        if self.attention_pool is not None:
-            return self.attention_pool(patches, train=train)
+        if isinstance(self.pool, nn.Module) or self.pool in ("mean", "max"):
+            return pooled(self.pool, patches, train, self)  # [B, C]
         mean = jnp.mean(patches, axis=1)  # [B, C]
-        if self.pool == "mean":
-            return mean
         if self.pool == "token_mean":
             return jnp.concatenate([x[:, 0], mean], axis=-1)  # [B, 2 C]
-        largest = jnp.max(patches, axis=1)  # [B, C]
-        return largest if self.pool == "max" else (largest + mean) / 2
+        return (jnp.max(patches, axis=1) + mean) / 2
 
     @nn.nowrap
     def _head(self, name: str, x: Float[Array, "*batch c"]) -> Float[Array, "*batch classes"]:

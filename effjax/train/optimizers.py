@@ -37,7 +37,7 @@ DECAY: Multipliers = ((r"(.*/)?kernel", 1.0), (r".*", 0.0))
 # What Muon takes as a matrix, and how: the trailing axes, each `in` or `out`; "" leaves a parameter to Adam.
 MATRICES: tuple[tuple[str, str], ...] = (
     (r"(.*/)?([^/]*embed[^/]*|head|logits|modulation)/kernel", ""),
-    (r"(.*/)?(query|key|value)/kernel", "in out out"),
+    (r"(.*/)?(query|key|value|subspaces)/kernel", "in out out"),
     (r"(.*/)?output/kernel", "in in out"),
     (r"(.*/)?kernel", "in out"),
     (r".*", ""),

@@ -81,6 +81,51 @@ def load_config(flag_values: flags.FlagValues = flags.FLAGS) -> LoadedConfig:
     return LoadedConfig(flag.value, path, variant, config_flags.get_override_values(flag))
 
 
+def define_configs(example: str, *, flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines `--config` for a driver that takes several, with commas between them; overrides go to each."""
+    text = f"configs, with commas between them, for example --config={example}"
+    flags.DEFINE(_ListParser(flag_values), "config", None, text, flag_values)
+
+
+def load_configs(flag_values: flags.FlagValues = flags.FLAGS) -> tuple[LoadedConfig, ...]:
+    """Returns the configs that the command line describes.
+
+    Raises:
+      UsageError: if no --config was given.
+    """
+    flag = flag_values["config"]
+    if not flag.value:
+        raise UsageError(f"--config is missing: it names {flag.help}.")
+    return flag.value
+
+
+class _ListParser(flags.ArgumentParser):
+    """Reads each config with the overrides of the command line, as a driver that takes one reads it."""
+
+    def __init__(self, flag_values: flags.FlagValues) -> None:
+        super().__init__()
+        self.flag_values = flag_values
+
+    def parse(self, argument: str | tuple[LoadedConfig, ...]) -> tuple[LoadedConfig, ...]:
+        if not isinstance(argument, str):
+            return argument
+        overrides = [given for given in sys.argv[1:] if re.match(r"--?(no)?config\.[^=]+", given)]
+        for given in overrides:
+            name = given.lstrip("-").partition("=")[0]
+            if name not in self.flag_values:
+                flags.DEFINE_string(name, None, "an override", flag_values=self.flag_values)
+        return tuple(self._load(name, overrides) for name in argument.split(","))
+
+    def _load(self, name: str, overrides: list[str]) -> LoadedConfig:
+        own = flags.FlagValues()
+        define_config(flag_values=own)
+        own(["", f"--config={name}", *overrides])
+        return load_config(own)
+
+    def flag_type(self) -> str:
+        return "config files"
+
+
 class _Parser(flags.ArgumentParser):
     """Loads the file, then checks every `--config.KEY` of the command line against it."""
 

@@ -10,7 +10,7 @@ from effjax.errors import UsageError
 from effjax.ffn import Gated
 from effjax.mixers import Mamba
 from effjax.mixers.context import Context
-from effjax.mixers.mamba import selective_scan
+from effjax.mixers.selective import selective_scan
 from effjax.models.lm import LM, DecoderBlock
 
 WIDTH = 8

@@ -68,7 +68,8 @@ def test_gradients_reach_every_parameter_and_are_those_of_finite_differences(nam
     gradient = jax.jit(jax.grad(loss))(params)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
     dead = [jax.tree_util.keystr(p) for p, g in jax.tree.leaves_with_path(gradient) if not jnp.any(g)]
-    assert dead == []
+    # A progressive norm has left its layer norm behind in evaluation.
+    assert [path for path in dead if "['before']" not in path] == []
     norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient)))
     step = 1e-2 / float(norm)
     ahead, behind = (

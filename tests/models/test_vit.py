@@ -249,8 +249,8 @@ def test_masked_patches_are_hidden():
 
 
 def test_attention_pooling_asks_with_one_vector():
-    pool = dict(heads=3, ffn=dict(kind="mlp"))
-    model = vit(pool="attention", attention_pool=pool, classes=0)
+    pool = dict(kind="attention", heads=3, ffn=dict(kind="mlp"))
+    model = vit(pool=pool, classes=0)
     params = randomised(model)
     x = np.asarray(apply(vit(pool="none", class_token=False, classes=0), params), np.float64)  # same trunk
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params["attention_pool"])
@@ -295,5 +295,7 @@ def test_pools_that_contradict_themselves_are_refused():
         vit(class_token=False)
     with pytest.raises(UsageError, match="distillation reads two tokens"):
         vit(distillation=True, pool="mean")
-    with pytest.raises(UsageError, match="go together"):
-        vit(pool="attention")
+    with pytest.raises(UsageError, match=r"pool is 'meen'.*mean"):
+        vit(pool="meen")
+    with pytest.raises(UsageError, match=r"pool\.kind is 'gem'.*ggem"):
+        vit(pool=dict(kind="gem"))

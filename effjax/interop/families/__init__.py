@@ -5,27 +5,46 @@ checkpoints that authors publish beside their papers.
 """
 
 from effjax.interop.families import (
+    cswin,
     decoder,
     dit,
     gpt,
     lowformer,
     mamba,
     nextvit,
+    timm_convnext,
+    timm_focalnet,
+    timm_poolformer,
+    timm_swin,
     transformers_clip,
+    transformers_convolution,
+    transformers_dinat,
+    transformers_swin,
     transformers_vit,
     vit,
 )
 from effjax.interop.family import Family
 
+_TIMM = (timm_convnext, timm_focalnet, timm_poolformer, timm_swin, lowformer, nextvit, vit)
+_TRANSFORMERS = (
+    decoder,
+    gpt,
+    mamba,
+    transformers_clip,
+    transformers_convolution,
+    transformers_dinat,
+    transformers_swin,
+    transformers_vit,
+)
+_OFFICIAL = cswin, dit
+
 FAMILIES: dict[str, Family] = {
-    **{
-        f"timm:{name}": family for module in (lowformer, nextvit, vit) for name, family in module.TIMM.items()
-    },
+    **{f"timm:{name}": family for module in _TIMM for name, family in module.TIMM.items()},
     **{
         f"transformers:{name}": family
-        for module in (decoder, gpt, mamba, transformers_clip, transformers_vit)
+        for module in _TRANSFORMERS
         for name, family in module.TRANSFORMERS.items()
     },
     **{f"diffusers:{name}": family for name, family in dit.DIFFUSERS.items()},
-    **{f"official:{name}": family for name, family in dit.OFFICIAL.items()},
+    **{f"official:{name}": family for module in _OFFICIAL for name, family in module.OFFICIAL.items()},
 }

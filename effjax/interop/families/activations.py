@@ -15,7 +15,7 @@ _OURS = {
 
 
 def ours(name: str) -> str:
-    """The name in `effjax.ffn.activations`.
+    """The name in `effjax.layers.activations`.
 
     Raises:
       UsageError: for an activation that is not there.

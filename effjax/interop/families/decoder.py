@@ -17,6 +17,7 @@ from effjax.interop.families import activations, rope
 from effjax.interop.families.brands import BRANDS, Brand
 from effjax.interop.families.tokens import token_inputs
 from effjax.interop.family import Family
+from effjax.layers.norms import NormKind
 from effjax.mixers.attention import Attention
 from effjax.models.lm import LM, DecoderBlock, Layer
 
@@ -177,7 +178,7 @@ def names(brand: Brand, model: Any, stacked: bool = False) -> tuple[n.Row, ...]:
     return tuple(rows)
 
 
-def norm_rows(kind: str, theirs: str, ours: str, layout: str = n.AS_IS) -> list[n.Row]:
+def norm_rows(kind: NormKind, theirs: str, ours: str, layout: str = n.AS_IS) -> list[n.Row]:
     """Scale and bias of a norm, as far as its kind has them."""
     rows: list[n.Row] = [] if kind == "layer_plain" else [n.Name(f"{theirs}.weight", f"{ours}/scale", layout)]
     if kind in ("layer", "layer_offset"):

@@ -151,7 +151,7 @@ def _block(place: Place) -> Iterator[n.Name]:
 
 def _mbconv(block: MBConv) -> Iterator[n.Name]:
     if block.fused:
-        inner = (("spatial_conv", "expand", n.CONV),)
+        inner: tuple[tuple[str, str, str], ...] = (("spatial_conv", "expand", n.CONV),)
     else:
         inner = ("inverted_conv", "expand", PLACE), ("depth_conv", "depthwise", DEPTHWISE)
     for theirs, ours, layout in inner:

@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from effjax.interop.names import Ignored, Name
+from effjax.interop.names import Ignored, Name, Row
 from effjax.models.pyramid import Stage
 
 PLACE = "o i 1 1 -> i o"  # a convolution of 1 x 1 places
@@ -71,6 +71,30 @@ def blocks(
         at = {"block": numbers} if place.stacked else {}
         for row in rows(place):
             yield under(row, place.ours, f"{theirs}.{number}", at)
+
+
+def stage_rows(
+    stage: Stage, ours: str, theirs: str, rows: Callable[[Any, str, str], Iterable[Row]]
+) -> list[Row]:
+    """Like `blocks`, for rows that are made with whole names and paths.
+
+    Args:
+      stage: the definition.
+      ours: path to it.
+      theirs: name of their block, `{layer}` for its number.
+      rows: makes the rows of one block from it, their name and our path.
+    """
+    made: list[Row] = []
+    for place in places(stage, ours):
+        if place.stacked:
+            made += [_at(row, place.numbers) for row in rows(place.block, theirs, place.ours)]
+        else:
+            made += rows(place.block, theirs.replace("{layer}", str(place.numbers[0])), place.ours)
+    return made
+
+
+def _at(row: Row, layers: Sequence[int]) -> Row:
+    return row if isinstance(row, Ignored) else dataclasses.replace(row, at={**row.at, "layer": layers})
 
 
 def under(row: Name, ours: str, theirs: str, at: Mapping[str, Sequence[int]] | None = None) -> Name:

@@ -70,8 +70,7 @@ def build(config: Mapping[str, Any]) -> ViT:
     if c.model_type == "siglip_vision_model":
         options = dict(class_token=False, pool="none")
         if c.vision_use_head:
-            pool = AttentionPool(c.num_attention_heads, ffn.clone(), c.layer_norm_eps)
-            options.update(pool="attention", attention_pool=pool)
+            options.update(pool=AttentionPool(c.num_attention_heads, ffn.clone(), c.layer_norm_eps))
     return ViT(
         block=Block(Attention(heads=c.num_attention_heads), ffn, c.layer_norm_eps),
         patch=c.patch_size,
@@ -113,7 +112,7 @@ def names(model: ViT, prefix: str = "") -> tuple[n.Row, ...]:
     rows += norm_rows(f"{layer}.layer_norm1", "blocks/mixer_norm", "layer")
     rows += norm_rows(f"{layer}.layer_norm2", "blocks/ffn_norm", "layer")
     rows += _mlp_rows(f"{layer}.mlp", "blocks/ffn")
-    return (*rows, *(_head_rows(f"{prefix}head") if model.attention_pool is not None else []))
+    return (*rows, *(_head_rows(f"{prefix}head") if isinstance(model.pool, AttentionPool) else []))
 
 
 def _mlp_rows(theirs: str, ours: str) -> list[n.Row]:

@@ -44,12 +44,12 @@ NORMS: dict[str, NormKind] = {
     "rmsnorm": "rms",
     "rmsnormfp32": "rms",
 }
-POOLS: dict[str, Pool] = {
+POOLS: dict[str, Pool | None] = {
     "token": "token",
     "avg": "mean",
     "max": "max",
     "avgmax": "mean_max",
-    "map": "attention",
+    "map": None,  # has parameters
     "": "none",
 }
 
@@ -107,11 +107,12 @@ def build(config: Mapping[str, Any]) -> ViT:
     norm, epsilon = _norm(c)
     if c.embed_norm_layer is not None and _named(c.embed_norm_layer)[0] not in NORMS:
         raise _unknown("embed_norm_layer", c.embed_norm_layer, NORMS)
-    pool = _among(POOLS, c.global_pool, "global_pool")
+    pool: Any = _among(POOLS, c.global_pool, "global_pool")
     after_pool = c.global_pool in ("avg", "avgmax", "max") if c.fc_norm is None else c.fc_norm
     ffn = _ffn(c)
     bare = dataclasses.replace(c, mlp_layer="mlp", proj_bias=True)
-    attention_pool = AttentionPool(c.num_heads, _ffn(bare), epsilon, norm) if pool == "attention" else None
+    if pool is None:
+        pool = AttentionPool(c.num_heads, _ffn(bare), epsilon, norm)
     return ViT(
         block=_block(c, ffn, norm, epsilon),
         patch=c.patch_size,
@@ -131,7 +132,6 @@ def build(config: Mapping[str, Any]) -> ViT:
         pre_norm=c.pre_norm,
         final_norm="none" if not c.final_norm else "after_pool" if after_pool else "before_pool",
         pool_all=c.pool_include_prefix,
-        attention_pool=attention_pool,
     )
 
 
@@ -224,8 +224,8 @@ def names(model: ViT, packed: bool = False) -> tuple[n.Row, ...]:
         rows += norm_rows("norm_pre", "pre_norm", norm)
     if model.final_norm != "none":
         rows += norm_rows("norm" if model.final_norm == "before_pool" else "fc_norm", "norm", norm)
-    if model.attention_pool is not None:
-        rows += _pool_rows(model.attention_pool)
+    if isinstance(model.pool, AttentionPool):
+        rows += _pool_rows(model.pool)
     rows += (
         _parallel_rows(model.block) if model.block.order == "parallel" else _block_rows(model.block, packed)
     )
@@ -263,7 +263,7 @@ def fused(theirs: str, ours: str, parts: tuple[str, ...], bias: bool) -> list[n.
     return [*rows, n.Name(f"{theirs}.bias", biases, n.FUSED_IN_BIAS)] if bias else rows
 
 
-def norm_rows(theirs: str, ours: str, kind: str) -> list[n.Row]:
+def norm_rows(theirs: str, ours: str, kind: NormKind | None) -> list[n.Row]:
     """The rows of a norm; an RMS norm has no bias."""
     rows: list[n.Row] = [n.Name(f"{theirs}.weight", f"{ours}/scale")]
     return [*rows, n.Name(f"{theirs}.bias", f"{ours}/bias")] if kind == "layer" else rows
@@ -272,12 +272,13 @@ def norm_rows(theirs: str, ours: str, kind: str) -> list[n.Row]:
 def _block_rows(block: Block, packed: bool) -> list[n.Row]:
     """The rows of a block with attention first and FFN second."""
     theirs, ours, mixer = "blocks.{layer}", "blocks", block.mixer
+    ffn: Any = block.ffn
     rows = norm_rows(f"{theirs}.norm1", f"{ours}/mixer_norm", block.norm)
     rows += norm_rows(f"{theirs}.norm2", f"{ours}/ffn_norm", block.norm)
     rows += fused(f"{theirs}.attn.qkv", f"{ours}/mixer", ("query", "key", "value"), mixer.qkv_bias)
     rows += linear(f"{theirs}.attn.proj", f"{ours}/mixer/output", n.HEADS_OUT, mixer.out_bias)
     rows += _qk_norm_rows(f"{theirs}.attn", mixer)
-    rows += ffn_rows(f"{theirs}.mlp", f"{ours}/ffn", block.ffn, packed)
+    rows += ffn_rows(f"{theirs}.mlp", f"{ours}/ffn", ffn, packed)
     if block.layer_scale is not None:
         rows.append(n.Name(f"{theirs}.ls1.gamma", f"{ours}/mixer_scale"))
         rows.append(n.Name(f"{theirs}.ls2.gamma", f"{ours}/ffn_scale"))
@@ -290,6 +291,7 @@ def _parallel_rows(block: Block) -> list[n.Row]:
     Without biases of the latter, the FFN's stands alone.
     """
     theirs, ours, mixer = "blocks.{layer}", "blocks", block.mixer
+    ffn: Any = block.ffn
     heads = tuple(f"{ours}/mixer/{part}" for part in ("query", "key", "value"))
     kernels, biases = (tuple(f"{path}/{leaf}" for path in heads) for leaf in ("kernel", "bias"))
     expand = f"{ours}/ffn/expand"
@@ -302,7 +304,7 @@ def _parallel_rows(block: Block) -> list[n.Row]:
     else:
         rows.append(n.Name(f"{theirs}.mlp_bias", f"{expand}/bias"))
     rows += linear(f"{theirs}.attn_out_proj", f"{ours}/mixer/output", n.HEADS_OUT, mixer.out_bias)
-    rows += linear(f"{theirs}.mlp_out_proj", f"{ours}/ffn/contract", bias=block.ffn.use_bias)
+    rows += linear(f"{theirs}.mlp_out_proj", f"{ours}/ffn/contract", bias=ffn.use_bias)
     rows += _qk_norm_rows(theirs, mixer)
     if block.layer_scale is not None:
         rows.append(n.Name(f"{theirs}.ls.gamma", f"{ours}/scale"))
@@ -316,7 +318,7 @@ def _qk_norm_rows(theirs: str, mixer: nn.Module) -> list[n.Row]:
     return rows + norm_rows(f"{theirs}.k_norm", "blocks/mixer/key_norm", mixer.qk_norm_kind)
 
 
-def ffn_rows(theirs: str, ours: str, ffn: nn.Module, packed: bool = False) -> list[n.Row]:
+def ffn_rows(theirs: str, ours: str, ffn: nn.Module | Any, packed: bool = False) -> list[n.Row]:
     """The rows of `Mlp`, `SwiGLU` (two matrices) or `GluMlp` (one that holds both, the gate first)."""
     rows = linear(f"{theirs}.fc2", f"{ours}/contract", bias=ffn.use_bias)
     if isinstance(ffn, MLP):

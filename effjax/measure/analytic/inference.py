@@ -20,6 +20,8 @@ shapes are the models' own: BERT, Devlin et al. 2019; GPT-2, Radford et al. 2019
 import dataclasses
 from typing import Literal
 
+import flax.linen as nn
+
 from effjax.errors import UsageError
 from effjax.ffn.gated import Gated
 from effjax.ffn.mlp import MLP
@@ -115,10 +117,13 @@ class Transformer:
         """A classifier of this library for pictures of `tokens` tokens, those before the patches included.
 
         Raises:
-          UsageError: for a pool that gives more than one vector, or has parameters.
+          UsageError: for a pool that gives more than one vector, or has parameters, and for a norm on pixels.
         """
-        if model.pool in ("none", "attention"):
-            raise UsageError(f"no closed form for pool={model.pool!r}: count it with effjax.measure.count.")
+        if model.pixel_norm:
+            raise UsageError("no closed form for pixel_norm: count it with effjax.measure.count.")
+        if model.pool == "none" or isinstance(model.pool, nn.Module):
+            told = model.pool if isinstance(model.pool, str) else type(model.pool).__name__
+            raise UsageError(f"no closed form for pool={told!r}: count it with effjax.measure.count.")
         dim, block = model.dim, model.block
         norm, heads = norm_size(block.norm, dim), 1 + model.distillation
         in_block = (norm + dim * (block.layer_scale is not None)) * (1 if block.order == "parallel" else 2)

@@ -1,5 +1,7 @@
 """The residual blocks that a stage repeats. Each maps `(x, drop_rate, context, train)` to `(x, None)`."""
 
+from effjax.models.blocks.large_kernel import LargeKernel
+from effjax.models.blocks.lean import Lean
 from effjax.models.blocks.lowformer import LowFormer
 from effjax.models.blocks.mbconv import MBConv
 from effjax.models.blocks.metaformer import Block
@@ -7,10 +9,12 @@ from effjax.models.blocks.moat import MOAT
 from effjax.models.blocks.nextvit import NextConv, NextTransformer
 
 KINDS = {
-    "metaformer": Block,
-    "mbconv": MBConv,
-    "moat": MOAT,
+    "large_kernel": LargeKernel,
+    "lean": Lean,
     "lowformer": LowFormer,
+    "mbconv": MBConv,
+    "metaformer": Block,
+    "moat": MOAT,
     "next_conv": NextConv,
     "next_transformer": NextTransformer,
 }

@@ -36,7 +36,7 @@ class MBConv(nn.Module):
       ratio: expansion of the channels.
       ratio_of: what it multiplies: the channels of the input or of the output.
       fused: whether the expansion is the dense convolution itself.
-      activation: a name in `effjax.ffn.activations`.
+      activation: a name in `effjax.layers.activations`.
       pre_norm: of the input; None leaves it out.
       inner_norm: behind expansion and convolution.
       inner_bias: biases there.

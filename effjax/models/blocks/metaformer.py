@@ -6,9 +6,12 @@
                     x <- x + drop(s_2 * norm(ffn(x)))                    Liu et al. 2022, Swin V2, figure 1
     parallel        x <- x + drop(s * (mixer(h) + ffn(h))), h = norm(x)  Dehghani et al. 2023, ViT-22B
     one_branch      x <- x + drop(s * ffn(norm(mixer(x))))               Liu et al. 2022, ConvNeXt, figure 4
+    unrolled        x <- x + drop(s_1 * mixer(norm(x)))
+                    x <- ffn(norm(x))                                    Yu et al. 2023, CRATE, equation 17
 
 `drop` is stochastic depth and `s` an optional learned scale a channel (LayerScale, Touvron et al. 2021). A
 norm of the residual stream itself, behind every so many blocks, bounds huge networks (Swin V2, section 3.2).
+A `pre_norm` block without an FFN is its first line alone, as state-space models have it.
 """
 
 from typing import Literal
@@ -19,6 +22,7 @@ from jaxtyping import Array, Float
 
 from effjax import ffn, mixers
 from effjax.config import part
+from effjax.errors import UsageError
 from effjax.layers import norms
 from effjax.layers.axes import constrain
 from effjax.layers.dense import named
@@ -31,25 +35,31 @@ class Block(nn.Module):
 
     Attributes:
       mixer: how tokens mix.
-      ffn: how channels mix.
+      ffn: how channels mix; None leaves that branch out.
       epsilon: of the norms.
       dropout: rate of ordinary dropout on both branches.
       layer_scale: initial value of the channel scales; None leaves them out.
       norm: which norm, a kind in `effjax.layers.norms`.
       norm_scale: what the norms' scales start at; res_post_norm from 0 starts as the identity.
-      order: where the norms stand, see above; `parallel` and `one_branch` have one norm and one scale.
+      order: where norms and residual connections stand, see above; `parallel` and `one_branch` have one norm
+        and one scale.
       stream_norm: whether a norm of the residual stream itself closes the block.
     """
 
     mixer: nn.Module = part(mixers.KINDS)
-    ffn: nn.Module = part(ffn.KINDS)
+    ffn: nn.Module | None = part(ffn.KINDS)
     epsilon: float = 1e-6
     dropout: float = 0.0
     layer_scale: float | None = None
     norm: norms.NormKind = "layer"
     norm_scale: float = 1.0
-    order: Literal["pre_norm", "res_post_norm", "parallel", "one_branch"] = "pre_norm"
+    order: Literal["pre_norm", "res_post_norm", "parallel", "one_branch", "unrolled"] = "pre_norm"
     stream_norm: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ffn is None and self.order != "pre_norm":
+            raise UsageError(f"a block without an ffn has the order 'pre_norm', not {self.order!r}.")
 
     @nn.compact
     def __call__(
@@ -60,7 +70,10 @@ class Block(nn.Module):
         train: bool = False,
     ) -> tuple[Float[Array, "b *places c"], None]:
         """Returns `(x, None)`; `drop_rate` is this layer's stochastic depth."""
-        if self.order == "parallel":
+        if self.ffn is None:
+            h = self.mixer(self._norm("mixer_norm", x, train), context, train=train)  # [B, ..., C]
+            x = x + self._branch(h, drop_rate, "mixer_scale", train)
+        elif self.order == "parallel":
             h = self._norm("norm", x, train)  # [B, ..., C]
             h = self.mixer(h, context, train=train) + self.ffn(h, train=train)  # [B, ..., C]
             x = x + self._branch(h, drop_rate, "scale", train)
@@ -75,8 +88,11 @@ class Block(nn.Module):
         else:
             h = self.mixer(self._norm("mixer_norm", x, train), context, train=train)  # [B, ..., C]
             x = x + self._branch(h, drop_rate, "mixer_scale", train)
-            h = self.ffn(self._norm("ffn_norm", x, train), train=train)  # [B, ..., C]
-            x = x + self._branch(h, drop_rate, "ffn_scale", train)
+            if self.order == "unrolled":
+                x = self.ffn(self._norm("ffn_norm", x, train), train=train)  # [B, ..., C]
+            else:
+                h = self.ffn(self._norm("ffn_norm", x, train), train=train)  # [B, ..., C]
+                x = x + self._branch(h, drop_rate, "ffn_scale", train)
         if self.stream_norm:
             x = norms.norm(self.norm, self.epsilon, "stream_norm", train=train)(x)
         return constrain(x), None

@@ -65,7 +65,7 @@ class NextConv(nn.Module):
       stride: of the transition.
       head_dim: channels of a head of the convolution.
       ratio: expansion of the perceptron.
-      activation: a name in `effjax.ffn.activations`.
+      activation: a name in `effjax.layers.activations`.
       epsilon: of the norms.
     """
 
@@ -103,7 +103,7 @@ class NextTransformer(nn.Module):
       stride: of the transition.
       head_dim: channels of a head.
       ratio: expansion of the perceptron.
-      activation: a name in `effjax.ffn.activations`.
+      activation: a name in `effjax.layers.activations`.
       epsilon: of the norms.
     """
 

@@ -87,11 +87,11 @@ def test_variants_of_vit_are_counted_exactly(changes):
 
 
 def test_a_pool_with_parameters_has_no_closed_form():
-    pool = dict(heads=3, ffn=dict(kind="mlp"))
+    pool = dict(kind="attention", heads=3, ffn=dict(kind="mlp"))
     block = dict(mixer=dict(kind="attention", heads=3), ffn=dict(kind="mlp"))
     section = dict(kind="vit", patch=2, dim=12, depth=2, classes=5, block=block)
-    model = build_kind(KINDS, section | dict(pool="attention", attention_pool=pool), "config.model")
-    with pytest.raises(UsageError, match="pool='attention'"):
+    model = build_kind(KINDS, section | dict(pool=pool), "config.model")
+    with pytest.raises(UsageError, match="pool='AttentionPool'"):
         Transformer.of_vit(model, 12)
 
 

@@ -1,0 +1,1 @@
+"""How weights are stored: pure functions `(definition, variables) -> (definition', variables')`."""

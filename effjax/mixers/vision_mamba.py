@@ -1,0 +1,75 @@
+"""Bidirectional Mamba: every token's state gathers what comes before it, and another one what comes after.
+
+    u = x W_in,   z = x W_gate
+    y = (S_forward(u) + reverse(S_backward(reverse(u)))) / 2
+    out = (y silu(z)) W_out
+
+S is the convolution and selective state space of `effjax.mixers.selective`, with parameters of its own for
+each direction; the projections are shared. Work and memory are linear in the number of tokens.
+
+Source: Vision Mamba, Zhu et al. 2024, algorithm 1; the published code halves the sum.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from effjax.errors import UsageError
+from effjax.layers.dense import Dense
+from effjax.mixers.context import Context
+from effjax.mixers.selective import Selective
+
+
+class Direction(Selective):
+    """One of the two ways over a sequence."""
+
+    @nn.compact
+    def __call__(self, u: Float[Array, "b n i"], rank: int) -> Float[Array, "b n i"]:
+        """Runs from the first token to the last."""
+        taps = jnp.pad(u, ((0, 0), (self.width - 1, 0), (0, 0)))  # [B, width - 1 + N, I]
+        return self.recur(taps, rank)[0]
+
+
+class VisionMamba(nn.Module):
+    """A gated selective state space layer that looks both ways.
+
+    Attributes:
+      expand: inner channels I, in widths.
+      state: numbers S that each inner channel remembers.
+      width: taps of the convolution.
+      rank: channels that the step size is made of; None means a sixteenth of the width, rounded up.
+      chunk: tokens that one associative scan covers; it changes time and memory and not the result.
+    """
+
+    expand: float = 2.0
+    state: int = 16
+    width: int = 4
+    rank: int | None = None
+    chunk: int = 64
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n c"], context: Context, train: bool = False
+    ) -> Float[Array, "b n c"]:
+        """Mixes the tokens of whole sequences.
+
+        Raises:
+          UsageError: for a context with segments, valid or size.
+        """
+        if not (context.segments is context.valid is context.size is None):
+            raise UsageError(
+                "vision_mamba knows its tokens by their order alone: no segments, valid or size."
+            )
+        channels = x.shape[-1]
+        inner = round(channels * self.expand)
+        rank = math.ceil(channels / 16) if self.rank is None else self.rank
+        u = Dense(inner, ("embed", "mlp"), use_bias=False, name="input")(x)  # [B, N, I]
+        z = Dense(inner, ("embed", "mlp"), use_bias=False, name="gate")(x)  # [B, N, I]
+        ahead = Direction(self.state, self.width, chunk=self.chunk, name="forward")(u, rank)  # [B, N, I]
+        back = Direction(self.state, self.width, chunk=self.chunk, name="backward")(u[:, ::-1], rank)
+        y = (ahead + back[:, ::-1]) / 2  # [B, N, I]
+        y = y.astype(x.dtype) * jax.nn.silu(z)  # [B, N, I]
+        return Dense(channels, ("mlp", "embed"), use_bias=False, name="output")(y)  # [B, N, C]
