@@ -27,8 +27,8 @@ def get_config(variant: str = "digits") -> ConfigDict:
     """Returns the config of a variant."""
     if variant in ("smoke", "digits"):
         smoke = variant == "smoke"
-        size = dict(dim=16, depth=2) if smoke else dict(dim=48, depth=4)
-        return digits(vim(**size, patch=2, classes=10, unroll=size["depth"]), smoke=smoke)
+        dim, depth = (16, 2) if smoke else (48, 3)
+        return digits(vim(dim, depth, patch=2, classes=10, state=4, unroll=depth), smoke=smoke)
     name, _, longer = variant.partition("-")
     dim, drop_path, weight_decay = SIZES[name]
     if longer:
@@ -43,9 +43,9 @@ def get_config(variant: str = "digits") -> ConfigDict:
     return config
 
 
-def vim(dim: int, depth: int, patch: int, classes: int, **more: object) -> dict:
+def vim(dim: int, depth: int, patch: int, classes: int, state: int = 16, **more: object) -> dict:
     """The model section of a Vision Mamba."""
-    block = dict(mixer=dict(kind="vision_mamba"), ffn=None, norm="rms", epsilon=1e-5)
+    block = dict(mixer=dict(kind="vision_mamba", state=state), ffn=None, norm="rms", epsilon=1e-5)
     return dict(
         kind="vit",
         patch=patch,

@@ -6,7 +6,6 @@ Padding is the same on all sides, as in torch; XLA's "SAME" pads a strided convo
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -16,7 +15,9 @@ from effjax.errors import UsageError
 from effjax.layers.activations import activation
 from effjax.layers.dense import Dense, named, zeros
 from effjax.layers.depthwise import DepthwiseConv
+from effjax.layers.grouped import grouped_conv, together
 from effjax.layers.norms import NormKind, norm
+from effjax.layers.padding import Padding, pad_same
 
 # Fan-in scaling, a normal cut at two of its own standard deviations.
 _fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -29,7 +30,8 @@ class Conv(nn.Module):
       features: output channels.
       kernel: side of the kernel.
       stride: of the output places on the input.
-      padding: zeros on each side; None is half of the kernel, which keeps the size at stride 1.
+      padding: zeros on each side; None is half of the kernel, which keeps the size at stride 1; "same" is
+        TensorFlow's, see `effjax.layers.padding`.
       groups: how many groups of channels are convolved apart.
       use_bias: whether to add a bias an output channel.
     """
@@ -37,7 +39,7 @@ class Conv(nn.Module):
     features: int
     kernel: int = 3
     stride: int = 1
-    padding: int | None = None
+    padding: Padding = None
     groups: int = 1
     use_bias: bool = True
 
@@ -49,6 +51,8 @@ class Conv(nn.Module):
           UsageError: where the groups do not divide the channels, or the kernel does not fit on the map.
         """
         channels, side = x.shape[-1], self.kernel // 2 if self.padding is None else self.padding
+        if side == "same":
+            x, side = pad_same(x, self.kernel, self.stride), 0  # [B, H + p, W + q, C]
         if channels % self.groups or self.features % self.groups:
             raise UsageError(f"groups={self.groups} must divide the channels {channels} and {self.features}.")
         if min(x.shape[1:3]) + 2 * side < self.kernel:
@@ -59,14 +63,10 @@ class Conv(nn.Module):
         shape = self.kernel, self.kernel, channels // self.groups, self.features
         kernel = self.param("kernel", named(_fan_in, (None, None, None, "embed")), shape, jnp.float32)
         x, kernel = nn.dtypes.promote_dtype(x, kernel)
-        y = jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (self.stride, self.stride),
-            [(side, side)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=self.groups,
-        )
+        if self.groups > 1:
+            y = grouped_conv(x, jnp.asarray(kernel), self.stride, side, self.groups)
+        else:
+            y = together(x, jnp.asarray(kernel), stride=self.stride, padding=side, groups=1)
         if self.use_bias:
             bias = self.param("bias", named(zeros, ("embed",)), (self.features,), jnp.float32)
             y = y + bias.astype(y.dtype)[None, None, None]
@@ -80,7 +80,7 @@ class ConvNorm(nn.Module):
       features: output channels; None leaves them to the caller, or else keeps them.
       kernel: side of the kernel.
       stride: of the output places on the input.
-      padding: zeros on each side; None is half of the kernel.
+      padding: zeros on each side; None is half of the kernel, "same" as in `Conv`.
       depthwise: whether each channel is convolved alone.
       use_bias: whether the convolution has a bias.
       norm: a kind in `effjax.layers.norms`; None leaves it out.
@@ -93,7 +93,7 @@ class ConvNorm(nn.Module):
     features: int | None = None
     kernel: int = 3
     stride: int = 1
-    padding: int | None = None
+    padding: Padding = None
     depthwise: bool = False
     use_bias: bool = False
     norm: NormKind | None = "batch"

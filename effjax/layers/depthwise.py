@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from effjax.errors import UsageError
 from effjax.layers.dense import named, truncated_normal, zeros
+from effjax.layers.padding import Padding, pad_same
 
 Edges = tuple[tuple[int, int], tuple[int, int]]
 Map = Float[Array, "b h w c"]
@@ -186,14 +187,15 @@ class DepthwiseConv(nn.Module):
       kernel: side of the kernel, or its height and width.
       stride: of the output places on the input.
       dilation: distance of the kernel's taps.
-      padding: zeros on each side; None keeps the size at stride 1.
+      padding: zeros on each side; None keeps the size at stride 1; "same" is TensorFlow's, see
+        `effjax.layers.padding`, and takes a square kernel without dilation.
       use_bias: whether to add a bias a channel.
     """
 
     kernel: int | tuple[int, int]
     stride: int = 1
     dilation: int = 1
-    padding: int | None = None
+    padding: Padding = None
     use_bias: bool = True
 
     @nn.compact
@@ -203,7 +205,10 @@ class DepthwiseConv(nn.Module):
         channels = x.shape[-1]
         init = named(truncated_normal((size[0] * size[1]) ** -0.5), (None, None, "embed"))
         kernel = self.param("kernel", init, (*size, channels), jnp.float32)
-        y = depthwise_conv(x, jnp.asarray(kernel), self.stride, self.dilation, self.padding)
+        padding = self.padding
+        if padding == "same":
+            x, padding = pad_same(x, size[0], self.stride), 0
+        y = depthwise_conv(x, jnp.asarray(kernel), self.stride, self.dilation, padding)
         if self.use_bias:
             bias = self.param("bias", named(zeros, ("embed",)), (channels,), jnp.float32)
             y = y + bias.astype(y.dtype)[None, None, None]

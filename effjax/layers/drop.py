@@ -3,6 +3,7 @@
 y = x + mask / (1 - rate) * branch,    mask ~ Bernoulli(1 - rate) for each example     Huang et al. 2016
 """
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PRNGKeyArray
@@ -23,6 +24,15 @@ def drop_path(
     keep = 1.0 - jnp.asarray(rate, jnp.float32)
     scale = jax.random.bernoulli(key, keep, shape).astype(jnp.float32) / keep
     return branch * scale.astype(branch.dtype)
+
+
+def stochastic_depth(
+    module: nn.Module, branch: Float[Array, "b *rest"], rate: Float[Array, ""] | float, train: bool
+) -> Float[Array, "b *rest"]:
+    """`drop_path` with the randomness of a module, in training where it has some."""
+    if not train or not module.has_rng("dropout"):
+        return branch
+    return drop_path(branch, rate, module.make_rng("dropout"))
 
 
 def linear_rates(rate: float, depth: int) -> Float[Array, " depth"]:

@@ -31,7 +31,7 @@ class Stack(nn.Module):
     A block's method takes `(x, each, *shared, train)` and returns `(x, out)`: `each` is that layer's slice
     of per-layer inputs (drop rates, caches), `shared` is the same for all layers (conditioning, positions),
     `out` is whatever the layer hands back (a new cache, an auxiliary loss, None), stacked over layers by
-    the scan.
+    the scan. A stack of one is no scan, and its block may change the shape of `x`.
 
     Attributes:
       block: the definition to repeat; only its fields are used.
@@ -79,9 +79,14 @@ class Stack(nn.Module):
             return x, (out, changed)
 
         if self.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
+            # Inside a scan nothing is merged that should be computed again.
+            layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=self.depth == 1)
         slices = variables, each, keys
-        x, (outs, changed) = jax.lax.scan(layer, x, slices, length=self.depth, unroll=self.unroll)
+        if self.depth == 1:
+            x, made = layer(x, jax.tree.map(lambda leaf: leaf[0], slices))
+            outs, changed = jax.tree.map(lambda leaf: leaf[None], made)
+        else:
+            x, (outs, changed) = jax.lax.scan(layer, x, slices, length=self.depth, unroll=self.unroll)
         if not self.is_initializing():
             _put(self, changed)
         return x, outs

@@ -7,7 +7,11 @@ from effjax.mixers.depthwise import Depthwise
 from effjax.mixers.focal_modulation import FocalModulation
 from effjax.mixers.identity import Identity
 from effjax.mixers.large_small import LargeSmall
+from effjax.mixers.lowtention import Lowtention
 from effjax.mixers.mamba import Mamba
+from effjax.mixers.multi_head_conv import MultiHeadConv
+from effjax.mixers.neighborhood import Neighborhood
+from effjax.mixers.pooled_attention import PooledAttention
 from effjax.mixers.pooling import Pooling
 from effjax.mixers.reparam_depthwise import ReparamDepthwise
 from effjax.mixers.shifted_window import ShiftedWindow
@@ -24,7 +28,11 @@ KINDS = {
     "focal_modulation": FocalModulation,
     "identity": Identity,
     "large_small": LargeSmall,
+    "lowtention": Lowtention,
     "mamba": Mamba,
+    "multi_head_conv": MultiHeadConv,
+    "neighborhood": Neighborhood,
+    "pooled_attention": PooledAttention,
     "pooling": Pooling,
     "random_matrix": RandomMatrix,
     "reparam_depthwise": ReparamDepthwise,

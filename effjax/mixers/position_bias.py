@@ -46,6 +46,31 @@ class DistanceTable(nn.Module):
         return jnp.moveaxis(jnp.asarray(table)[row * span[1] + column], -1, 0)  # [H, places, places]
 
 
+class InterpolatedTable(nn.Module):
+    """The table of one window, resized bilinearly to the offsets of any other: MOAT, Yang et al. 2023.
+
+    Its code makes tables for the maps of 224 pixels, 14 and 7 places, and keeps them that size where maps
+    grow, so that weights serve all sizes.
+
+    Attributes:
+      side: of the window that the table is made for.
+    """
+
+    side: int
+
+    @nn.compact
+    def __call__(self, window: Window, span: Window, heads: int) -> Float[Array, "h places places"]:
+        """Resizes the table to the offsets of this window, and reads it at every pair of places."""
+        init = named(truncated_normal(0.02), (None, "heads"))
+        rows = 2 * self.side - 1
+        table = jnp.asarray(self.param("table", init, (rows**2, heads), jnp.float32))
+        if window != (self.side, self.side):
+            resized = 2 * window[0] - 1, 2 * window[1] - 1, heads
+            table = table.reshape(rows, rows, heads)
+            table = jax.image.resize(table, resized, "bilinear", antialias=False).reshape(-1, heads)
+        return at_offsets(table, window, window)
+
+
 class LogSpacedContinuous(nn.Module):
     """B = 16 sigmoid(W_2 relu(W_1 z + b)), z = sign(x) log2(1 + 8 |x|) / log2(8), x = offset / (M - 1).
 
@@ -94,6 +119,7 @@ def at_offsets(
 
 KINDS = {
     "distance_table": DistanceTable,
+    "interpolated_table": InterpolatedTable,
     "log_spaced_continuous": LogSpacedContinuous,
     "relative_table": RelativeTable,
 }

@@ -1,6 +1,6 @@
 """What stands between the last map of a pyramid and the logits."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -9,6 +9,8 @@ from jaxtyping import Array, Float
 from effjax.compress import fold
 from effjax.compress.merge import Fold, Variables, unchanged
 from effjax.config import part
+from effjax.layers.activations import activation
+from effjax.layers.conv import ConvNorm
 from effjax.layers.dense import Dense, zeros
 from effjax.layers.norms import NormKind, norm
 from effjax.layers.pool import KINDS as POOLS
@@ -91,4 +93,36 @@ class Linear(nn.Module):
         return Dense(classes, ("embed", "classes"), kernel_init=zeros, name=name)(x)
 
 
-KINDS = {"linear": Linear}
+class Wide(nn.Module):
+    """Widens every place, pools, and has a hidden layer before the classes.
+
+        h = mean_hw(a(batch_norm(x W_1))),    logits = a(layer_norm(h W_2)) W_3 + b
+
+    Source: the head of EfficientViT, Cai et al. 2023, that LowFormer took over.
+
+    Attributes:
+      widths: channels at every place, and of the hidden layer.
+      activation: `a`, a name in `effjax.layers.activations`.
+      epsilon: of the norms.
+    """
+
+    widths: tuple[int, int]
+    activation: str = "hard_swish"
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], classes: int, train: bool = False
+    ) -> Float[Array, "b classes"]:
+        """Returns logits, or the hidden layer where there are no classes."""
+        options: dict[str, Any] = dict(epsilon=self.epsilon, activation=self.activation)
+        x = ConvNorm(self.widths[0], 1, **options, name="expand")(x, train=train)  # [B, H, W, F]
+        h = jnp.mean(x, (1, 2))  # [B, F]
+        h = Dense(self.widths[1], ("mlp", "embed"), use_bias=False, name="hidden")(h)  # [B, G]
+        h = activation(self.activation)(norm("layer", self.epsilon, "norm")(h))
+        if not classes:
+            return h
+        return Dense(classes, ("embed", "classes"), kernel_init=zeros, name="classifier")(h)
+
+
+KINDS = {"linear": Linear, "wide": Wide}

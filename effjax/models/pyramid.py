@@ -50,8 +50,9 @@ class Stage(nn.Module):
 
     Attributes:
       depth: number of blocks, `first` among them.
-      dim: channels.
-      blocks: the blocks to repeat in turn.
+      dim: channels with which a cycle of blocks begins and ends.
+      blocks: the blocks to repeat in turn. Within a cycle they may differ in width, and where a stage ends
+        in the middle of one, so does its output.
       downsample: what makes the map coarser before the blocks; None keeps it.
       first: a block of another kind at the start, which may stride and widen.
     """

@@ -120,3 +120,22 @@ def test_other_variables_are_stacked_and_changed_layer_by_layer(options):
     np.testing.assert_allclose(y, x, rtol=1e-6)
     after, _ = stack.apply({**held, **changed}, X, each=EACH)  # in evaluation what is kept is only read
     np.testing.assert_allclose(after, y, rtol=1e-6)
+
+
+class Widen(nn.Module):
+    """Twice as many channels as it gets."""
+
+    @nn.compact
+    def __call__(self, x, each, train=False):
+        return each * Dense(2 * x.shape[-1], ("embed", "mlp"), name="dense")(x), jnp.mean(x)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_stack_of_one_may_change_the_shape(remat):
+    stack = Stack(Widen(), 1, remat=remat)
+    held = meta.unbox(stack.init(jax.random.key(0), X, each=jnp.array([3.0])))
+    kernel = held["params"]["dense"]["kernel"]
+    y, means = jax.jit(stack.apply)(held, X, each=jnp.array([3.0]))
+    assert kernel.shape == (1, 3, 6)
+    np.testing.assert_allclose(y, 3 * X @ kernel[0], atol=1e-5)
+    np.testing.assert_allclose(means, jnp.mean(X)[None], atol=1e-6)

@@ -31,7 +31,7 @@ def test_without_queries_every_place_gets_the_mean_value():
 
 def test_biases_know_distances_along_both_axes_and_no_signs():
     table = jnp.arange(16.0)[:, None]
-    bias = DistanceTable().apply({"params": {"table": table}}, (3, 4), 4, 1)[0]  # [12, 12]
+    bias = DistanceTable().apply({"params": {"table": table}}, (3, 4), (4, 4), 1)[0]  # [12, 12]
     for q, k in np.ndindex(12, 12):
         (i, j), (m, n) = divmod(q, 4), divmod(k, 4)
         assert bias[q, k] == 4 * abs(i - m) + abs(j - n)

@@ -55,8 +55,7 @@ ROWS = (
 
 def test_equals_the_published_code_with_overlapping_patches_and_the_class_token_in_the_middle():
     tensors, pictures, expected = official.recording("vim")
-    section = vim(16, 3, patch=4, stride=2, classes=5)
-    section["block"]["mixer"]["state"] = 4
+    section = vim(16, 3, patch=4, stride=2, classes=5, state=4)
     model = build_kind(KINDS, section, "config.model")
     official.check(model, {"params": official.translated(tensors, ROWS)}, pictures, expected)
 

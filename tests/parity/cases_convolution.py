@@ -4,6 +4,7 @@ from typing import Any
 
 import timm
 import timm.layers
+import timm.models.convnext
 import timm.models.focalnet
 import timm.models.metaformer
 import torch
@@ -17,7 +18,7 @@ _POOL = dict(depths=(1, 2, 1, 1), dims=_DIMS, num_classes=5)
 _FOCAL = dict(depths=(1, 2, 1, 1), embed_dim=4, num_classes=5)
 
 
-def _timm(name: str, config: dict[str, Any], side: int = 64, **options: Any) -> Case:
+def _timm(name: str, config: dict[str, Any], side: int = 44, **options: Any) -> Case:
     return Case(
         f"timm:{name}",
         config,
@@ -43,14 +44,14 @@ def _poolformer(config: dict[str, Any], **options: Any) -> Case:
             **config,
         )
 
-    return Case("timm:poolformer_s12", config, module, images(70), channels_first, **options)
+    return Case("timm:poolformer_s12", config, module, images(44), channels_first, **options)
 
 
 def _focalnet(name: str, config: dict[str, Any], **options: Any) -> Case:
     def module() -> torch.nn.Module:
         return timm.models.focalnet.FocalNet(**config)
 
-    return Case(f"timm:{name}", config, module, images(70), channels_first, **options)
+    return Case(f"timm:{name}", config, module, images(44), channels_first, **options)
 
 
 def _logits(module: Any, pictures: Any) -> Any:
@@ -61,7 +62,7 @@ def _pooled(module: Any, pictures: Any) -> Any:
     return channels_first(module, pictures).pooler_output
 
 
-def _transformers(kind: str, config: dict[str, Any], call: Any = _logits, side: int = 64, **options: Any):
+def _transformers(kind: str, config: dict[str, Any], call: Any = _logits, side: int = 44, **options: Any):
     cls = getattr(transformers, kind)
     model_type = cls.config_class.model_type
     return Case(
@@ -82,40 +83,50 @@ _LARGE = dict(
     use_overlap_down=True,
     normalize_modulator=True,
     layerscale_value=0.1,
+    drop_path_rate=0.0,
 )
 
 CASES = {
-    "timm_convnext_toy": _timm("convnext_tiny", _CONVNEXT, 70, gradient=True, fixture=True),
+    "timm_convnext_toy": _timm("convnext_tiny", _CONVNEXT, 44, gradient=True, fixture=True),
     "timm_convnext_conv": _timm("convnext_atto", dict(_CONVNEXT, act_layer="silu")),
-    "timm_convnext_tiered": _timm("convnext_pico_ols", _CONVNEXT, 70, fixture=True),
+    "timm_convnext_tiered": _timm("convnext_pico_ols", _CONVNEXT, 44, fixture=True),
     "timm_convnext_tiered_wide": _timm("convnext_atto_ols", dict(depths=(1, 1, 1, 1))),
     "timm_convnext_overlap": _timm("convnext_nano_ols", _CONVNEXT),
     "timm_convnext_act": _timm("convnext_nano_ols", dict(_CONVNEXT, stem_type="overlap_act")),
     "timm_convnext_rms": _timm("convnext_atto_rms", _CONVNEXT),
     "timm_convnext_norm_first": _timm("convnext_tiny_hnf", _CONVNEXT),
-    "timm_convnext_hidden": _timm("convnext_large_mlp", dict(_CONVNEXT, head_hidden_size=12), fixture=True),
+    "timm_convnext_hidden": _timm("convnext_large_mlp", dict(_CONVNEXT, head_hidden_size=12)),
     "timm_convnext_kernels": _timm("test_convnext3", {}),
     "timm_convnext_patch_2": _timm("convnext_tiny", dict(_CONVNEXT, patch_size=2)),
-    "timm_convnext_no_scale": _timm("convnext_tiny", dict(_CONVNEXT, ls_init_value=None)),
+    # `timm.create_model` drops what is None, its class does not.
+    "timm_convnext_no_scale": Case(
+        "timm:convnext_tiny",
+        dict(_CONVNEXT, ls_init_value=None),
+        lambda: timm.models.convnext.ConvNeXt(**_CONVNEXT, ls_init_value=None),
+        images(44),
+        channels_first,
+    ),
     "timm_convnext_max": _timm("convnext_tiny", dict(_CONVNEXT, global_pool="max")),
     "timm_convnext_features": _timm("convnext_tiny", dict(_CONVNEXT, num_classes=0)),
     "timm_convnext_tiny": _timm("convnext_tiny", {}, 224, gradient=True),
-    "timm_poolformer_toy": _poolformer(_POOL, gradient=True, fixture=True),
+    "timm_poolformer_toy": _poolformer(_POOL, fixture=True),
     "timm_poolformer_wide": _poolformer(dict(_POOL, pool_size=5)),
-    "timm_poolformer_s12": _timm("poolformer_s12", {}, 224, gradient=True),
-    "timm_focalnet_toy": _focalnet("focalnet_tiny_srf", _FOCAL, gradient=True, fixture=True),
+    "timm_poolformer_s12": _timm("poolformer_s12", {}, 224),
+    "timm_focalnet_toy": _focalnet(
+        "focalnet_tiny_srf", dict(_FOCAL, drop_path_rate=0.0), gradient=True, fixture=True
+    ),
     "timm_focalnet_large": _focalnet(
         "focalnet_tiny_srf", dict(_FOCAL, **_LARGE), gradient=True, fixture=True
     ),
-    "timm_focalnet_tiny_srf": _timm("focalnet_tiny_srf", {}, 224, gradient=True),
+    "timm_focalnet_tiny_srf": _timm("focalnet_tiny_srf", dict(drop_path_rate=0.0), 224, gradient=True),
     "timm_focalnet_tiny_lrf": _timm("focalnet_tiny_lrf", {}, 224),
     "transformers_convnext": _transformers(
-        "ConvNextForImageClassification", _HIDDEN, side=70, fixture=True, gradient=True
+        "ConvNextForImageClassification", _HIDDEN, side=44, fixture=True, gradient=True
     ),
     "transformers_convnext_model": _transformers("ConvNextModel", _HIDDEN, _pooled),
     "transformers_convnext_tiny": _transformers("ConvNextForImageClassification", {}, side=224),
     "transformers_poolformer": _transformers(
-        "PoolFormerForImageClassification", _HIDDEN, side=70, fixture=True, gradient=True
+        "PoolFormerForImageClassification", _HIDDEN, side=44, fixture=True
     ),
     "transformers_poolformer_no_scale": _transformers(
         "PoolFormerForImageClassification",
@@ -124,8 +135,8 @@ CASES = {
     "transformers_poolformer_s12": _transformers("PoolFormerForImageClassification", {}, side=224),
     "transformers_focalnet": _transformers(
         "FocalNetForImageClassification",
-        dict(depths=(1, 2, 1, 1), embed_dim=4, num_labels=5),
-        side=70,
+        dict(depths=(1, 2, 1, 1), embed_dim=4, num_labels=5, drop_path_rate=0.0),
+        side=44,
         fixture=True,
         gradient=True,
     ),

@@ -9,26 +9,30 @@ from effjax.interop.families import (
     decoder,
     dit,
     gpt,
+    lowformer,
     mamba,
+    nextvit,
     timm_convnext,
     timm_focalnet,
     timm_poolformer,
     timm_swin,
     transformers_clip,
     transformers_convolution,
+    transformers_dinat,
     transformers_swin,
     transformers_vit,
     vit,
 )
 from effjax.interop.family import Family
 
-_TIMM = timm_convnext, timm_focalnet, timm_poolformer, timm_swin, vit
+_TIMM = (timm_convnext, timm_focalnet, timm_poolformer, timm_swin, lowformer, nextvit, vit)
 _TRANSFORMERS = (
     decoder,
     gpt,
     mamba,
     transformers_clip,
     transformers_convolution,
+    transformers_dinat,
     transformers_swin,
     transformers_vit,
 )
