@@ -95,8 +95,8 @@ def markdown(results: Sequence[Result]) -> str:
     notes = (
         f"float32, {', '.join(pictures)}; {here['cores']} CPU cores with a load of {here['load']:.1f};",
         f"{packages}.",
-        "`train` is forward and backward, without the optimiser. images/s are of the least time. ratio is timm's",
-        "least time over ours, quartiles those of the ratio of neighbouring turns, CPU ratio the same as ratio of",
+        "`train` is forward and backward, without the optimiser. images/s are of the least time. ratio is",
+        "timm's least time over ours, quartiles those of the ratio of neighbouring turns, CPU ratio that of",
         "the work of all threads. Peak is of the process, compiling included.",
     )
     return "\n".join([table, "", *notes, ""])

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-Steps = Mapping[str, Callable[[], None]]
+# Each runs its step once, to the end.
+Steps = Mapping[str, Callable[[], Any]]
 
 
 def inputs(batch: int, shape: tuple[int, ...], classes: int) -> tuple[np.ndarray, np.ndarray]:

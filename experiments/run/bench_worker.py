@@ -1,8 +1,8 @@
 """One side of a benchmark in a process of its own: `python -m experiments.run.bench_worker REQUEST`.
 
 A peak of memory belongs to a process, and two frameworks in one process share threads and memory. The worker
-answers each line of its input, the name of a step, by one line of JSON: the seconds of one run of that step by
-the clock and of all its threads' work, and the largest memory of the process until then.
+answers each line of its input, the name of a step, by one line of JSON: what one run of it took by the clock
+and of all its threads' work, in seconds, and the largest memory of the process until then.
 """
 
 import json
