@@ -12,6 +12,7 @@ none:   y = x
 one, as the Gemma and Nemotron families do, so that weight decay pulls it to one.
 """
 
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -76,17 +77,16 @@ def norm(
     if kind.endswith("offset"):
         return OffsetNorm(kind == "layer_offset", epsilon, name=name)
     axes = ("norm",) * scaled
-    options: dict[str, Any] = dict(
-        epsilon=epsilon,
-        use_scale=kind != "layer_plain",
-        scale_init=named(filled, axes),
-        reduction_axes=tuple(range(-reduced, 0)),
-        feature_axes=tuple(range(-scaled, 0)),
-        name=name,
-    )
     if kind == "rms":
-        return nn.RMSNorm(**options)
-    return nn.LayerNorm(use_bias=kind == "layer", bias_init=named(zeros, axes), **options)
+        return nn.RMSNorm(
+            epsilon=epsilon,
+            scale_init=named(filled, axes),
+            reduction_axes=tuple(range(-reduced, 0)),
+            feature_axes=tuple(range(-scaled, 0)),
+            name=name,
+        )
+    use_scale, use_bias = kind != "layer_plain", kind == "layer"
+    return LayerNorm(epsilon, reduced, scaled, use_scale, use_bias, initial, name=name)
 
 
 def norm_size(kind: NormKind, channels: int) -> int:
@@ -103,6 +103,73 @@ class Identity(nn.Module):
     def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
         """Returns its input."""
         return x
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def standardised(x: Float[Array, "*shape"], reduced: int, epsilon: float) -> Float[Array, "*shape"]:
+    """(x - mean) / sqrt(variance + epsilon) over the last `reduced` axes.
+
+    The backward pass keeps the result and a number a vector; the formula differentiated as it stands would
+    keep three arrays of the size of x.
+    """
+    return _standardised(x, reduced, epsilon)[0]
+
+
+@standardised.defjvp
+def _standardised_jvp(
+    reduced: int, epsilon: float, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    y, factor = _standardised(*primals, reduced, epsilon)
+    moved, axes = tangents[0], tuple(range(-reduced, 0))
+    straight = jnp.mean(moved, axes, keepdims=True) + y * jnp.mean(y * moved, axes, keepdims=True)
+    return y, factor * (moved - straight)
+
+
+def _standardised(
+    x: Float[Array, "*shape"], reduced: int, epsilon: float
+) -> tuple[Float[Array, "*shape"], Float[Array, "..."]]:
+    axes = tuple(range(-reduced, 0))
+    # Both means in one pass; rounding may take their difference below zero.
+    mean = jnp.mean(x, axes, keepdims=True)
+    variance = jnp.maximum(jnp.mean(x * x, axes, keepdims=True) - mean * mean, 0.0)
+    factor = jax.lax.rsqrt(variance + epsilon)
+    return (x - mean) * factor, factor
+
+
+class LayerNorm(nn.Module):
+    """The layer norm over trailing axes.
+
+    Attributes:
+      epsilon: added to the variance.
+      reduced: how many axes mean and variance are taken over.
+      scaled: how many axes scale and bias span.
+      use_scale: whether there is a scale.
+      use_bias: whether there is a bias.
+      initial: what the scale starts at.
+    """
+
+    epsilon: float
+    reduced: int = 1
+    scaled: int = 1
+    use_scale: bool = True
+    use_bias: bool = True
+    initial: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Normalises."""
+        spanned, axes = x.shape[x.ndim - self.scaled :], ("norm",) * self.scaled
+        shape = (1,) * (x.ndim - self.scaled) + spanned
+        y = standardised(x.astype(jnp.promote_types(x.dtype, jnp.float32)), self.reduced, self.epsilon)
+        dtype = x.dtype
+        if self.use_scale:
+            init = named(nn.initializers.constant(self.initial), axes)
+            scale = self.param("scale", init, spanned, jnp.float32)
+            y, dtype = y * scale.astype(y.dtype).reshape(shape), jnp.promote_types(dtype, scale.dtype)
+        if self.use_bias:
+            bias = self.param("bias", named(zeros, axes), spanned, jnp.float32)
+            y, dtype = y + bias.astype(y.dtype).reshape(shape), jnp.promote_types(dtype, bias.dtype)
+        return y.astype(dtype)
 
 
 class OffsetNorm(nn.Module):

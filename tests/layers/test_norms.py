@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from effjax.layers.norms import norm, norm_size
+from effjax.layers.norms import norm, norm_size, standardised
 
 X = jax.random.normal(jax.random.key(0), (2, 3, 4, 6)) * 2 + 1
 
@@ -65,3 +65,23 @@ def test_computes_in_float32_and_starts_as_the_plain_norm():
         np.testing.assert_allclose(
             np.float64(y), x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5), rtol=1e-2, atol=1e-2
         )
+
+
+@pytest.mark.parametrize("reduced", [1, 2])
+def test_the_slope_of_a_layer_norm_in_both_modes_of_differentiation(reduced):
+    def plain(x):
+        axes = tuple(range(-reduced, 0))
+        centred = x - jnp.mean(x, axes, keepdims=True)
+        return centred / jnp.sqrt(jnp.mean(centred**2, axes, keepdims=True) + 1e-3)
+
+    def ours(x):
+        return standardised(x, reduced, 1e-3)
+
+    t = jax.random.normal(jax.random.key(1), X.shape)
+    for slope in (lambda f: jax.jvp(f, (X,), (t,))[1], lambda f: jax.vjp(f, X)[1](t)[0]):
+        np.testing.assert_allclose(slope(ours), slope(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_the_backward_pass_of_a_layer_norm_keeps_one_array_and_a_number_a_vector():
+    kept = jax.eval_shape(lambda x: jax.vjp(lambda x: standardised(x, 1, 1e-5), x)[1], X)
+    assert sum(leaf.size for leaf in jax.tree.leaves(kept)) <= X.size + X.size // X.shape[-1]
