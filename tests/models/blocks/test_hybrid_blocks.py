@@ -1,6 +1,7 @@
 """The inverted residual, MOAT, LowFormer's and Next-ViT's blocks."""
 
 import importlib
+from math import erf
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +44,6 @@ def run(block, held, x=X):
 
 
 def gelu(x):
-    from math import erf
-
     return x * 0.5 * (1 + np.vectorize(erf)(x / np.sqrt(2)))
 
 
@@ -129,7 +128,7 @@ def reach(block, x):
             x, _ = block.apply(held, x, RATE, Context())
         return x[0, 0, 0].sum()
 
-    return bool(jnp.abs(jax.grad(far)(x)[0, 2:, 2:]).max() > 1e-6)
+    return bool(jnp.abs(jax.jit(jax.grad(far))(x)[0, 2:, 2:]).max() > 1e-6)
 
 
 def test_windows_need_no_shift_where_convolutions_mix_neighbours():
