@@ -118,13 +118,11 @@ def test_a_pattern_in_one_token_raises_the_exponent_and_the_accuracy():
     assert learned > average + 0.05
 
 
-def test_a_shift_of_all_tokens_leaves_the_exponent_near_one():
+def test_a_shift_of_all_tokens_keeps_the_exponent_near_one():
     draw = np.random.default_rng(1)
     labels = draw.integers(2, size=256)
-    x = np.abs(draw.normal(size=(256, 32, 4)))
-    x[:, :, 0] += 0.15 * labels[:, None]
-    # A bright token that says nothing: a large exponent would listen to it.
-    x[np.arange(256), draw.integers(32, size=256), 0] += 4 * draw.uniform(size=256)
+    x = 3 + draw.normal(size=(256, 32, 4))
+    x[:, :, 0] += 0.4 * labels[:, None]  # of which the mean says all there is to know
     p, learned = fitted(jnp.float32(x), labels, learn=True)
-    assert p < 1.5
-    assert learned > 0.75
+    assert abs(p - 1) < 0.5
+    assert learned > 0.8
