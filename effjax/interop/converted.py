@@ -8,6 +8,7 @@
 """
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -167,11 +168,15 @@ def _fields(part: Any) -> dict[str, Any]:
         value = getattr(part, field.name)
         if not field.init or field.name in ("parent", "name") or value == field.default:
             continue
-        if "kinds" in field.metadata:
-            result[field.name] = _each(value, lambda v, kinds=field.metadata["kinds"]: section(v, kinds))
-        else:
-            result[field.name] = _each(value, lambda v, name=field.name: _plain(v, type(part).__name__, name))
+        result[field.name] = _each(value, functools.partial(_held, type(part).__name__, field))
     return result
+
+
+def _held(owner: str, field: dataclasses.Field[Any], value: Any) -> Any:
+    """A field may hold a part with a `kind`, or something plain in its place."""
+    if "kinds" in field.metadata and dataclasses.is_dataclass(value):
+        return section(value, field.metadata["kinds"])
+    return _plain(value, owner, field.name)
 
 
 def _each(value: Any, of_one: Any) -> Any:

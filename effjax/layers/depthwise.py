@@ -161,8 +161,8 @@ def _kernel_gradient(
     down, right = -g.shape[1] % rows, -g.shape[2] % columns
     g = jnp.pad(g, ((0, 0), (0, down), (0, right), (0, 0)))  # places that add nothing fill the last blocks
     (top, bottom), (left, beyond) = edges
-    wide = ((0, 0), (top, bottom + stride * down), (left, beyond + stride * right), (0, 0))
-    padded = jnp.pad(x, wide)
+    room = ((0, 0), (top, bottom + stride * down), (left, beyond + stride * right), (0, 0))
+    padded, wide = jnp.pad(x, room), jnp.promote_types(x.dtype, jnp.float32)
     across, (batch, channels) = g.shape[2] // columns, (x.shape[0], x.shape[3])
     spans = [dilation * (size - 1) + 1 for size in kernel.shape[:2]]
     seen = stride * (rows - 1) + spans[0], stride * (columns - 1) + spans[1]
@@ -172,10 +172,10 @@ def _kernel_gradient(
         places = jax.lax.dynamic_slice(g, (0, i, j, 0), (batch, rows, columns, channels))
         window = jax.lax.dynamic_slice(padded, (0, i * stride, j * stride, 0), (batch, *seen, channels))
         for u, v, one in _windows(window, (rows, columns), dilation, stride):  # [B, u, v, C]
-            total = total + one * places[:, u, v][:, None, None].astype(jnp.float32)
+            total = total + one * places[:, u, v][:, None, None].astype(wide)
         return total, None
 
-    zero = jnp.zeros((batch, *kernel.shape), jnp.float32)
+    zero = jnp.zeros((batch, *kernel.shape), wide)
     total, _ = jax.lax.scan(add, zero, jnp.arange(g.shape[1] // rows * across))
     return jnp.sum(total, 0).astype(kernel.dtype)
 

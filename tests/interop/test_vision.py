@@ -8,7 +8,7 @@ import pytest
 
 from effjax.errors import UsageError
 from effjax.interop import export, load_pretrained
-from effjax.interop.families import FAMILIES
+from effjax.interop.families import vit
 from effjax.interop.load import family_of, leaf_specs
 from effjax.matching import named_leaves
 
@@ -48,11 +48,10 @@ def weights(source, config, given=()):
 def kinds():
     """One architecture of timm for each structure."""
     found = {}
-    for name, family in FAMILIES.items():
-        if name.startswith("timm:"):
-            key = tuple(sorted((k, repr(v)) for k, v in family.defaults.items() if k not in SIZES))
-            found.setdefault((key, "mlp_layer" in family.defaults), name)
-    return [name for name in found.values() if "vit" in name or "deit" in name]
+    for name, family in vit.TIMM.items():
+        key = tuple(sorted((k, repr(v)) for k, v in family.defaults.items() if k not in SIZES))
+        found.setdefault((key, "mlp_layer" in family.defaults), f"timm:{name}")
+    return list(found.values())
 
 
 @pytest.mark.parametrize("source", kinds())
