@@ -60,12 +60,13 @@ def test_gradients_reach_every_parameter_and_are_those_of_finite_differences(nam
     target = jax.random.normal(jax.random.key(5), (len(IMAGES), model.classes))
 
     @jax.jit
+    @jax.value_and_grad
     def loss(params):
         logits = model.apply({"params": params, **others}, IMAGES)
         return -jnp.mean(jnp.sum(target * jax.nn.log_softmax(logits), axis=-1))
 
     params = held["params"]
-    gradient = jax.jit(jax.grad(loss))(params)
+    _, gradient = loss(params)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
     dead = [jax.tree_util.keystr(p) for p, g in jax.tree.leaves_with_path(gradient) if not jnp.any(g)]
     # A progressive norm has left its layer norm behind in evaluation.
@@ -73,7 +74,8 @@ def test_gradients_reach_every_parameter_and_are_those_of_finite_differences(nam
     norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient)))
     step = 1e-2 / float(norm)
     ahead, behind = (
-        loss(jax.tree.map(lambda p, g, s=sign: p + s * step / norm * g, params, gradient)) for sign in (1, -1)
+        loss(jax.tree.map(lambda p, g, s=sign: p + s * step / norm * g, params, gradient))[0]
+        for sign in (1, -1)
     )
     np.testing.assert_allclose((ahead - behind) / (2 * step), norm, rtol=2e-2)
 
@@ -82,30 +84,20 @@ def test_gradients_reach_every_parameter_and_are_those_of_finite_differences(nam
 @pytest.mark.parametrize("name", NAMES)
 def test_examples_do_not_touch_each_other_in_evaluation(name):
     held = variables_of(name)
-    one = jnp.concatenate([run(name)(held, IMAGES[i : i + 1]) for i in range(len(IMAGES))])
     whole = run(name)(held, IMAGES)
-    np.testing.assert_allclose(one, whole, atol=1e-4 * float(jnp.abs(whole).max()))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_vmap_and_remat_change_nothing(name):
-    held = variables_of(name)
-    whole = run(name)(held, IMAGES)
+    near = 1e-4 * float(jnp.abs(whole).max())
+    np.testing.assert_allclose(run(name)(held, IMAGES[::-1]), whole[::-1], atol=near)
+    others = run(name)(held, IMAGES.at[0].set(0.0))
+    np.testing.assert_allclose(others[1:], whole[1:], atol=near)
     mapped = jax.jit(jax.vmap(lambda image: model_of(name).apply(held, image[None])[0]))(IMAGES)
-    np.testing.assert_allclose(mapped, whole, atol=1e-4 * float(jnp.abs(whole).max()))
-    again = model_of(name).clone(remat="full")
-    np.testing.assert_allclose(
-        jax.jit(again.apply)(held, IMAGES), whole, atol=1e-4 * float(jnp.abs(whole).max())
-    )
+    np.testing.assert_allclose(mapped, whole, atol=near)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("sides", [(9, 7), (12, 8)])
-def test_another_size_of_picture(name, sides):
+def test_another_size_of_picture(name):
     """A pyramid takes odd ones too; where a table of positions is made for one size, others are refused."""
-    images = jax.random.normal(jax.random.key(4), (2, *sides, 1))
+    images = jax.random.normal(jax.random.key(4), (2, 9, 7, 1))
     if isinstance(model_of(name), Pyramid):
         logits = run(name)(variables_of(name), images)
         assert logits.shape == (2, 10)
