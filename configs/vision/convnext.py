@@ -5,7 +5,7 @@
 `smoke`
     20 steps of a toy on digits: seconds.
 `digits`
-    80 epochs of 1,437 digits of 8 x 8 pixels.
+    0.38M parameters, 30 epochs of 1,437 digits of 8 x 8 pixels: 98.6% of the 360 held-out digits.
 `tiny`, `small`, `base`, `large`
     ImageNet-1k at 224 pixels for 300 epochs. Not run here; the paper reports 82.1%, 83.1%, 83.8% and 84.3%.
 `tiny-22k`, `small-22k`, `base-22k`, `large-22k`, `xlarge-22k`

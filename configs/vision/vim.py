@@ -6,7 +6,7 @@
     20 steps of a toy on digits: seconds.
 `digits`
     80 epochs of 1,437 digits of 8 x 8 pixels. After 20 of them 96.7% of the 360 held-out digits are right;
-    the whole run takes about two and a half minutes on 2 quiet CPU cores, reckoned from its step time.
+    the whole run was interrupted.
 `tiny`, `small`, `base`
     ImageNet-1k at 224 pixels for 300 epochs. Not run here; the authors report 76.1%, 80.5% and
     81.9% top-1. For `base` they publish no training script: it has that of `small`.

@@ -17,6 +17,9 @@ from experiments.run.bench_worker import peak_bytes
 from experiments.run.timm_names import NAMES
 from tests.experiments.driver import ROOT, drive
 
+# Whole networks: the whole suite has time for them.
+pytestmark = pytest.mark.slow
+
 TOYS = ("configs/vision/vit.py:smoke", "configs/vision/swin.py:smoke")
 
 

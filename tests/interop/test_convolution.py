@@ -12,6 +12,9 @@ from effjax.interop.families import FAMILIES, timm_convnext, timm_focalnet, timm
 from tests.interop.test_fixtures import FIXTURES, read
 from tests.interop.test_vision import resolved
 
+# Whole networks: the whole suite has time for them.
+pytestmark = pytest.mark.slow
+
 TOY = dict(depths=(1, 1, 1, 1), num_classes=5)
 NARROW = dict(dims=(4, 6, 8, 10))
 FOCAL = dict(embed_dim=4)

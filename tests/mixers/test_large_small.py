@@ -9,6 +9,9 @@ from effjax.layers.depthwise import depthwise_conv
 from effjax.mixers.context import Context
 from effjax.mixers.large_small import LargeSmall, aggregate
 
+# Whole networks: the whole suite has time for them.
+pytestmark = pytest.mark.slow
+
 KEYS = jax.random.split(jax.random.key(0), 4)
 X = jax.random.normal(KEYS[0], (2, 5, 4, 8))
 

@@ -10,6 +10,9 @@ from effjax import models
 from effjax.config import build_kind
 from tests.models.test_pyramid import randomised
 
+# Whole networks: the whole suite has time for them.
+pytestmark = pytest.mark.slow
+
 
 def toy(**changes):
     section = convnext(4, (1, 1, 1, 1), classes=5, kernel=3)

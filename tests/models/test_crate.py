@@ -14,6 +14,9 @@ from effjax.models import KINDS
 from effjax.models.blocks import KINDS as BLOCKS
 from tests.models import official
 
+# Whole networks: the whole suite has time for them.
+pytestmark = pytest.mark.slow
+
 ROWS = (
     ("to_patch_embedding.1.weight", "embed/norm/scale", ""),
     ("to_patch_embedding.1.bias", "embed/norm/bias", ""),

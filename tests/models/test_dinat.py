@@ -12,6 +12,9 @@ from effjax.experiment import resolve
 from effjax.measure import count
 from effjax.mixers.neighborhood import neighborhood_attention
 
+# Whole networks: the whole suite has time for them.
+pytestmark = pytest.mark.slow
+
 # The authors' tables, in GMACs, as their repository gives them.
 PUBLISHED = {
     "mini": 2.7,

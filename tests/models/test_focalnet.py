@@ -6,6 +6,9 @@ from effjax.experiment import resolve
 from effjax.matching import named_leaves
 from effjax.mixers.focal_modulation import FocalModulation
 
+# Whole networks: the whole suite has time for them.
+pytestmark = pytest.mark.slow
+
 # Millions of parameters with a thousand classes: the authors' model zoo.
 MILLIONS = dict(zip(LARGE, (207, 207, 366, 366, 687, 689), strict=True))
 

@@ -14,6 +14,9 @@ from effjax.experiment import resolve
 from effjax.models.blocks.metaformer import Block
 from tests.models.test_pyramid import randomised
 
+# Whole networks: the whole suite has time for them.
+pytestmark = pytest.mark.slow
+
 IMAGES = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
 
 

@@ -16,6 +16,9 @@ from effjax.compress.merge import merge, plan
 from effjax.config import build_kind
 from effjax.matching import named_leaves
 
+# Whole networks: the whole suite has time for them.
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parent / "fixtures"
 PICTURES = jnp.asarray(np.random.RandomState(1).standard_normal((2, 96, 96, 3)), jnp.float32)
 KERNELS = (3,), (7, 7), (13, 3, 13), (5,)

@@ -10,6 +10,9 @@ from effjax.config import build_kind
 from effjax.errors import UsageError
 from effjax.mixers.context import Context
 
+# Whole networks: the whole suite has time for them.
+pytestmark = pytest.mark.slow
+
 IMAGES = jax.random.normal(jax.random.key(3), (2, 16, 12, 3))
 
 

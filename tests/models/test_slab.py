@@ -17,6 +17,9 @@ from effjax.mixers.simplified_linear import linear_attention
 from effjax.models import KINDS
 from tests.models import official
 
+# Whole networks: the whole suite has time for them.
+pytestmark = pytest.mark.slow
+
 
 def norm_rows(theirs, ours):
     after = f"{ours}/after"

@@ -16,6 +16,9 @@ from effjax.matching import named_leaves
 from effjax.mixers.context import Context
 from effjax.models.blocks.metaformer import Block
 
+# Whole networks: the whole suite has time for them.
+pytestmark = pytest.mark.slow
+
 IMAGES = jax.random.normal(jax.random.key(3), (1, 16, 16, 3))
 TOY = dict(classes=5, drop_path=0.0, patch=2, head_dim=4, hidden=8)
 

@@ -15,6 +15,9 @@ from effjax.mixers.context import Context
 from effjax.models import KINDS
 from tests.models import official
 
+# Whole networks: the whole suite has time for them.
+pytestmark = pytest.mark.slow
+
 
 def direction(theirs, suffix, ours):
     """The rows of one direction; the backward one's names end in `_b`."""

@@ -111,4 +111,5 @@ class MBConv(nn.Module):
 def average_pool(x: Float[Array, "b h w c"], window: int, stride: int) -> Float[Array, "b h2 w2 c"]:
     """Means of windows; at the lower and right edge of an odd map, of the places that are there."""
     sides = (window, window), (stride, stride)
-    return nn.avg_pool(x, *sides, padding="SAME", count_include_pad=False)
+    # Linen divides by counts in float32.
+    return nn.avg_pool(x, *sides, padding="SAME", count_include_pad=False).astype(x.dtype)

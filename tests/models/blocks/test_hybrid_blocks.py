@@ -22,6 +22,9 @@ from effjax.models.blocks.metaformer import Block
 from effjax.models.blocks.moat import MOAT
 from effjax.models.blocks.nextvit import NextConv, NextTransformer
 
+# Whole networks: the whole suite has time for them.
+pytestmark = pytest.mark.slow
+
 RATE = jnp.zeros(())
 X = jax.random.normal(jax.random.key(2), (2, 5, 6, 8))
 
