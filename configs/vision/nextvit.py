@@ -39,7 +39,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
             pools=(1, 1),
             periods=(1, 5),
             stem=((widths[0][0], 1),),
-            head_dim=4 if smoke else 8,
+            head_dim=8,
             classes=10,
             drop_path=0.0,
         )

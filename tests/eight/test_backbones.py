@@ -9,8 +9,8 @@ from tests.models.test_backbones import NAMES
 from tests.train.toy import Memory, Recorder, program_of
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
-# LowFormer's heads have thirty channels, so that its toy has one, which no tensor axis can cut.
-WHOLE_HEADS = {"lowformer": {"data": 4, "fsdp": 2}}
+# Toys with one head, which no tensor axis can cut: the papers fix how many channels a head has.
+WHOLE_HEADS = dict.fromkeys(("lowformer", "nextvit"), {"data": 4, "fsdp": 2})
 CHANGES = {"train__steps": "3 steps", "train__log_every": "1 steps", "evaluators": {}}
 
 
