@@ -6,11 +6,14 @@ o]`, at the path it would have in one block, with the logical axis `layers` in f
 policy on the scan's body. Other variables (batch statistics, sown values) are stacked in the same way.
 """
 
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.core import meta
 from flax.core.scope import DenyList, intersect_filters
 
@@ -33,6 +36,9 @@ class Stack(nn.Module):
     `out` is whatever the layer hands back (a new cache, an auxiliary loss, None), stacked over layers by
     the scan. A stack of one is no scan, and its block may change the shape of `x`.
 
+    Where the shape of `x` changes inside the stack, the scan is cut: a layer among `points` runs by itself,
+    and what is in `before` runs between two layers.
+
     Attributes:
       block: the definition to repeat; only its fields are used.
       depth: number of layers.
@@ -47,9 +53,27 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Any, *shared: Any, each: Any = None, method: str = "__call__", train: bool = False
+        self,
+        x: Any,
+        *shared: Any,
+        each: Any = None,
+        method: str = "__call__",
+        train: bool = False,
+        points: Mapping[int, Any] | None = None,
+        before: Mapping[int, Callable[[Any, bool], Any]] | None = None,
     ) -> tuple[Any, Any]:
-        """Runs all layers on `x` and returns `(x, outs)`."""
+        """Runs all layers on `x` and returns `(x, outs)`.
+
+        Args:
+          x: what goes through the layers.
+          *shared: the same for all layers.
+          each: trees whose leaves have a slice for every layer.
+          method: of the block.
+          train: passed to the block.
+          points: layers whose block is given a `point`, and may change the shape of `x`. Where there are any,
+            `outs` is a mapping from these layers to what each handed back.
+          before: functions of `(x, train)` that change `x` before a layer; `depth` means behind the last.
+        """
         if self.remat not in REMAT:
             raise UsageError(f"remat is {self.remat!r}. {did_you_mean(self.remat, REMAT)}")
         block = self.block.clone(parent=None, name=None)
@@ -71,25 +95,49 @@ class Stack(nn.Module):
         if train and self.has_rng("dropout"):
             keys = jax.random.split(self.make_rng("dropout"), self.depth)
 
-        def layer(x, slices):
+        def layer(x, slices, point=None):
             variables, each, key = slices
             rngs = {} if key is None else {"dropout": key}
             options: dict[str, Any] = dict(train=train, rngs=rngs, method=method, mutable=mutable)
+            if point is not None:
+                options["point"] = point
             (x, out), changed = block.apply(variables, x, each, *shared, **options)
             return x, (out, changed)
 
-        if self.remat != "none":
+        def checkpointed(layer, alone):
+            if self.remat == "none":
+                return layer
             # Inside a scan nothing is merged that should be computed again.
-            layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=self.depth == 1)
+            return jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=alone)
+
+        points, before = points or {}, before or {}
         slices = variables, each, keys
-        if self.depth == 1:
-            x, made = layer(x, jax.tree.map(lambda leaf: leaf[0], slices))
-            outs, changed = jax.tree.map(lambda leaf: leaf[None], made)
-        else:
-            x, (outs, changed) = jax.lax.scan(layer, x, slices, length=self.depth, unroll=self.unroll)
+        parts, outs = [], {}
+        for start, stop in _segments(self.depth, {*points, *(layer + 1 for layer in points), *before}):
+            x = before[start](x, train) if start in before else x
+            cut = slices if stop - start == self.depth else jax.tree.map(lambda a: a[start:stop], slices)  # noqa: B023
+            if stop - start == 1:
+                step = checkpointed(functools.partial(layer, point=points.get(start)), True)
+                x, made = step(x, jax.tree.map(lambda leaf: leaf[0], cut))
+                outs[start], changed = jax.tree.map(lambda leaf: leaf[None], made)
+            else:
+                unroll = min(self.unroll, stop - start)
+                body = checkpointed(layer, False)
+                x, (outs[start], changed) = jax.lax.scan(body, x, cut, length=stop - start, unroll=unroll)
+            parts.append(changed)
+        x = before[self.depth](x, train) if self.depth in before else x
+        changed = parts[0] if len(parts) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
         if not self.is_initializing():
             _put(self, changed)
-        return x, outs
+        if points or before:
+            return x, {layer: jax.tree.map(lambda leaf: leaf[0], outs[layer]) for layer in points}
+        return x, outs[0]
+
+
+def _segments(depth: int, borders: Collection[int]) -> Iterator[tuple[int, int]]:
+    """Cuts `range(depth)` before every border."""
+    at = sorted({0, depth, *(border for border in borders if border < depth)})
+    return itertools.pairwise(at)
 
 
 def _put(module: nn.Module, variables: Any) -> None:

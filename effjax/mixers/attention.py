@@ -15,6 +15,7 @@ One method computes both views of a sequence: `__call__` sees it whole, `step` s
 a cache of those before.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -23,12 +24,13 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from effjax.config import part
 from effjax.decoding.cache import AXES, Cache, append, init_cache, visible
-from effjax.errors import UsageError
+from effjax.errors import UsageError, did_you_mean
 from effjax.layers.dense import Dense
 from effjax.layers.norms import NormKind, norm
 from effjax.mixers import rotary
 from effjax.mixers.context import Context
-from effjax.mixers.dot_product import band, softmax_attention
+from effjax.mixers.dot_product import attention_weights, band, softmax_attention, weighted_sum
+from effjax.mixers.stats import Stats, Watch
 
 
 class Attention(nn.Module):
@@ -82,6 +84,31 @@ class Attention(nn.Module):
         y, _ = self.attend(x.reshape(x.shape[0], -1, x.shape[-1]), context, None)
         return y.reshape(x.shape)
 
+    def observe(
+        self,
+        x: Float[Array, "b n c"],
+        context: Context,
+        needs: tuple[str, ...],
+        choose: Callable[[Stats], Int[Array, "b m"] | None] | None = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "b m c"], Stats]:
+        """Mixes like `__call__`, and tells how.
+
+        Args:
+          x: whole sequences.
+          context: as in `__call__`.
+          needs: fields of `Stats` that shall be told.
+          choose: the tokens that are mixed at all, known once the weights of all are; None takes all.
+          train: whether this is training.
+
+        Raises:
+          UsageError: for something that attention does not have.
+        """
+        known = ("keys", "values", "attention")
+        if strange := [name for name in needs if name not in known]:
+            raise UsageError(f"attention knows nothing of {strange[0]!r}. {did_you_mean(strange[0], known)}")
+        return self.attend(x, context, None, Watch(needs, choose))
+
     def step(
         self, x: Float[Array, "b n c"], cache: Cache, context: Context
     ) -> tuple[Float[Array, "b n c"], Cache]:
@@ -115,9 +142,16 @@ class Attention(nn.Module):
 
     @nn.compact
     def attend(
-        self, x: Float[Array, "b n c"], context: Context, cache: Cache | None
-    ) -> tuple[Float[Array, "b n c"], Any]:
-        """Attends among the tokens of `x` (no cache), or from them to the cache they are added to."""
+        self,
+        x: Float[Array, "b n c"],
+        context: Context,
+        cache: Cache | None,
+        watch: Watch | None = None,
+    ) -> tuple[Float[Array, "b m c"], Any]:
+        """Attends among the tokens of `x` (no cache), or from them to the cache they are added to.
+
+        The second thing returned is the cache, or what is watched.
+        """
         positions = context.positions
         if positions is None:
             following = jnp.arange(x.shape[1]) + (0 if cache is None else cache.written)
@@ -133,7 +167,10 @@ class Attention(nn.Module):
                 mask = near if mask is None else mask & near
             elif self.window is not None:
                 options["window"] = (self.window - 1, 0 if self.causal else self.window - 1)
-            y = softmax_attention(q, k, v, mask=mask, causal=self.causal, **options)  # [B, N, H, D]
+            options |= dict(mask=mask, causal=self.causal)
+            if watch is not None:
+                return self._watched(x, q, k, v, options, watch)
+            y = softmax_attention(q, k, v, **options)  # [B, N, H, D]
         else:
             cache = append(cache, k, v, positions)
             k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)  # [B, S, G, D]
@@ -143,6 +180,26 @@ class Attention(nn.Module):
                 mask = mask & (cache.positions[:, None, None, :] > positions[:, None, :, None] - window)
             y = softmax_attention(q, k, v, mask=mask, causal=False, **options)  # [B, N, H, D]
         return self.output(y, x.shape[-1]), cache
+
+    @nn.nowrap
+    def _watched(
+        self,
+        x: Float[Array, "b n c"],
+        q: Float[Array, "b n h d"],
+        k: Float[Array, "b n g d"],
+        v: Float[Array, "b n g d"],
+        options: dict[str, Any],
+        watch: Watch,
+    ) -> tuple[Float[Array, "b m c"], Stats]:
+        """Mixes all tokens, or those that are chosen by the weights of all, and tells what is asked for."""
+        weights = attention_weights(q, k, **options)  # [B, H, N, N]
+        told = dict(keys=k, values=v, attention=weights)
+        stats = Stats(x, **{name: told[name] for name in watch.needs})
+        rows = None if watch.choose is None else watch.choose(stats)  # [B, M]
+        if rows is not None:
+            weights = jnp.take_along_axis(weights, rows[:, None, :, None], axis=2)  # [B, H, M, N]
+        y = weighted_sum(weights.astype(v.dtype), v)  # [B, M, H, D]
+        return self.output(y, x.shape[-1]), stats
 
     @nn.nowrap
     def sizes(self, width: int) -> tuple[int, int]:

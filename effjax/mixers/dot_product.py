@@ -30,12 +30,29 @@ def softmax_attention(
     cap: float | None = None,
     window: tuple[int, int] | None = None,
 ) -> Float[Array, "b n h e"]:
-    """Weighs the values.
+    """Weighs the values `v` by `attention_weights`, which has the other arguments."""
+    weights = attention_weights(
+        q, k, mask=mask, causal=causal, bias=bias, scale=scale, cap=cap, window=window
+    )
+    return weighted_sum(weights.astype(v.dtype), v)  # [B, N, H, D]
+
+
+def attention_weights(
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b s g d"],
+    *,
+    mask: Bool[Array, "#b 1 #n s"] | None,
+    causal: bool,
+    bias: Float[Array, "#b #h #n s"] | None = None,
+    scale: float | None = None,
+    cap: float | None = None,
+    window: tuple[int, int] | None = None,
+) -> Float[Array, "b h n s"]:
+    """How much of each value a query takes, in float32.
 
     Args:
       q: queries; `h / g` of them share a key/value head.
       k: keys.
-      v: values.
       mask: which keys a query may see.
       causal: whether none that come later, by their place in the row.
       bias: added to the logits.
@@ -57,7 +74,7 @@ def softmax_attention(
         allowed = both(allowed, ((distance <= window[0]) & (-distance <= window[1]))[None, None])
     if allowed is not None:
         logits = jnp.where(allowed, logits, -0.7 * jnp.finfo(jnp.float32).max)
-    return weighted_sum(softmax(logits).astype(v.dtype), v)  # [B, N, H, D]
+    return softmax(logits)  # [B, H, N, S]
 
 
 def both(a: Bool[Array, "..."] | None, b: Bool[Array, "..."]) -> Bool[Array, "..."]:

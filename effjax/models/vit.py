@@ -13,12 +13,14 @@ that nobody reads (`registers`, Darcet et al. 2024), a norm before the blocks (`
 Sources: "An Image is Worth 16x16 Words" (2021); DeiT's sizes and recipe, Touvron et al. 2021.
 """
 
-from typing import Literal
+import dataclasses
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from effjax import tokens
 from effjax.config import part
 from effjax.errors import UsageError
 from effjax.layers.dense import Dense, named, truncated_normal, zeros
@@ -30,6 +32,8 @@ from effjax.layers.pool import pooled
 from effjax.layers.stack import Stack
 from effjax.mixers.context import Context
 from effjax.models.blocks.metaformer import Block
+from effjax.tokens.schedule import cut
+from effjax.tokens.tokens import Tokens, rows
 
 Pool = Literal["token", "mean", "max", "mean_max", "token_mean", "none"]
 
@@ -65,6 +69,7 @@ class ViT(nn.Module):
       pool_all: whether the pool also sees the tokens that are no patches.
       representation: channels of a tanh layer between pool and head; None leaves it out.
       mask_token: whether there is a token that takes the place of masked patches.
+      reduce: how tokens are reduced on their way, a kind in `effjax.tokens`.
     """
 
     block: Block
@@ -92,6 +97,7 @@ class ViT(nn.Module):
     pool_all: bool = False
     representation: int | None = None
     mask_token: bool = False
+    reduce: Any = part(tokens.KINDS, default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,14 +172,20 @@ class ViT(nn.Module):
         x = nn.with_logical_constraint(x, ("batch", "length", "features"))
 
         stack = Stack(self.block, self.depth, remat=self.remat, unroll=self.unroll, name="blocks")
-        x, _ = stack(x, context, each=linear_rates(self.drop_path, self.depth), train=train)  # [B, N, C]
+        rates = linear_rates(self.drop_path, self.depth)
+        if self.reduce is None:
+            bag = None
+            x, _ = stack(x, context, each=rates, train=train)  # [B, N, C]
+        else:
+            bag = self._reduced(stack, x, context, rates, middle, train)
+            x = bag.x  # [B, M, C]
 
         if self.final_norm == "before_pool":
             x = self._norm("norm", x, train)  # [B, N, C]
         if middle:  # to the front, where all else has it
-            x = jnp.concatenate([x[:, middle : middle + 1], x[:, :middle], x[:, middle + 1 :]], axis=1)
+            x, bag = _class_first(x, bag, middle)
         second = x[:, 1] if self.distillation else None  # [B, C]
-        x = self._pooled(x, train)  # [B, C]
+        x = self._pooled(x, bag, train)  # [B, C]
         if self.final_norm == "after_pool":
             x = self._norm("norm", x, train)
         if self.representation:
@@ -225,16 +237,51 @@ class ViT(nn.Module):
         return jnp.concatenate(parts, axis=1)
 
     @nn.nowrap
-    def _pooled(self, x: Float[Array, "b n c"], train: bool) -> Float[Array, "b *tokens c2"]:
-        """What the head reads."""
-        patches = x if self.pool_all else x[:, self.prefix :]  # [B, h w, C]
+    def _reduced(
+        self,
+        stack: Stack,
+        x: Float[Array, "b n c"],
+        context: Context,
+        rates: Float[Array, " depth"],
+        middle: int,
+        train: bool,
+    ) -> Tokens:
+        """Runs the blocks on a bag of tokens that they reduce.
+
+        Which token each original one is in after a layer is sown as `tokens/layer_LAYER`.
+        """
+        points, before = cut(self.reduce, self.depth)
+        ends, held = ((0, 0), (middle,)) if middle else ((self.prefix, 0), ())
+        bag = Tokens.of(x, ends, held, context.grid)
+        bag, origins = stack(bag, context, each=rates, train=train, points=points, before=before)
+        for layer, origin in origins.items():
+            self.sow("tokens", f"layer_{layer}", origin)
+        return bag
+
+    @nn.nowrap
+    def _pooled(
+        self, x: Float[Array, "b n c"], bag: Tokens | None, train: bool
+    ) -> Float[Array, "b *tokens c2"]:
+        """What the head reads; of a bag means are weighed by the sizes of the tokens."""
+        first = 0 if self.pool_all else self.prefix
+        patches = x[:, first:]  # [B, h w, C]
         if self.pool == "token":
             return x[:, 0]
         if self.pool == "none":
             return x
-        if isinstance(self.pool, nn.Module) or self.pool in ("mean", "max"):
+        if bag is not None and not bag.whole:
+            if self.pool not in ("mean", "token_mean"):
+                raise UsageError(
+                    f"pool={self.pool!r} knows no sizes: reduced tokens go with a mean or a token."
+                )
+            size = bag.size[:, first:, None].astype(x.dtype)  # [B, M, 1]
+            mean = jnp.sum(patches * size, axis=1) / jnp.sum(size, axis=1)  # [B, C]
+        elif isinstance(self.pool, nn.Module) or self.pool in ("mean", "max"):
             return pooled(self.pool, patches, train, self)  # [B, C]
-        mean = jnp.mean(patches, axis=1)  # [B, C]
+        else:
+            mean = jnp.mean(patches, axis=1)  # [B, C]
+        if self.pool == "mean":
+            return mean
         if self.pool == "token_mean":
             return jnp.concatenate([x[:, 0], mean], axis=-1)  # [B, 2 C]
         return (jnp.max(patches, axis=1) + mean) / 2
@@ -244,3 +291,15 @@ class ViT(nn.Module):
         if not self.classes:
             return x
         return Dense(self.classes, ("embed", "classes"), kernel_init=zeros, name=name)(x)
+
+
+def _class_first(
+    x: Float[Array, "b n c"], bag: Tokens | None, middle: int
+) -> tuple[Float[Array, "b n c"], Tokens | None]:
+    """The class token before the patches, wherever among them it is by now."""
+    if bag is None or bag.whole:
+        return jnp.concatenate([x[:, middle : middle + 1], x[:, :middle], x[:, middle + 1 :]], axis=1), bag
+    others = jnp.arange(x.shape[1] - 1)[None]  # [1, M - 1]
+    place = bag.origin[:, middle : middle + 1]  # [B, 1]
+    order = jnp.concatenate([place, others + (others >= place)], axis=1)  # [B, M]
+    return rows(x, order), dataclasses.replace(bag, size=rows(bag.size, order))

@@ -18,7 +18,7 @@ from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from effjax import ffn, mixers
 from effjax.config import part
@@ -28,6 +28,8 @@ from effjax.layers.axes import constrain
 from effjax.layers.dense import named
 from effjax.layers.drop import drop_path
 from effjax.mixers.context import Context
+from effjax.tokens.point import Passage, Point
+from effjax.tokens.tokens import Tokens
 
 
 class Block(nn.Module):
@@ -64,38 +66,51 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "b *places c"],
+        x: Float[Array, "b *places c"] | Tokens,
         drop_rate: Float[Array, ""],
         context: Context,
         train: bool = False,
-    ) -> tuple[Float[Array, "b *places c"], None]:
-        """Returns `(x, None)`; `drop_rate` is this layer's stochastic depth."""
+        point: Point | None = None,
+    ) -> tuple[Float[Array, "b *places c"] | Tokens, Int[Array, "b n0"] | None]:
+        """Returns `(x, None)`; at a point, which token each original one is in instead of None.
+
+        Args:
+          x: tokens, a map, or a bag of tokens, whose sizes and validity the mixer then sees.
+          drop_rate: this layer's stochastic depth.
+          context: what the mixer may know besides.
+          train: whether this is training.
+          point: how this block reduces the tokens of the bag.
+        """
+        stream = Passage(x, context, point)
         if self.ffn is None:
-            h = self.mixer(self._norm("mixer_norm", x, train), context, train=train)  # [B, ..., C]
-            x = x + self._branch(h, drop_rate, "mixer_scale", train)
+            h = stream.mix(self.mixer, self._norm("mixer_norm", stream.x, train), train)  # [B, ..., C]
+            stream.x = stream.x + self._branch(h, drop_rate, "mixer_scale", train)
+            stream.reduce()
         elif self.order == "parallel":
-            h = self._norm("norm", x, train)  # [B, ..., C]
-            h = self.mixer(h, context, train=train) + self.ffn(h, train=train)  # [B, ..., C]
-            x = x + self._branch(h, drop_rate, "scale", train)
+            h = self._norm("norm", stream.x, train)  # [B, ..., C]
+            h = stream.mix(self.mixer, h, train) + self.ffn(h, train=train)  # [B, ..., C]
+            stream.x = stream.x + self._branch(h, drop_rate, "scale", train)
+            stream.reduce()
         elif self.order == "one_branch":
-            h = self._norm("norm", self.mixer(x, context, train=train), train)  # [B, ..., C]
-            x = x + self._branch(self.ffn(h, train=train), drop_rate, "scale", train)
+            h = self._norm("norm", stream.mix(self.mixer, stream.x, train), train)  # [B, ..., C]
+            stream.x = stream.x + self._branch(self.ffn(h, train=train), drop_rate, "scale", train)
+            stream.reduce()
         elif self.order == "res_post_norm":
-            h = self._norm("mixer_norm", self.mixer(x, context, train=train), train)  # [B, ..., C]
-            x = x + self._branch(h, drop_rate, "mixer_scale", train)
-            h = self._norm("ffn_norm", self.ffn(x, train=train), train)  # [B, ..., C]
-            x = x + self._branch(h, drop_rate, "ffn_scale", train)
+            h = self._norm("mixer_norm", stream.mix(self.mixer, stream.x, train), train)  # [B, ..., C]
+            stream.x = stream.x + self._branch(h, drop_rate, "mixer_scale", train)
+            stream.reduce()
+            h = self._norm("ffn_norm", self.ffn(stream.x, train=train), train)  # [B, ..., C]
+            stream.x = stream.x + self._branch(h, drop_rate, "ffn_scale", train)
         else:
-            h = self.mixer(self._norm("mixer_norm", x, train), context, train=train)  # [B, ..., C]
-            x = x + self._branch(h, drop_rate, "mixer_scale", train)
-            if self.order == "unrolled":
-                x = self.ffn(self._norm("ffn_norm", x, train), train=train)  # [B, ..., C]
-            else:
-                h = self.ffn(self._norm("ffn_norm", x, train), train=train)  # [B, ..., C]
-                x = x + self._branch(h, drop_rate, "ffn_scale", train)
+            h = stream.mix(self.mixer, self._norm("mixer_norm", stream.x, train), train)  # [B, ..., C]
+            stream.x = stream.x + self._branch(h, drop_rate, "mixer_scale", train)
+            stream.reduce()
+            h = self.ffn(self._norm("ffn_norm", stream.x, train), train=train)  # [B, ..., C]
+            unrolled = self.order == "unrolled"
+            stream.x = h if unrolled else stream.x + self._branch(h, drop_rate, "ffn_scale", train)
         if self.stream_norm:
-            x = norms.norm(self.norm, self.epsilon, "stream_norm", train=train)(x)
-        return constrain(x), None
+            stream.x = norms.norm(self.norm, self.epsilon, "stream_norm", train=train)(stream.x)
+        return stream.out(constrain(stream.x)), stream.record()
 
     @nn.nowrap
     def _norm(self, name: str, x: Float[Array, "b *places c"], train: bool) -> Float[Array, "b *places c"]:

@@ -1,0 +1,17 @@
+"""Which tokens exist: methods that merge, drop, mix and restore them, on any backbone that lets them.
+
+fast = model.clone(reduce=PiToMe(keep=0.925))
+logits = fast.apply(variables, images)
+"""
+
+from effjax.tokens.methods import METHODS
+from effjax.tokens.pitome import PiToMe
+from effjax.tokens.pruning import ClassAttention, RandomDrop
+from effjax.tokens.restore import Restore
+from effjax.tokens.schedule import Schedule
+from effjax.tokens.tokens import Tokens
+from effjax.tokens.tome import ToMe
+
+KINDS = METHODS | {"schedule": Schedule}
+
+__all__ = ["KINDS", "ClassAttention", "PiToMe", "RandomDrop", "Restore", "Schedule", "ToMe", "Tokens"]

@@ -1,0 +1,50 @@
+"""Which method works at which layer."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from effjax.config import part
+from effjax.errors import UsageError
+from effjax.tokens.amounts import check_layers
+from effjax.tokens.methods import METHODS
+from effjax.tokens.point import Method, Point, Where
+from effjax.tokens.tokens import Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Methods by layer: `Schedule({3: ToMe(remove=16), 6: ToMe(keep=0.5), 12: Restore()})`.
+
+    Attributes:
+      entries: what happens at each layer. A method reduces where it stands in its block; `Restore`, and
+        methods that are Linen modules, work before the layer; the number of layers stands for the end.
+    """
+
+    entries: Mapping[Any, Any] = part(METHODS)
+
+    def points(self, depth: int) -> dict[int, Any]:
+        """The entries by layer.
+
+        Raises:
+          UsageError: for a layer that the network does not have.
+        """
+        found = {}
+        for key, entry in self.entries.items():
+            if not str(key).isdigit():
+                raise UsageError(f"{key!r} names no layer: a schedule is {{layer: method}}.")
+            layer = int(key)
+            check_layers((layer,), depth + 1 if callable(entry) else depth)
+            found[layer] = entry
+        return dict(sorted(found.items()))
+
+
+def cut(
+    reduce: Method | Schedule, depth: int
+) -> tuple[dict[int, Point], dict[int, Callable[[Tokens, bool], Tokens]]]:
+    """What a network of this depth does: inside which blocks, and before which."""
+    entries = reduce.points(depth)
+    inside = {
+        layer: Point(entry, Where(layer, depth)) for layer, entry in entries.items() if not callable(entry)
+    }
+    return inside, {layer: entry for layer, entry in entries.items() if callable(entry)}
