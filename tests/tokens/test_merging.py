@@ -149,7 +149,7 @@ def test_gradients_are_those_of_finite_differences(method):
         length = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in drawn))
         way = jax.tree.unflatten(tree, [leaf / length for leaf in drawn])
         line = jax.jit(lambda s: loss(jax.tree.map(lambda p, w: p + s * w, params, way)))
-        # Logits are float32 in any case: smaller steps would measure their rounding, larger ones choose others.
+        # Logits are float32 in any case: a smaller step would measure rounding, a larger one choose others.
         slope = (line(2e-3) - line(-2e-3)) / 4e-3
         np.testing.assert_allclose(jax.jit(jax.grad(line))(0.0), slope, rtol=1e-2)
 
