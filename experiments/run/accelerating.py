@@ -42,6 +42,7 @@ class Measured:
       agreement: share of the examples on which the full model says the same; None where nothing is said.
       macs: of one example.
       tokens: of one example, before the first block and behind each, averages over examples.
+      batch: examples in a timed batch.
       seconds: of one batch, the median of several.
       speedup: over the full model, the median of neighbouring turns.
       realised: the share of the speed-up that the MACs promise.
@@ -53,6 +54,7 @@ class Measured:
     agreement: float | None
     macs: int
     tokens: tuple[float, ...]
+    batch: int
     seconds: float
     speedup: float
     realised: float | None
@@ -180,7 +182,7 @@ def measure(
     data = evaluator.data.open()
     costs = {label: forward_cost(made) for label, made in programs.items()}
     answers = {label: _answers(made, variables, data) for label, made in programs.items()}
-    timed = _timed(programs, variables, data, costs, batch_size, rounds)
+    timed, timed_batch = _timed(programs, variables, data, costs, batch_size, rounds)
     first = next(_batches(program, data))
     shown: dict[str, tuple[float, ...]] = {}
     places: dict[str, list[np.ndarray]] = {}
@@ -194,13 +196,14 @@ def measure(
             agreement=_agreement(answers[label], answers[WHOLE]),
             macs=costs[label].macs,
             tokens=shown[label],
+            batch=timed_batch,
             seconds=timed.timings[label].median,
             speedup=timed.speedup(label),
             realised=timed.realised(label),
         )
         for label, made in programs.items()
     ]
-    if "image" not in first:
+    if not methods or "image" not in first:
         return rows, None
     images = visible(np.asarray(first["image"][:6], np.float32))
     return rows, sheet(images, {asked.label: places[asked.label][: len(images)] for asked in methods})
@@ -235,14 +238,16 @@ def _timed(
     costs: Mapping[str, Any],
     batch_size: int | None,
     rounds: int,
-) -> Comparison:
+) -> tuple[Comparison, int]:
+    """The models' evaluation passes turn by turn, and how many examples each took."""
     some = list(_first(_batches(next(iter(programs.values())), data), 4))
     if batch_size is not None:
         some = [jax.tree.map(lambda leaf: leaf[:batch_size], batch) for batch in some]
     functions = {
         label: lambda batch, made=made: made.metrics(variables, batch) for label, made in programs.items()
     }
-    return compare(functions, [(batch,) for batch in some], repeats=rounds, costs=costs)
+    timed = compare(functions, [(batch,) for batch in some], repeats=rounds, costs=costs)
+    return timed, len(next(iter(some[0].values())))
 
 
 def _first(batches: Iterator[Any], number: int) -> Iterator[Any]:
@@ -255,7 +260,7 @@ def _traced(
 ) -> tuple[tuple[float, ...], list[np.ndarray]]:
     """Tokens before the first block and behind each; of each picture the last token that holds each patch."""
     model = program.experiment.model
-    if "image" not in batch:
+    if "image" not in batch or not hasattr(model, "patch_grid"):
         return (), []
     rows = model.patch_grid(batch["image"].shape[1:3])
     patches = rows[0] * rows[1]
@@ -287,7 +292,7 @@ def text_rows(rows: Sequence[Measured]) -> tuple[tuple[str, ...], list[tuple[str
             "-" if row.agreement is None else f"{row.agreement:.1%}",
             count(row.macs),
             f"{row.macs / rows[0].macs:.0%}",
-            tokens_text(row.tokens),
+            tokens_text(row.tokens) or "-",
             duration(row.seconds),
             f"{row.speedup:.2f}x",
             "-" if row.realised is None else f"{row.realised:.0%}",
