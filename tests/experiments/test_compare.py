@@ -28,6 +28,15 @@ def test_configs_and_methods_stand_in_one_table_and_nothing_is_done_twice(tmp_pa
     assert again.count("  complete") == 2
     assert json.loads((tmp_path / "compare.json").read_text()) == table
 
+    # What fails is named, and the others stand in the table.
+    out, errors = drive(
+        "compare", CONFIGS, "--method=tome:remove=99", "--rounds=1", f"--out={tmp_path}", code=1
+    )
+    assert "1 of 2 failed" in errors
+    assert "remove=99 asks for more tokens than the 16" in errors
+    assert swin in out
+    assert list(json.loads((tmp_path / "compare.json").read_text())) == [swin]
+
 
 @pytest.mark.slow
 def test_a_stop_is_handed_on_and_the_same_command_goes_on(tmp_path):
@@ -47,22 +56,6 @@ def test_a_stop_is_handed_on_and_the_same_command_goes_on(tmp_path):
     assert running.returncode == 75
     assert "Run the same command again" in errors
     assert list(tmp_path.rglob("checkpoints/*/state"))
-
-
-@pytest.mark.slow
-def test_what_fails_is_named_and_the_others_are_reported(tmp_path):
-    out, errors = drive(
-        "compare",
-        "--config=configs/vision/vit.py:smoke,configs/vision/swin.py:smoke",
-        "--method=tome:remove=99",
-        "--rounds=1",
-        f"--out={tmp_path}",
-        code=1,
-    )
-    assert "1 of 2 failed" in errors
-    assert "remove=99 asks for more tokens than the 16" in errors
-    assert "swin.py:smoke" in out
-    assert list(json.loads((tmp_path / "compare.json").read_text())) == ["configs/vision/swin.py:smoke"]
 
 
 def test_wrong_requests_are_one_line(tmp_path):
