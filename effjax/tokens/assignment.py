@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import block_diag
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from effjax.tokens.tokens import Tokens, rows
 
@@ -26,7 +26,7 @@ class Assignment:
       keep: `[B, M]` int, places of the tokens that stay, in their new order.
       gone: `[B, R]` int, places of the others.
       into: `[B, R]` int, the new place whose token each of the others moves into; None drops them.
-      exists: `[B, M]` bool, which of the tokens that stay are no padding; None says all.
+      exists: `[B, M]` bool, which of the tokens that stay are no padding, which stands last; None says all.
       carried: what the method keeps for its next layer.
     """
 
@@ -113,7 +113,9 @@ def apply(plan: Plan, tokens: Tokens, proportional: bool) -> Tokens:
     )
 
 
-def between(tokens: Tokens, inner: Float[Array, "b m c"], values: Float[Array, "b n c"]) -> Array:
+def between(
+    tokens: Tokens, inner: Shaped[Array, "b m *rest"], values: Shaped[Array, "b n *rest"]
+) -> Shaped[Array, "b k *rest"]:
     """New values between the ends, the old ones at them."""
     before, behind = tokens.ends
     parts = values[:, :before], inner, values[:, values.shape[1] - behind :]
