@@ -2,12 +2,14 @@
 
 from typing import Any
 
+from effjax.tokens.ats import ATS
 from effjax.tokens.pitome import PiToMe
 from effjax.tokens.pruning import ClassAttention, RandomDrop
 from effjax.tokens.restore import Restore
 from effjax.tokens.tome import ToMe
 
 METHODS: dict[str, Any] = {
+    "ats": ATS,
     "class_attention": ClassAttention,
     "pitome": PiToMe,
     "random": RandomDrop,
