@@ -35,9 +35,8 @@ from effjax.tokens.compact import check_buckets
 from effjax.tokens.point import Place, Where
 from effjax.tokens.tokens import Tokens, rows
 
-# Of the distance between two points: a point in the middle between two tokens, but for rounding, takes the
-# upper one.
-TIE = 1e-3
+# Of the sum of all scores: a point in the middle between two tokens, but for rounding, takes the upper one.
+TIE = 2e-6
 
 
 def significance(
@@ -86,7 +85,7 @@ def sampled(
         start = _at(rank == 2, total)
         passed = (middle - start) / jnp.maximum((1 - start) / max(points - 1, 1), tiny)
     else:
-        passed = middle * points - 0.5 - TIE
+        passed = (middle - TIE) * points - 0.5
     below = jnp.where(there[:, :-1], jnp.clip(jnp.ceil(passed), 0, points), 0)  # [B, N - 1]
     edges = jnp.pad(below, ((0, 0), (1, 0))), jnp.pad(below, ((0, 0), (0, 1)), constant_values=points)
     drawn = there & (edges[1] > edges[0])  # [B, N], by rank

@@ -7,6 +7,7 @@ from effjax.tokens.gtp import GTP
 from effjax.tokens.pitome import PiToMe
 from effjax.tokens.pruning import ClassAttention, RandomDrop
 from effjax.tokens.restore import Restore
+from effjax.tokens.token_transforming import TokenTransforming
 from effjax.tokens.tome import ToMe
 
 METHODS: dict[str, Any] = {
@@ -16,5 +17,6 @@ METHODS: dict[str, Any] = {
     "pitome": PiToMe,
     "random": RandomDrop,
     "restore": Restore,
+    "token_transforming": TokenTransforming,
     "tome": ToMe,
 }
