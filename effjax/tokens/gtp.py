@@ -15,7 +15,8 @@ matrix D^-1 G, whose spectral radius is 1, but is not symmetric either. Sizes of
 alpha P: their sum is not what it was.
 
 Published for DeiT-B, with both graphs and sizes, as (remove, share, alpha): (1, 0.8, 0.1), (4, 1.0, 0.4),
-(8, 0.6, 0.1), (11, 0.8, 0.3), (14, 0.8, 0.3); k is 8 by default.
+(8, 0.6, 0.1), (11, 0.8, 0.3), (14, 0.8, 0.3); k is 8 by default. `GTP(remove=8)` takes DeiT-S from 4.60 to
+3.44 GMACs.
 
 Source: Xu et al., "GTP-ViT: Efficient Vision Transformers via Graph-based Token Propagation", WACV 2024,
 section 3, and its published code.

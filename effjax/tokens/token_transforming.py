@@ -10,7 +10,8 @@ anchors by similarity, so that sizes add up to what they were and rows to 1: fie
 As tau goes to 0 each token goes whole to its nearest anchor, which is merging; with M = N that is itself, and
 nothing happens. For dense outputs each token is made of the anchors it was divided among: X ~ A^T Y.
 
-`matrix` writes what any method plans as such a W.
+`matrix` writes what any method plans as such a W. DeiT-S at the published 40% fewer MACs, at layers of our
+choice: `TokenTransforming(keep=0.7, layers=(2, 5, 8))`.
 
 Source: Zeng et al., "Token Transforming: A Unified and Training-Free Token Compression Framework for Vision
 Transformer Acceleration", arXiv:2506.05709, 2025. Only its abstract could be read here and no code is
@@ -73,7 +74,7 @@ class TokenTransforming:
     keep: float | None = None
     remove: int | None = None
     layers: tuple[int, ...] | None = None
-    temperature: float = 0.1
+    temperature: float = 0.03
     metric: Literal["keys", "features"] = "keys"
     proportional: bool = True
 
