@@ -128,7 +128,7 @@ class ATS:
 
     def plan(self, tokens: Tokens, stats: Stats, where: Where) -> Assignment:
         """Draws tokens; they keep their order, and padding stands behind them."""
-        points = max(round(self.keep * (tokens.origin.shape[1] - sum(tokens.ends))), 1)
+        points = max(round(self.keep * tokens.original), 1)
         exists = jnp.ones(tokens.x.shape[:2], bool) if tokens.mask is None else tokens.mask
         attention, values = jax.lax.stop_gradient((stats.attention, stats.values))
         scores = tokens.inner(significance(attention, values, exists, tokens.ends[0] > 0))  # [B, n]

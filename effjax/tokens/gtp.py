@@ -108,7 +108,7 @@ class GTP:
     def plan(self, tokens: Tokens, stats: Stats, where: Where) -> Assignment | None:
         """Ranks tokens by attention, and finds the neighbours of those that go."""
         n = tokens.count
-        remove = removed(n, self.keep, self.remove, n - 1)
+        remove = removed(n, self.keep, self.remove, n - 1, tokens.original)
         if not remove:
             return None
         graph, places = self._graph(tokens) if tokens.carried is None else tokens.carried

@@ -96,12 +96,13 @@ class TokenTransforming:
 
     def plan(self, tokens: Tokens, stats: Stats, where: Where) -> Mixture | None:
         """Ranks tokens by attention, and compares all with the first."""
-        remove = removed(tokens.count, self.keep, self.remove, tokens.count - 1)
+        n = tokens.count
+        remove = removed(n, self.keep, self.remove, n - 1, tokens.original)
         if not remove:
             return None
         seen = jnp.mean(jax.lax.stop_gradient(stats.attention), axis=(1, 2))  # [B, N]
         ranks = order(tokens.inner(seen))  # [B, n]
-        anchors = jnp.sort(ranks[:, : tokens.count - remove], axis=-1)  # [B, M]
+        anchors = jnp.sort(ranks[:, : n - remove], axis=-1)  # [B, M]
         metric = normalised(tokens.inner(metric_of(stats, self.metric)))  # [B, n, D]
         similarity = cosine(rows(metric, anchors), metric)  # [B, M, n]
         return Mixture(*transformation(similarity, tokens.inner(tokens.size), self.temperature))
