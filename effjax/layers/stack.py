@@ -61,6 +61,7 @@ class Stack(nn.Module):
         train: bool = False,
         points: Mapping[int, Any] | None = None,
         before: Mapping[int, Callable[[Any, bool], Any]] | None = None,
+        through: Callable[[Callable[[Any], Any], Any], Any] | None = None,
     ) -> tuple[Any, Any]:
         """Runs all layers on `x` and returns `(x, outs)`.
 
@@ -73,6 +74,8 @@ class Stack(nn.Module):
           points: layers whose block is given a `point`, and may change the shape of `x`. Where there are any,
             `outs` is a mapping from these layers to what each handed back.
           before: functions of `(x, train)` that change `x` before a layer; `depth` means behind the last.
+          through: how a part of the stack between two cuts is run, given `run` from `x` to `(x, more)`, and
+            `x`: any number of times, on other shapes of the same; None runs it once, as it is.
         """
         if self.remat not in REMAT:
             raise UsageError(f"remat is {self.remat!r}. {did_you_mean(self.remat, REMAT)}")
@@ -110,7 +113,7 @@ class Stack(nn.Module):
             # Inside a scan nothing is merged that should be computed again.
             return jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=alone)
 
-        points, before = points or {}, before or {}
+        points, before, through = points or {}, before or {}, through or (lambda run, x: run(x))
         slices = variables, each, keys
         parts, outs = [], {}
         for start, stop in _segments(self.depth, {*points, *(layer + 1 for layer in points), *before}):
@@ -118,12 +121,13 @@ class Stack(nn.Module):
             cut = slices if stop - start == self.depth else jax.tree.map(lambda a: a[start:stop], slices)  # noqa: B023
             if stop - start == 1:
                 step = checkpointed(functools.partial(layer, point=points.get(start)), True)
-                x, made = step(x, jax.tree.map(lambda leaf: leaf[0], cut))
+                alone = functools.partial(step, slices=jax.tree.map(lambda leaf: leaf[0], cut))
+                x, made = through(alone, x)
                 outs[start], changed = jax.tree.map(lambda leaf: leaf[None], made)
             else:
-                unroll = min(self.unroll, stop - start)
-                body = checkpointed(layer, False)
-                x, (outs[start], changed) = jax.lax.scan(body, x, cut, length=stop - start, unroll=unroll)
+                body, unroll = checkpointed(layer, False), min(self.unroll, stop - start)
+                scan = functools.partial(jax.lax.scan, body, xs=cut, length=stop - start, unroll=unroll)
+                x, (outs[start], changed) = through(scan, x)
             parts.append(changed)
         x = before[self.depth](x, train) if self.depth in before else x
         changed = parts[0] if len(parts) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *parts)

@@ -9,7 +9,8 @@ al. 2023. Rotary positions (`rotary_base`): see `effjax.mixers.rotary`. Query-ke
 a norm of q and k over each head, Henry et al. 2020, or over all heads at once, as OLMo 2 has it. Sliding
 window (`window`): a token sees the last `window` tokens, Beltagy et al. 2020. Capped logits (`logit_cap`):
 `cap tanh(logits / cap)`, Gemma 2, 2024. Proportional attention (`Context.size`): a token that stands for s
-tokens counts s times, Bolya et al. 2023.
+tokens counts s times, Bolya et al. 2023. Sparse weights (`Context.share`): the largest of each head alone are
+summed, Xu et al. 2024.
 
 One method computes both views of a sequence: `__call__` sees it whole, `step` sees the next tokens of it and
 a cache of those before.
@@ -157,7 +158,7 @@ class Attention(nn.Module):
             following = jnp.arange(x.shape[1]) + (0 if cache is None else cache.written)
             positions = jnp.broadcast_to(following[None], x.shape[:2])
         q, k, v = self.project(x, positions, context)
-        options: dict[str, Any] = dict(scale=self.scale, cap=self.logit_cap)
+        options: dict[str, Any] = dict(scale=self.scale, cap=self.logit_cap, share=context.share)
         if cache is None:
             if context.size is not None:  # proportional attention: + log size of the key
                 options["bias"] = jnp.log(context.size).astype(q.dtype)[:, None, None, :]  # [B, 1, 1, N]

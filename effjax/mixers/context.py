@@ -23,6 +23,8 @@ class Context:
         mixer's own `window` where layers differ.
       rotary: `([D/2], [])` frequencies and amplitude of this layer's rotary positions; in place of the
         mixer's own where layers differ.
+      share: of the weights of each head those that count, the largest; the others are left out of the sum.
+        None counts all.
       grid: rows and columns that the tokens are laid out in, row by row, where nothing else is among them.
     """
 
@@ -32,6 +34,7 @@ class Context:
     size: Any = None
     window: Any = None
     rotary: Any = None
+    share: float | None = flax.struct.field(pytree_node=False, default=None)
     grid: Any = flax.struct.field(pytree_node=False, default=None)
 
     def mask(self) -> Bool[Array, "b 1 n n"] | None:

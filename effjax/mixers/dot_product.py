@@ -29,10 +29,11 @@ def softmax_attention(
     scale: float | None = None,
     cap: float | None = None,
     window: tuple[int, int] | None = None,
+    share: float | None = None,
 ) -> Float[Array, "b n h e"]:
     """Weighs the values `v` by `attention_weights`, which has the other arguments."""
     weights = attention_weights(
-        q, k, mask=mask, causal=causal, bias=bias, scale=scale, cap=cap, window=window
+        q, k, mask=mask, causal=causal, bias=bias, scale=scale, cap=cap, window=window, share=share
     )
     return weighted_sum(weights.astype(v.dtype), v)  # [B, N, H, D]
 
@@ -47,6 +48,7 @@ def attention_weights(
     scale: float | None = None,
     cap: float | None = None,
     window: tuple[int, int] | None = None,
+    share: float | None = None,
 ) -> Float[Array, "b h n s"]:
     """How much of each value a query takes, in float32.
 
@@ -59,6 +61,7 @@ def attention_weights(
       scale: factor of the logits; None means `1 / sqrt(d)`.
       cap: logits become `cap tanh(logits / cap)` before anything is masked.
       window: how many tokens to the left and to the right a query may see.
+      share: of the weights of each head those that count, see `largest`; None counts all.
     """
     n, s = q.shape[1], k.shape[1]
     logits = dot_products(q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)  # [B, H, N, S]
@@ -74,7 +77,27 @@ def attention_weights(
         allowed = both(allowed, ((distance <= window[0]) & (-distance <= window[1]))[None, None])
     if allowed is not None:
         logits = jnp.where(allowed, logits, -0.7 * jnp.finfo(jnp.float32).max)
-    return softmax(logits)  # [B, H, N, S]
+    weights = softmax(logits)  # [B, H, N, S]
+    return weights if share is None else largest(weights, share)
+
+
+def largest(weights: Float[Array, "b h n s"], share: float) -> Float[Array, "b h n s"]:
+    """A share of all weights of each head, the largest; the others become 0, and no row sums to 1 any more.
+
+    The smallest that counts is found bit by bit: among numbers that are not negative the order of floats is
+    that of their bits, and 31 counts are much faster than sorting the weights of a head.
+    """
+    entries = weights.shape[2] * weights.shape[3]
+    kept = min(entries - int(entries * (1 - share)) + 1, entries)
+    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(weights).astype(jnp.float32), jnp.int32)
+
+    def finer(step: Int[Array, ""], smallest: Int[Array, "b h 1 1"]) -> Int[Array, "b h 1 1"]:
+        tried = smallest | (1 << (30 - step))
+        enough = jnp.sum(bits >= tried, axis=(2, 3), keepdims=True) >= kept
+        return jnp.where(enough, tried, smallest)
+
+    smallest = jax.lax.fori_loop(0, 31, finer, jnp.zeros((*weights.shape[:2], 1, 1), jnp.int32))
+    return jnp.where(bits >= smallest, weights, 0)
 
 
 def both(a: Bool[Array, "..."] | None, b: Bool[Array, "..."]) -> Bool[Array, "..."]:

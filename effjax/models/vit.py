@@ -33,6 +33,7 @@ from effjax.layers.pool import pooled
 from effjax.layers.stack import Stack
 from effjax.mixers.context import Context
 from effjax.models.blocks.metaformer import Block
+from effjax.tokens.compact import part_of
 from effjax.tokens.schedule import cut
 from effjax.tokens.tokens import Tokens, rows
 
@@ -265,7 +266,9 @@ class ViT(nn.Module):
         points, before = cut(self.reduce, self.depth)
         ends, held = ((0, 0), (middle,)) if middle else ((self.prefix, 0), ())
         bag = Tokens.of(x, ends, held, context.grid)
-        bag, origins = stack(bag, context, each=rates, train=train, points=points, before=before)
+        bag, origins = stack(
+            bag, context, each=rates, train=train, points=points, before=before, through=part_of(self.reduce)
+        )
         for layer, origin in origins.items():
             self.sow("tokens", f"layer_{layer}", origin)
         return bag

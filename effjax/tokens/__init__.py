@@ -4,14 +4,29 @@ fast = model.clone(reduce=PiToMe(keep=0.925))
 logits = fast.apply(variables, images)
 """
 
+from effjax.tokens.ats import ATS
+from effjax.tokens.gtp import GTP
 from effjax.tokens.methods import METHODS
 from effjax.tokens.pitome import PiToMe
 from effjax.tokens.pruning import ClassAttention, RandomDrop
 from effjax.tokens.restore import Restore
 from effjax.tokens.schedule import Schedule
+from effjax.tokens.token_transforming import TokenTransforming
 from effjax.tokens.tokens import Tokens
 from effjax.tokens.tome import ToMe
 
 KINDS = METHODS | {"schedule": Schedule}
 
-__all__ = ["KINDS", "ClassAttention", "PiToMe", "RandomDrop", "Restore", "Schedule", "ToMe", "Tokens"]
+__all__ = [
+    "ATS",
+    "GTP",
+    "KINDS",
+    "ClassAttention",
+    "PiToMe",
+    "RandomDrop",
+    "Restore",
+    "Schedule",
+    "ToMe",
+    "TokenTransforming",
+    "Tokens",
+]

@@ -1,6 +1,7 @@
 """Where tokens go: the two forms that every reduction takes, and what each does to a bag of tokens.
 
     Assignment   y_m = sum of the x_n that are sent to m, weighed by their sizes; what is sent nowhere is lost
+                 y_m = x_m + sum_n P_mn x_n over those that go, where these spread
     Mixture      y_m = sum_n W_mn x_n, any W
 
 Both speak of the tokens between the ends alone; what stands at the ends stays as it is.
@@ -26,13 +27,16 @@ class Assignment:
       keep: `[B, M]` int, places of the tokens that stay, in their new order.
       gone: `[B, R]` int, places of the others.
       into: `[B, R]` int, the new place whose token each of the others moves into; None drops them.
-      exists: `[B, M]` bool, which of the tokens that stay are no padding; None says all.
+      spread: `[B, M, R]` float, how much of each of the others every token that stays takes on, beside its
+        own value and size; in place of `into`.
+      exists: `[B, M]` bool, which of the tokens that stay are no padding, which stands last; None says all.
       carried: what the method keeps for its next layer.
     """
 
     keep: Any
     gone: Any
     into: Any = None
+    spread: Any = None
     exists: Any = None
     carried: Any = None
 
@@ -43,6 +47,9 @@ class Assignment:
         if self.exists is not None:
             there = jnp.where(self.exists, there, -1)
         into = jnp.full(self.gone.shape, -1) if self.into is None else self.into
+        if self.spread is not None:  # to where most goes
+            most = jnp.argmax(self.spread, axis=1)  # [B, R]
+            into = jnp.where(jnp.max(self.spread, axis=1) > 0, most, -1)
         at = jnp.concatenate([self.keep, self.gone], axis=1)  # [B, N]
         new = jnp.concatenate([there, into.astype(there.dtype)], axis=1)  # [B, N]
         return jax.vmap(lambda at, new: jnp.zeros(at.shape, new.dtype).at[at].set(new))(at, new)
@@ -50,11 +57,13 @@ class Assignment:
     def total(self, x: Float[Array, "b n c"]) -> Float[Array, "b m c"]:
         """The sum of what comes together at each new place."""
         y = rows(x, self.keep)  # [B, M, C]
+        if self.spread is not None:
+            return y + _sum(self.spread.astype(x.dtype), rows(x, self.gone))
         if self.into is None:
             return y
         # A product with ones and zeros: a scatter runs one row after another on every backend.
         sent = (jnp.arange(y.shape[1])[None, :, None] == self.into[:, None, :]).astype(x.dtype)  # [B, M, R]
-        return y + jax.lax.dot_general(sent, rows(x, self.gone), (((2,), (1,)), ((0,), (0,))))
+        return y + _sum(sent, rows(x, self.gone))
 
 
 @flax.struct.dataclass
@@ -130,9 +139,15 @@ def with_ends(tokens: Tokens, index: Int[Array, "b m"]) -> Int[Array, "b n"]:
     return jnp.concatenate([first, index + before, last], axis=1)
 
 
+def _sum(weights: Float[Array, "b m n"], x: Float[Array, "b n c"]) -> Float[Array, "b m c"]:
+    return jax.lax.dot_general(weights, x, (((2,), (1,)), ((0,), (0,))))
+
+
 def _assigned(plan: Assignment, tokens: Tokens) -> tuple[Array, Array, Array]:
     size = tokens.size[:, :, None]  # [B, N, 1]
-    if plan.into is None:
+    if plan.spread is not None:
+        x, new = plan.total(tokens.inner(tokens.x)), plan.total(tokens.inner(size))
+    elif plan.into is None:
         x, new = rows(tokens.inner(tokens.x), plan.keep), rows(tokens.inner(size), plan.keep)
         if plan.exists is not None:
             new = new * plan.exists[:, :, None]
@@ -145,7 +160,7 @@ def _assigned(plan: Assignment, tokens: Tokens) -> tuple[Array, Array, Array]:
 
 def _mixed(plan: Mixture, tokens: Tokens) -> tuple[Array, Array, Array]:
     weights = plan.weights.astype(tokens.x.dtype)
-    x = jax.lax.dot_general(weights, tokens.inner(tokens.x), (((2,), (1,)), ((0,), (0,))))  # [B, M, C]
+    x = _sum(weights, tokens.inner(tokens.x))  # [B, M, C]
     new = plan.sizes
     if new is None:
         new = jnp.sum(tokens.inner(tokens.size), axis=1, keepdims=True) / weights.shape[1]

@@ -32,6 +32,9 @@ class Method(Protocol):
       place: before the block; behind the mixer's residual connection, where the FFN is next; or between the
         weights of attention and their sum, so that what is left out is never summed.
       proportional: whether attention counts sizes from here on.
+
+    A method with a `share` makes the attention of its layer leave out all weights but the largest, see
+    `effjax.mixers.context`.
     """
 
     needs: ClassVar[tuple[str, ...]]
@@ -75,6 +78,7 @@ class Passage:
         if point is None or point.method.place == "before_block":
             return mixer(h, context, train=train)
         needs = point.method.needs
+        context = dataclasses.replace(context, share=getattr(point.method, "share", context.share))
         stats = Stats(h)
         if point.method.place == "after_mixer" and not needs:
             y = mixer(h, context, train=train)

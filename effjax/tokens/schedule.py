@@ -23,6 +23,13 @@ class Schedule:
 
     entries: Mapping[Any, Any] = part(METHODS)
 
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Numbers of tokens that layers are also compiled for, see `effjax.tokens.compact`: those of all."""
+        return tuple(
+            sorted({bucket for entry in self.entries.values() for bucket in getattr(entry, "buckets", ())})
+        )
+
     def points(self, depth: int) -> dict[int, Any]:
         """The entries by layer.
 
