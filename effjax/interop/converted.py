@@ -180,7 +180,11 @@ def _held(owner: str, field: dataclasses.Field[Any], value: Any) -> Any:
 
 
 def _each(value: Any, of_one: Any) -> Any:
-    return [_each(item, of_one) for item in value] if isinstance(value, tuple | list) else of_one(value)
+    if isinstance(value, tuple | list):
+        return [_each(item, of_one) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _each(item, of_one) for key, item in value.items()}
+    return of_one(value)
 
 
 def _plain(value: Any, owner: str, name: str) -> Any:

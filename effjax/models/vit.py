@@ -250,12 +250,13 @@ class ViT(nn.Module):
 
         Which token each original one is in after a layer is sown as `tokens/layer_LAYER`.
         """
-        points, before = cut(self.reduce, self.depth)
+        points, before = cut(self.reduce, self.depth, self)
         ends, held = ((0, 0), (middle,)) if middle else ((self.prefix, 0), ())
         bag = Tokens.of(x, ends, held, context.grid)
         bag, origins = stack(bag, context, each=rates, train=train, points=points, before=before)
         for layer, origin in origins.items():
-            self.sow("tokens", f"layer_{layer}", origin)
+            if not self.is_initializing():  # a record of one pass, and no state of the model
+                self.sow("tokens", f"layer_{layer}", origin)
         return bag
 
     @nn.nowrap

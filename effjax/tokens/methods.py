@@ -1,4 +1,4 @@
-"""The methods by name."""
+"""The methods by name: those inside a block, and those between two blocks."""
 
 from typing import Any
 
@@ -11,6 +11,10 @@ METHODS: dict[str, Any] = {
     "class_attention": ClassAttention,
     "pitome": PiToMe,
     "random": RandomDrop,
-    "restore": Restore,
     "tome": ToMe,
+}
+
+# `(tokens, train) -> tokens`: functions, and Linen modules, whose parameters the model then owns.
+BETWEEN: dict[str, Any] = {
+    "restore": Restore,
 }

@@ -6,7 +6,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from effjax.errors import UsageError
 from effjax.mixers.context import Context
@@ -53,7 +53,7 @@ class Tokens:
         """Tokens between the ends: those that a method may change."""
         return self.x.shape[1] - sum(self.ends)
 
-    def inner(self, values: Float[Array, "b n *rest"]) -> Float[Array, "b m *rest"]:
+    def inner(self, values: Shaped[Array, "b n *rest"]) -> Shaped[Array, "b m *rest"]:
         """What belongs to the tokens between the ends."""
         return values[:, self.ends[0] : values.shape[1] - self.ends[1]]
 
@@ -108,6 +108,6 @@ class Tokens:
         return cls(x, size, places, ends=ends, held=held, grid=grid)
 
 
-def rows(x: Float[Array, "b n *rest"], index: Int[Array, "b m"]) -> Float[Array, "b m *rest"]:
+def rows(x: Shaped[Array, "b n *rest"], index: Int[Array, "b m"]) -> Shaped[Array, "b m *rest"]:
     """Of each example the rows at its own places."""
     return jax.vmap(lambda row, at: row.at[at].get(mode="clip"))(x, index)
