@@ -9,9 +9,20 @@ from effjax.tokens.pitome import PiToMe
 from effjax.tokens.pruning import ClassAttention, RandomDrop
 from effjax.tokens.restore import Restore
 from effjax.tokens.schedule import Schedule
+from effjax.tokens.slimming import Slimming
 from effjax.tokens.tokens import Tokens
 from effjax.tokens.tome import ToMe
 
 KINDS = METHODS | {"schedule": Schedule}
 
-__all__ = ["KINDS", "ClassAttention", "PiToMe", "RandomDrop", "Restore", "Schedule", "ToMe", "Tokens"]
+__all__ = [
+    "KINDS",
+    "ClassAttention",
+    "PiToMe",
+    "RandomDrop",
+    "Restore",
+    "Schedule",
+    "Slimming",
+    "ToMe",
+    "Tokens",
+]

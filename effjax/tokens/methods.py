@@ -5,6 +5,7 @@ from typing import Any
 from effjax.tokens.pitome import PiToMe
 from effjax.tokens.pruning import ClassAttention, RandomDrop
 from effjax.tokens.restore import Restore
+from effjax.tokens.slimming import Slimming
 from effjax.tokens.tome import ToMe
 
 METHODS: dict[str, Any] = {
@@ -17,4 +18,5 @@ METHODS: dict[str, Any] = {
 # `(tokens, train) -> tokens`: functions, and Linen modules, whose parameters the model then owns.
 BETWEEN: dict[str, Any] = {
     "restore": Restore,
+    "slimming": Slimming,
 }
