@@ -16,6 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from effjax import models
@@ -97,14 +98,17 @@ class Distillation:
     def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
         """Makes the variables of student, recalibration and teacher."""
         of_student, of_teacher, of_match = jax.random.split(key, 3)
-        variables = dict(self.model.init(of_student, batch["image"]))
+        images = batch["image"]
+        variables = dict(self.model.init(of_student, images))
+        teacher = dict(self.teacher.init(of_teacher, images))
         if self.tokens:
-            layers = jax.eval_shape(lambda: self._run(self.model, variables, batch["image"])[1])
-            layers = [jnp.zeros(layer.shape, layer.dtype) for layer in layers]
-            made = Recalibrations().init(of_match, layers, layers[0].shape[1])
+            own = jax.eval_shape(lambda: self._run(self.model, meta.unbox(variables), images)[1])
+            goals = jax.eval_shape(lambda: self._run(self.teacher, meta.unbox(teacher), images)[1])
+            layers = [jnp.zeros(layer.shape, layer.dtype) for layer in own]
+            made = Recalibrations().init(of_match, layers, goals[0].shape[1])
             if "params" in made:
                 variables["params"] = {**variables["params"], "recalibration": made["params"]}
-        return {**variables, "teacher": dict(self.teacher.init(of_teacher, batch["image"]))}
+        return {**variables, "teacher": teacher}
 
     def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
         """Makes soft targets and mixes the pictures."""
@@ -127,8 +131,8 @@ class Distillation:
             "logits": self.logits * divergence(teacher, student, self.temperature),  # [B]
         }
         if self.tokens:
-            grown = self._recalibrated(variables, layers[1:], goals[1].shape[1])
-            parts["tokens"] = self.tokens * distance(grown, goals[1:])  # [B]
+            grown = self._recalibrated(variables, layers, goals[0].shape[1])
+            parts["tokens"] = self.tokens * distance(grown, goals)  # [B]
         right = jnp.argmax(student, -1) == jnp.argmax(batch["target"], -1)  # [B]
         alike = jnp.argmax(student, -1) == jnp.argmax(teacher, -1)  # [B]
         means = {f"{name}_loss": Mean.of(value) for name, value in parts.items()}
@@ -149,11 +153,11 @@ class Distillation:
     def _run(
         self, model: nn.Module, variables: Any, images: Array, others: list[str] | None = None, **options: Any
     ) -> tuple[Array, list[Array], Any]:
-        """Logits, the patch tokens before the first and behind every layer, and the other collections."""
+        """Logits, the patch tokens behind every layer, and the other collections."""
         watch = ["intermediates"] if self.tokens else []
         logits, changed = model.apply(variables, images, mutable=[*(others or []), *watch], **options)
         sown = changed.pop("intermediates", None)
-        layers = [] if sown is None else [_patches(s, model.prefix) for s in streams(sown["blocks"])]
+        layers = [] if sown is None else [_patches(s, model.prefix) for s in streams(sown["blocks"])[1:]]
         return logits, layers, changed
 
     @staticmethod
