@@ -16,7 +16,7 @@ from effjax.layers.stack import streams
 from effjax.models import KINDS
 from effjax.tokens import Restore, Schedule, ToMe
 from effjax.tokens.assignment import Mixture, apply
-from tests.tokens.toy import images, vit
+from tests.tokens.tiny import images, vit
 
 IMAGES = images()
 

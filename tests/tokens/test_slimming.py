@@ -18,7 +18,7 @@ from effjax.measure.cost import count
 from effjax.tokens import Schedule, Slimming, Tokens
 from effjax.tokens.slimming import Recalibration
 from tests.models.official import translated
-from tests.tokens.toy import images, vit
+from tests.tokens.tiny import images, vit
 
 X = jax.random.normal(jax.random.key(0), (2, 13, 8))
 BAG = Tokens.of(X, ends=(1, 0))

@@ -21,7 +21,7 @@ from effjax.train.tasks.distillation import Distillation, Recalibrations, distan
 from effjax.train.tasks.mean import values
 from experiments.run.cost import forward_cost
 from experiments.run.training import first_state
-from tests.tokens.toy import images, vit
+from tests.tokens.tiny import images, vit
 from tests.train.toy import Memory, Recorder, smoke
 
 STUDENT = vit(reduce=Schedule({2: Slimming(4)}))
