@@ -9,6 +9,7 @@ from effjax.tokens.pitome import PiToMe
 from effjax.tokens.pruning import ClassAttention, RandomDrop
 from effjax.tokens.restore import Restore
 from effjax.tokens.schedule import Schedule
+from effjax.tokens.semantic import Recover, Semantic
 from effjax.tokens.slimming import Slimming
 from effjax.tokens.tokens import Tokens
 from effjax.tokens.tome import ToMe
@@ -20,8 +21,10 @@ __all__ = [
     "ClassAttention",
     "PiToMe",
     "RandomDrop",
+    "Recover",
     "Restore",
     "Schedule",
+    "Semantic",
     "Slimming",
     "ToMe",
     "Tokens",

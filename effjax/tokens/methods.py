@@ -5,6 +5,7 @@ from typing import Any
 from effjax.tokens.pitome import PiToMe
 from effjax.tokens.pruning import ClassAttention, RandomDrop
 from effjax.tokens.restore import Restore
+from effjax.tokens.semantic import Recover, Semantic
 from effjax.tokens.slimming import Slimming
 from effjax.tokens.tome import ToMe
 
@@ -17,6 +18,8 @@ METHODS: dict[str, Any] = {
 
 # `(tokens, train) -> tokens`: functions, and Linen modules, whose parameters the model then owns.
 BETWEEN: dict[str, Any] = {
+    "recover": Recover,
     "restore": Restore,
+    "semantic": Semantic,
     "slimming": Slimming,
 }
