@@ -193,7 +193,7 @@ class ViT(nn.Module):
         self, images: Float[Array, "b height width channels"], train: bool
     ) -> Float[Array, "b h w dim"]:
         if self.stem is not None:
-            check_divides(*images.shape[1:3], self.patch)
+            check_divides(images.shape[1], images.shape[2], self.patch)
             return self.stem(images, self.dim, train=train)
         return PatchEmbed(
             self.patch,

@@ -15,6 +15,8 @@ keys, and G is part of the residual stream, as in the published code (models/lay
 and its runs had no P in S_1: `shortcut=False`.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -125,15 +127,16 @@ class Semantic(nn.Module):
             s = s + self.param("centres", init, s.shape[1:], jnp.float32).astype(s.dtype)[None]
         s, weights = self._layer("second", s, x, keys, train)
         bag = became(tokens, s, weights)
-        return bag.replace(carried=x) if self.recoverable else bag
+        return dataclasses.replace(bag, carried=x) if self.recoverable else bag
 
     @nn.nowrap
     def _layer(
         self, name: str, s: Float[Array, "b m c"], x: Float[Array, "b n c"], own: Array, train: bool
     ) -> tuple[Float[Array, "b m c"], Float[Array, "b m n"]]:
         shortcut = self.shortcut or name != "first"
-        options = dict(layer_scale=self.layer_scale, shortcut=shortcut, drop_path=self.drop_path)
-        layer = CrossLayer(self.heads, self.ratio, self.epsilon, **options, name=name)
+        layer = CrossLayer(
+            self.heads, self.ratio, self.epsilon, self.layer_scale, shortcut, self.drop_path, name=name
+        )
         s, weights = layer(s, jnp.concatenate([own, x], axis=1), train)
         return s, weights[:, :, own.shape[1] :]
 
@@ -180,8 +183,9 @@ def became(tokens: Tokens, x: Float[Array, "b m c"], weights: Float[Array, "b m 
       weights: how much of each old token is in each new one.
     """
     # Places follow from the weights; no features go through them.
-    bare = apply(Mixture(jax.lax.stop_gradient(weights)), tokens.replace(x=tokens.x[:, :, :0]), False)
-    return bare.replace(x=between(tokens, x, tokens.x))
+    bare = dataclasses.replace(tokens, x=tokens.x[:, :, :0])
+    made = apply(Mixture(jax.lax.stop_gradient(weights)), bare, proportional=False)
+    return dataclasses.replace(made, x=between(tokens, x, tokens.x))
 
 
 def max_pool(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b s s c"]:

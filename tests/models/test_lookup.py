@@ -19,7 +19,7 @@ from effjax.models.blocks.lookup import LookupBlock
 from effjax.models.blocks.metaformer import Block
 
 C, H = 16, 2
-BLOCK = LookupBlock(Attention(H), MLP(), MLP(ratio=0.5), heads=H)
+BLOCK = LookupBlock(H, Attention(H), MLP(), MLP(ratio=0.5))
 P, FINE = (jax.random.normal(jax.random.key(i), (2, n, C)) for i, n in ((0, 4), (1, 9)))
 IMAGES = jax.random.normal(jax.random.key(2), (3, 8, 8, 1))
 MODEL = LookupViT(BLOCK, side=3, patch=2, dim=C, depth=2, classes=5)

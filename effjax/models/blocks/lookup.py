@@ -34,17 +34,17 @@ class LookupBlock(nn.Module):
     """Gathers, works on the compressed tokens, and infuses.
 
     Attributes:
+      heads: of the attention between the two sets.
       mixer: how the compressed tokens mix.
       ffn: how their channels mix.
       light: how the channels of the lookup tokens mix.
-      heads: of the attention between the two sets.
       epsilon: of the norms.
     """
 
+    heads: int
     mixer: nn.Module = part(mixers.KINDS)
     ffn: nn.Module = part(FFNS)
     light: nn.Module = part(FFNS)
-    heads: int
     epsilon: float = 1e-6
 
     @nn.compact

@@ -10,6 +10,7 @@ among the student's as `recalibration`, and the student works without them.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -137,10 +138,8 @@ class Distillation:
         alike = jnp.argmax(student, -1) == jnp.argmax(teacher, -1)  # [B]
         means = {f"{name}_loss": Mean.of(value) for name, value in parts.items()}
         means |= {"accuracy": Mean.of(right), "agreement": Mean.of(alike)}
-        return {"loss": Mean.of(sum(parts.values())), **means}, {
-            **collections,
-            "teacher": variables["teacher"],
-        }
+        loss = functools.reduce(jnp.add, parts.values())  # [B]
+        return {"loss": Mean.of(loss), **means}, {**collections, "teacher": variables["teacher"]}
 
     def metrics(self, variables: Any, batch: Batch) -> Means:
         """Of the student alone: cross-entropy with the labels and top-1 accuracy."""
@@ -155,7 +154,8 @@ class Distillation:
     ) -> tuple[Array, list[Array], Any]:
         """Logits, the patch tokens behind every layer, and the other collections."""
         watch = ["intermediates"] if self.tokens else []
-        logits, changed = model.apply(variables, images, mutable=[*(others or []), *watch], **options)
+        logits, collections = model.apply(variables, images, mutable=[*(others or []), *watch], **options)
+        changed: dict[str, Any] = dict(collections)
         sown = changed.pop("intermediates", None)
         layers = [] if sown is None else [_patches(s, model.prefix) for s in streams(sown["blocks"])[1:]]
         return logits, layers, changed
@@ -180,7 +180,7 @@ def distance(student: list[Array], teacher: list[Array]) -> Float[Array, " b"]:
         jnp.mean((a.astype(jnp.float32) - b.astype(jnp.float32)) ** 2, axis=(1, 2))
         for a, b in zip(student, teacher, strict=True)
     ]
-    return sum(each) / len(each)
+    return functools.reduce(jnp.add, each) / len(each)
 
 
 def _patches(stream: Array | Tokens, prefix: int) -> Array:
