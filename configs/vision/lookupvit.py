@@ -29,7 +29,8 @@ def get_config(variant: str = "digits") -> ConfigDict:
         return imagenet(lookupvit(768, 12, 12, patch=16, classes=1000, drop_path=0.1, **sides))
     if variant == "smoke":
         return digits(lookupvit(16, 2, 2, patch=2, classes=10, side=2, sides=(1, 2), unroll=2), smoke=True)
-    return digits(lookupvit(64, 3, 4, patch=1, classes=10, side=4, sides=(2, 3, 4), unroll=3), smoke=False)
+    model = lookupvit(64, 3, 4, patch=1, classes=10, side=4, sides=(2, 3, 4), unroll=3)
+    return digits(model, smoke=False, steps="40 epochs")
 
 
 def lookupvit(dim: int, depth: int, heads: int, **more: object) -> dict:

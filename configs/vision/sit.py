@@ -79,7 +79,7 @@ def published(variant: str) -> ConfigDict:
     config.task = ConfigDict(distillation(host, smoothing=0.1, mixing=config.task.mixing))
     config.train.fresh = ("reduce_.*",)
     if variant == "l":
-        config.data.transforms[2].count = 3
+        config.data.transforms[2]["count"] = 3
     config.optimizer.schedule.end = 0.025
     config.optimizer.learning_rate = (("recalibration/.*", 5.0),)
     return config
