@@ -14,20 +14,21 @@ three matrices, whose Xavier bound is sqrt(2) larger.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from effjax import ffn, mixers
+from effjax import ffn, mixers, tokens
 from effjax.config import part
 from effjax.layers.dense import Dense, named, zeros
 from effjax.layers.norms import norm
 from effjax.layers.patches import PatchEmbed, add_positions, sincos_table, unpatch
 from effjax.layers.stack import Stack
 from effjax.mixers.context import Context
+from effjax.tokens.around import around
 
 _normal = nn.initializers.normal(0.02)
 
@@ -127,6 +128,8 @@ class DiTBlock(nn.Module):
       epsilon: of the layer norms.
       ffn_epsilon: of the second one; None means `epsilon`.
       ffn_affine: whether the second one has a scale and a bias of its own besides the modulation.
+      reduce: how tokens are merged before the mixer and restored behind it, a kind in `effjax.tokens` that
+        reads features alone.
     """
 
     mixer: nn.Module = part(mixers.KINDS)
@@ -134,6 +137,7 @@ class DiTBlock(nn.Module):
     epsilon: float = 1e-6
     ffn_epsilon: float | None = None
     ffn_affine: bool = False
+    reduce: Any = part(tokens.METHODS, default=None)
 
     @nn.compact
     def __call__(
@@ -149,7 +153,11 @@ class DiTBlock(nn.Module):
         assert c is not None
         b_1, a_1, g_1, b_2, a_2, g_2 = Modulation(6, x.shape[-1], name="modulation")(c)  # 6 x [B, C]
         h = modulate(norm("layer_plain", self.epsilon, "mixer_norm")(x), b_1, a_1)  # [B, N, C]
-        x = x + g_1[:, None] * self.mixer(h, context, train=train)  # [B, N, C]
+        if self.reduce is None:
+            h = self.mixer(h, context, train=train)  # [B, N, C]
+        else:
+            h = around(self.reduce, h, lambda h, context: self.mixer(h, context, train=train), context)
+        x = x + g_1[:, None] * h  # [B, N, C]
         epsilon = self.epsilon if self.ffn_epsilon is None else self.ffn_epsilon
         h = norm("layer" if self.ffn_affine else "layer_plain", epsilon, "ffn_norm")(x)  # [B, N, C]
         h = modulate(h, b_2, a_2)
@@ -175,6 +183,8 @@ class DiT(nn.Module):
         modulation reads the first block's. diffusers stores it a block, in its published weights all alike.
       inclusive_frequencies: whether the last time frequency is the lowest itself, see `time_frequencies`.
       position_span: the grid that positions are stretched over; None counts patches, see `sincos_table`.
+      reduce: how every mixer's tokens are merged before it and restored behind it, a kind in `effjax.tokens`
+        that reads features alone; it has no part in the parameters.
     """
 
     block: DiTBlock
@@ -190,6 +200,7 @@ class DiT(nn.Module):
     condition: Literal["shared", "per_block"] = "shared"
     inclusive_frequencies: bool = False
     position_span: int | None = None
+    reduce: Any = part(tokens.METHODS, default=None)
 
     @nn.compact
     def __call__(
@@ -219,7 +230,8 @@ class DiT(nn.Module):
         x = nn.with_logical_constraint(x, ("batch", "length", "features"))
         c, each = self._condition(t, label, x.dtype)  # [B, C], [depth, B, C]
 
-        stack = Stack(self.block, self.depth, remat=self.remat, unroll=self.unroll, name="blocks")
+        block = self.block if self.reduce is None else self.block.clone(reduce=self.reduce)
+        stack = Stack(block, self.depth, remat=self.remat, unroll=self.unroll, name="blocks")
         x, _ = stack(x, None if each is not None else c, Context(), each=each, train=train)  # [B, h w, C]
 
         shift, scale = Modulation(2, self.dim, name="modulation")(c)  # 2 x [B, C]
