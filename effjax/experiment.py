@@ -21,7 +21,9 @@ class Train:
 
     Attributes:
       steps: the length of the run.
-      start: folder of weights that `experiments.convert` wrote, from which the run starts; None draws them.
+      start: folder of weights from which the run starts, of another run or written by `experiments.convert`;
+        None draws them.
+      fresh: regexps of parameters that the folder does not hold, and that are drawn nevertheless.
       seed: of parameters, dropout and everything else random on device.
       precision: of the forward and backward pass.
       accumulate: micro-batches a step.
@@ -33,6 +35,7 @@ class Train:
 
     steps: str
     start: str | None = None
+    fresh: tuple[str, ...] = ()
     seed: int = 0
     precision: Precision = dataclasses.field(default_factory=Precision)
     accumulate: int = 1

@@ -134,14 +134,34 @@ def read_variables(
       UsageError: where they are not the same, in one message with every path, its expected and found shape.
       RunError: for a damaged file, or a tensor with NaN in it.
     """
+    with closing(open_weights(folder)) as opened:
+        plan = _same_leaves(f"{opened.where} for {of}", opened.specs, shapes)
+        filled = fill(plan, opened, dtype, allow_nan, progress)
+    return unflatten(filled)
+
+
+def check_variables(variables: Any, shapes: Any, what: str) -> None:
+    """Refuses variables that are others than those wanted.
+
+    Args:
+      variables: by collection.
+      shapes: those that are wanted.
+      what: whose they are and for whom, for the message.
+
+    Raises:
+      UsageError: with every path, its expected and found shape.
+    """
+    leaves = flatten(variables)
+    _same_leaves(
+        what, {path: Spec(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in leaves.items()}, shapes
+    )
+
+
+def _same_leaves(what: str, specs: Mapping[str, Spec], shapes: Any) -> Any:
     leaves = flatten(shapes)
     rows = [Name(path, path) for path in leaves]
     entries, _ = resolve(rows, leaves)
-    with closing(open_weights(folder)) as opened:
-        what = f"{opened.where} for {of}"
-        plan = compare(what, opened.specs, rows, entries, (), request=Request(), replace=False)
-        filled = fill(plan, opened, dtype, allow_nan, progress)
-    return unflatten(filled)
+    return compare(what, specs, rows, entries, (), request=Request(), replace=False)
 
 
 def section(part: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,7 +200,11 @@ def _held(owner: str, field: dataclasses.Field[Any], value: Any) -> Any:
 
 
 def _each(value: Any, of_one: Any) -> Any:
-    return [_each(item, of_one) for item in value] if isinstance(value, tuple | list) else of_one(value)
+    if isinstance(value, tuple | list):
+        return [_each(item, of_one) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _each(item, of_one) for key, item in value.items()}
+    return of_one(value)
 
 
 def _plain(value: Any, owner: str, name: str) -> Any:

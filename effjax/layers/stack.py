@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 from flax.core.scope import DenyList, intersect_filters
+from jaxtyping import Array
 
 from effjax.errors import UsageError, did_you_mean
 
@@ -37,7 +38,9 @@ class Stack(nn.Module):
     the scan. A stack of one is no scan, and its block may change the shape of `x`.
 
     Where the shape of `x` changes inside the stack, the scan is cut: a layer among `points` runs by itself,
-    and what is in `before` runs between two layers.
+    and what is in `before` runs between two layers. What blocks sow is then in as many pieces.
+
+    To whoever asks for `intermediates`, the stack sows its `stream`: see `streams`.
 
     Attributes:
       block: the definition to repeat; only its fields are used.
@@ -91,9 +94,11 @@ class Stack(nn.Module):
             stacked = meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "layers"})
             _put(self, stacked)
 
-        variables = meta.unbox(self.variables)
+        # What an earlier pass sowed is no layer's.
+        variables = {name: meta.unbox(v) for name, v in self.variables.items() if name != "intermediates"}
         assert self.scope is not None
         mutable = intersect_filters(self.scope.mutable, DenyList("params"))
+        watched = not self.is_initializing() and self.is_mutable_collection("intermediates")
         keys = None
         if train and self.has_rng("dropout"):
             keys = jax.random.split(self.make_rng("dropout"), self.depth)
@@ -104,8 +109,8 @@ class Stack(nn.Module):
             options: dict[str, Any] = dict(train=train, rngs=rngs, method=method, mutable=mutable)
             if point is not None:
                 options["point"] = point
-            (x, out), changed = block.apply(variables, x, each, *shared, **options)
-            return x, (out, changed)
+            (y, out), changed = block.apply(variables, x, each, *shared, **options)
+            return y, (out, changed, x if watched else None)
 
         def checkpointed(layer, alone):
             if self.remat == "none":
@@ -115,7 +120,7 @@ class Stack(nn.Module):
 
         points, before, through = points or {}, before or {}, through or (lambda run, x: run(x))
         slices = variables, each, keys
-        parts, outs = [], {}
+        parts, seen, outs = [], [], {}
         for start, stop in _segments(self.depth, {*points, *(layer + 1 for layer in points), *before}):
             x = before[start](x, train) if start in before else x
             cut = slices if stop - start == self.depth else jax.tree.map(lambda a: a[start:stop], slices)  # noqa: B023
@@ -123,16 +128,19 @@ class Stack(nn.Module):
                 step = checkpointed(functools.partial(layer, point=points.get(start)), True)
                 alone = functools.partial(step, slices=jax.tree.map(lambda leaf: leaf[0], cut))
                 x, made = through(alone, x)
-                outs[start], changed = jax.tree.map(lambda leaf: leaf[None], made)
+                outs[start], changed, entered = jax.tree.map(lambda leaf: leaf[None], made)
             else:
                 body, unroll = checkpointed(layer, False), min(self.unroll, stop - start)
                 scan = functools.partial(jax.lax.scan, body, xs=cut, length=stop - start, unroll=unroll)
-                x, (outs[start], changed) = through(scan, x)
+                x, (outs[start], changed, entered) = through(scan, x)
             parts.append(changed)
+            seen.append(entered)
         x = before[self.depth](x, train) if self.depth in before else x
-        changed = parts[0] if len(parts) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+        changed = parts[0] if len(parts) == 1 else jax.tree.map(_joined, *parts)
         if not self.is_initializing():
             _put(self, changed)
+        if watched:
+            self.sow("intermediates", "stream", (*seen, jax.tree.map(lambda leaf: leaf[None], x)))
         if points or before:
             return x, {layer: jax.tree.map(lambda leaf: leaf[0], outs[layer]) for layer in points}
         return x, outs[0]
@@ -142,6 +150,26 @@ def _segments(depth: int, borders: Collection[int]) -> Iterator[tuple[int, int]]
     """Cuts `range(depth)` before every border."""
     at = sorted({0, depth, *(border for border in borders if border < depth)})
     return itertools.pairwise(at)
+
+
+def _joined(*parts: Array) -> Array | tuple[Array, ...]:
+    """Layers one behind the other; where they differ in shape, as the pieces that they are."""
+    alike = len({part.shape[1:] for part in parts}) == 1
+    return jnp.concatenate(parts) if alike else parts
+
+
+def streams(sown: Mapping[str, Any]) -> list[Any]:
+    """What entered every layer of a stack, and last what left it: `depth + 1` of them.
+
+    Args:
+      sown: what the stack sowed as `intermediates`.
+    """
+    (pieces,) = sown["stream"]
+    return [
+        jax.tree.map(lambda leaf: leaf[i], piece)  # noqa: B023
+        for piece in pieces
+        for i in range(jax.tree.leaves(piece)[0].shape[0])
+    ]
 
 
 def _put(module: nn.Module, variables: Any) -> None:

@@ -5,10 +5,10 @@
     logits = norm(z_depth)[class] W_head                          Dosovitskiy et al. 2021, eqs. 1 to 4
 
 What later papers add: a class token in the middle (`class_place`) and patches that overlap (`stride`, both
-Zhu et al. 2024), norms around the patch projection (`pixel_norm`, `patch_norm`), a second class token whose
-head is taught by another network and averaged with the first (`distillation`, Touvron et al. 2021), tokens
-that nobody reads (`registers`, Darcet et al. 2024), a norm before the blocks (`pre_norm`, Radford et al.
-2021), pools with parameters (`effjax.layers.pool`).
+Zhu et al. 2024), convolutions in place of the patch projection (`stem`), norms around it (`pixel_norm`,
+`patch_norm`), a second class token whose head is taught by another network and averaged with the first
+(`distillation`, Touvron et al. 2021), tokens that nobody reads (`registers`, Darcet et al. 2024), a norm
+before the blocks (`pre_norm`, Radford et al. 2021), pools with parameters (`effjax.layers.pool`).
 
 Sources: "An Image is Worth 16x16 Words" (2021); DeiT's sizes and recipe, Touvron et al. 2021.
 """
@@ -24,10 +24,11 @@ from jaxtyping import Array, Bool, Float, Shaped
 from effjax import tokens
 from effjax.config import part
 from effjax.errors import UsageError
+from effjax.layers import downsample
 from effjax.layers.dense import Dense, named, truncated_normal, zeros
 from effjax.layers.drop import linear_rates
 from effjax.layers.norms import norm
-from effjax.layers.patches import PatchEmbed
+from effjax.layers.patches import PatchEmbed, check_divides
 from effjax.layers.pool import KINDS as POOLS
 from effjax.layers.pool import pooled
 from effjax.layers.stack import Stack
@@ -61,6 +62,7 @@ class ViT(nn.Module):
       distillation: whether a second token with a head of its own follows; logits are averaged.
       registers: tokens that are mixed with the others and read by nobody.
       positioned: which tokens have a place in the position table.
+      stem: from pixels to patches, a kind in `effjax.layers.downsample`; None is a projection of each patch.
       stride: pixels from one patch to the next; None means `patch`.
       patch_bias: bias of the patch projection.
       crop: whether pixels beyond the last whole patch are left out; otherwise such a picture is refused.
@@ -89,6 +91,7 @@ class ViT(nn.Module):
     distillation: bool = False
     registers: int = 0
     positioned: Literal["all", "class_and_patches", "patches", "none"] = "all"
+    stem: nn.Module | None = part(downsample.KINDS, default=None)
     stride: int | None = None
     patch_bias: bool = True
     crop: bool = False
@@ -157,16 +160,7 @@ class ViT(nn.Module):
           UsageError: where patches do not tile the picture, or the picture is not of the size that the
             position table was made for.
         """
-        x = PatchEmbed(
-            self.patch,
-            self.dim,
-            use_bias=self.patch_bias,
-            crop=self.crop,
-            stride=self.stride,
-            norm=self.block.norm if self.pixel_norm else None,
-            epsilon=self.block.epsilon,
-            name="embed",
-        )(images)  # [B, h, w, C]
+        x = self._patches(images, train)  # [B, h, w, C]
         context = Context(grid=x.shape[1:3])
         x = x.reshape(x.shape[0], -1, self.dim)  # [B, h w, C]
         if self.patch_norm:
@@ -206,6 +200,24 @@ class ViT(nn.Module):
         if second is None:
             return self._head("head", x)  # [B, classes]
         return (self._head("head", x) + self._head("distillation_head", second)) / 2
+
+    @nn.nowrap
+    def _patches(
+        self, images: Float[Array, "b height width channels"], train: bool
+    ) -> Float[Array, "b h w dim"]:
+        if self.stem is not None:
+            check_divides(images.shape[1], images.shape[2], self.patch)
+            return self.stem(images, self.dim, train=train)
+        return PatchEmbed(
+            self.patch,
+            self.dim,
+            use_bias=self.patch_bias,
+            crop=self.crop,
+            stride=self.stride,
+            norm=self.block.norm if self.pixel_norm else None,
+            epsilon=self.block.epsilon,
+            name="embed",
+        )(images)
 
     @nn.nowrap
     def _norm(self, name: str, x: Float[Array, "*batch c"], train: bool) -> Float[Array, "*batch c"]:
@@ -263,14 +275,15 @@ class ViT(nn.Module):
 
         Which token each original one is in after a layer is sown as `tokens/layer_LAYER`.
         """
-        points, before = cut(self.reduce, self.depth)
+        points, before = cut(self.reduce, self.depth, self)
         ends, held = ((0, 0), (middle,)) if middle else ((self.prefix, 0), ())
         bag = Tokens.of(x, ends, held, context.grid)
         bag, origins = stack(
             bag, context, each=rates, train=train, points=points, before=before, through=part_of(self.reduce)
         )
         for layer, origin in origins.items():
-            self.sow("tokens", f"layer_{layer}", origin)
+            if not self.is_initializing():  # a record of one pass, and no state of the model
+                self.sow("tokens", f"layer_{layer}", origin)
         return bag
 
     @nn.nowrap

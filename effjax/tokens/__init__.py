@@ -1,7 +1,7 @@
 """Which tokens exist: methods that merge, drop, mix and restore them, on any backbone that lets them.
 
-fast = model.clone(reduce=PiToMe(keep=0.925))
-logits = fast.apply(variables, images)
+    fast = model.clone(reduce=PiToMe(keep=0.925))
+    logits = fast.apply(variables, images)
 """
 
 from effjax.tokens.ats import ATS
@@ -11,6 +11,8 @@ from effjax.tokens.pitome import PiToMe
 from effjax.tokens.pruning import ClassAttention, RandomDrop
 from effjax.tokens.restore import Restore
 from effjax.tokens.schedule import Schedule
+from effjax.tokens.semantic import Recover, Semantic
+from effjax.tokens.slimming import Slimming
 from effjax.tokens.token_transforming import TokenTransforming
 from effjax.tokens.tokens import Tokens
 from effjax.tokens.tome import ToMe
@@ -24,8 +26,11 @@ __all__ = [
     "ClassAttention",
     "PiToMe",
     "RandomDrop",
+    "Recover",
     "Restore",
     "Schedule",
+    "Semantic",
+    "Slimming",
     "ToMe",
     "TokenTransforming",
     "Tokens",

@@ -1,4 +1,4 @@
-"""The methods by name."""
+"""The methods by name: those inside a block, and those between two blocks."""
 
 from typing import Any
 
@@ -7,6 +7,8 @@ from effjax.tokens.gtp import GTP
 from effjax.tokens.pitome import PiToMe
 from effjax.tokens.pruning import ClassAttention, RandomDrop
 from effjax.tokens.restore import Restore
+from effjax.tokens.semantic import Recover, Semantic
+from effjax.tokens.slimming import Slimming
 from effjax.tokens.token_transforming import TokenTransforming
 from effjax.tokens.tome import ToMe
 
@@ -16,7 +18,14 @@ METHODS: dict[str, Any] = {
     "gtp": GTP,
     "pitome": PiToMe,
     "random": RandomDrop,
-    "restore": Restore,
     "token_transforming": TokenTransforming,
     "tome": ToMe,
+}
+
+# `(tokens, train) -> tokens`: functions, and Linen modules, whose parameters the model then owns.
+BETWEEN: dict[str, Any] = {
+    "recover": Recover,
+    "restore": Restore,
+    "semantic": Semantic,
+    "slimming": Slimming,
 }

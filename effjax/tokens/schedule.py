@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
+
 from effjax.config import part
 from effjax.errors import UsageError
 from effjax.tokens.amounts import check_layers
-from effjax.tokens.methods import METHODS
+from effjax.tokens.methods import BETWEEN, METHODS
 from effjax.tokens.point import Method, Point, Where
 from effjax.tokens.tokens import Tokens
 
@@ -21,7 +23,7 @@ class Schedule:
         methods that are Linen modules, work before the layer; the number of layers stands for the end.
     """
 
-    entries: Mapping[Any, Any] = part(METHODS)
+    entries: Mapping[Any, Any] = part(METHODS | BETWEEN)
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -47,11 +49,18 @@ class Schedule:
 
 
 def cut(
-    reduce: Method | Schedule, depth: int
+    reduce: Method | Schedule, depth: int, owner: nn.Module
 ) -> tuple[dict[int, Point], dict[int, Callable[[Tokens, bool], Tokens]]]:
-    """What a network of this depth does: inside which blocks, and before which."""
+    """What a network of this depth does: inside which blocks, and before which.
+
+    What is a Linen module has its parameters in `owner`, as `reduce_LAYER`.
+    """
     entries = reduce.points(depth)
     inside = {
         layer: Point(entry, Where(layer, depth)) for layer, entry in entries.items() if not callable(entry)
     }
-    return inside, {layer: entry for layer, entry in entries.items() if callable(entry)}
+    return inside, {layer: _owned(entry, layer, owner) for layer, entry in entries.items() if callable(entry)}
+
+
+def _owned(entry: Any, layer: int, owner: nn.Module) -> Callable[[Tokens, bool], Tokens]:
+    return entry.clone(parent=owner, name=f"reduce_{layer}") if isinstance(entry, nn.Module) else entry

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.core import meta
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -31,6 +32,7 @@ from effjax.parallel.sharding import (
 from effjax.train.durations import Budget
 from effjax.train.state import TrainState
 from effjax.train.step import make_step
+from effjax.train.tasks import served
 from effjax.train.tasks.mean import Means
 
 
@@ -75,18 +77,19 @@ class Program:
 
         Args:
           variables: what the run starts from, trees like `shapes.params` and those of `shapes.collections`
-            by name; None draws them.
+            by name; what is missing in them, or all of it, is drawn.
         """
         with activate(self.mesh, self.rules):
-            if variables is None:
-                return jax.jit(self._make_state, out_shardings=self.shardings)()
             shardings = self.shardings
-            variables = jax.device_put(variables, {"params": shardings.params, **shardings.collections})
-            return jax.jit(self._make_state, out_shardings=shardings)(variables)
+            if variables is None:
+                return jax.jit(self._make_state, out_shardings=shardings)({})
+            at = flatten_dict({"params": shardings.params, **shardings.collections})
+            given = {path: jax.device_put(leaf, at[path]) for path, leaf in flatten_dict(variables).items()}
+            return jax.jit(self._make_state, out_shardings=shardings)(given)
 
-    def _make_state(self, variables: Any = None) -> TrainState:
-        if variables is None:
-            variables = meta.unbox(_init_variables(self.experiment, self.data))
+    def _make_state(self, given: dict[tuple[str, ...], Array]) -> TrainState:
+        drawn = flatten_dict(meta.unbox(_init_variables(self.experiment, self.data)))
+        variables = unflatten_dict({path: given.get(path, leaf) for path, leaf in drawn.items()})
         return _state(self.experiment, self.optimizer, variables)
 
     @functools.cached_property
@@ -148,7 +151,8 @@ class Program:
         """The weights to evaluate: the averaged ones where asked and kept, with the other collections."""
         if ema and state.ema is None:
             raise UsageError("averaged weights were asked for and the run keeps none: set config.train.ema.")
-        return {"params": state.ema if ema else state.params, **state.collections}
+        params = state.ema if ema else state.params
+        return served(self.task, {"params": params, **state.collections})
 
 
 def _init_variables(experiment: Experiment, data: Described) -> Any:

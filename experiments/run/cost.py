@@ -10,6 +10,7 @@ import numpy as np
 from effjax.measure.cost import Cost, count
 from effjax.measure.tree import Module, short, tree
 from effjax.train.program import Program
+from effjax.train.tasks import served
 from experiments.run.run_report import CostRow
 
 
@@ -39,7 +40,8 @@ def forward_cost(program: Program) -> Cost:
     def forward(params, collections, batch):
         return program.task.metrics({"params": params, **collections}, batch)
 
-    return count(forward, state.params, state.collections, batch)
+    needed = served(program.task, {"params": state.params, **state.collections})
+    return count(forward, needed.pop("params"), needed, batch)
 
 
 def cost_of(program: Program, depth: int = 3) -> RunCost:

@@ -5,10 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from effjax.errors import RunError, UsageError
 from effjax.experiment import resolve
+from effjax.interop.converted import check_variables, read_variables
 from effjax.train.checkpoint import Checkpoints
 from effjax.train.program import Program, build_program
 from effjax.train.state import TrainState
@@ -53,3 +57,21 @@ def load_run(
     """
     program, state = load_state(workdir, step)
     return program, program.variables(state, state.ema is not None if ema is None else ema)
+
+
+def read_weights(folder: str | Path, shapes: Any, of: str) -> dict[str, Any]:
+    """Variables in float32, from a folder that `experiments.convert` wrote or from a training run.
+
+    Args:
+      folder: of a run the newest checkpoint is taken, with the averaged weights where it keeps them.
+      shapes: shapes and dtypes of the variables, by collection.
+      of: what they belong to, for messages.
+
+    Raises:
+      UsageError: where they are not the same, in one message with every path, its expected and found shape.
+    """
+    if not (Path(folder) / "checkpoints").is_dir():
+        return read_variables(folder, shapes, of, dtype=jnp.float32)
+    _, variables = load_run(folder)
+    check_variables(variables, shapes, f"the run '{folder}' for {of}")
+    return jax.tree.map(np.asarray, variables)  # on the host: the run to come may lie on other devices

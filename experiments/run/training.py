@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from effjax.errors import Preempted, RunError
+from effjax.errors import Preempted, RunError, UsageError
 from effjax.experiment import resolve
-from effjax.interop import read_variables
+from effjax.matching import match
 from effjax.train.checkpoint import Checkpoints
 from effjax.train.loop import Outcome, fit
 from effjax.train.nonfinite import Diagnosis
 from effjax.train.program import Program, build_program
 from effjax.train.state import TrainState
+from effjax.train.tasks import served
 from experiments import cli
 from experiments.run import replay
 from experiments.run.closing import closing_table
@@ -25,6 +26,7 @@ from experiments.run.cost import cost_of
 from experiments.run.formatting import count, duration, measurement
 from experiments.run.metrics import MetricsWriter
 from experiments.run.progress import Progress
+from experiments.run.restore import read_weights
 from experiments.run.run_report import of_run, write_plots, write_report
 from experiments.run.signals import StopFlag
 from experiments.run.workdir import Workdir
@@ -82,16 +84,29 @@ def _start(program: Program, checkpoints: Checkpoints, stop: StopFlag) -> TrainS
 
 
 def first_state(program: Program) -> TrainState:
-    """The state before the first step: fresh, or from converted weights where the config names a folder.
+    """The state before the first step: fresh, or from weights where the config names a folder.
 
     Raises:
       UsageError: where the weights are not those of the config's model, naming every path that differs.
     """
-    start = program.experiment.train.start
-    if start is None:
-        return program.init()
-    shapes = {"params": program.shapes.params, **program.shapes.collections}
-    return program.init(read_variables(start, shapes, "config.model", dtype=jnp.float32))
+    task, train = program.task, program.experiment.train
+    given = {}
+    if train.start is not None:
+        shapes = served(task, {"params": program.shapes.params, **program.shapes.collections})
+        shapes["params"] = _without(shapes["params"], train.fresh)
+        given = read_weights(train.start, shapes, "config.model")
+    for name, folder in getattr(task, "frozen", {}).items():
+        if folder is None:
+            raise UsageError(f"config.task.weights is missing: the folder with the weights of the {name}.")
+        given[name] = read_weights(folder, program.shapes.collections[name], f"config.task.{name}")
+    return program.init(given or None)
+
+
+def _without(params: Any, fresh: tuple[str, ...]) -> Any:
+    """The parameters that are not to be drawn."""
+    drawn = match([(pattern, True) for pattern in fresh], params, default=False, where="config.train.fresh")
+    leaves, out = flatten_dict(params), flatten_dict(drawn)
+    return unflatten_dict({path: leaf for path, leaf in leaves.items() if not out[path]})
 
 
 def _progress(program: Program, state: TrainState) -> Progress:

@@ -41,6 +41,7 @@ class Block(nn.Module):
       epsilon: of the norms.
       dropout: rate of ordinary dropout on both branches.
       layer_scale: initial value of the channel scales; None leaves them out.
+      branch_scale: a factor of the branches that is not learned: 1/2 or 1/3 in LV-ViT, Jiang et al. 2021.
       norm: which norm, a kind in `effjax.layers.norms`.
       norm_scale: what the norms' scales start at; res_post_norm from 0 starts as the identity.
       order: where norms and residual connections stand, see above; `parallel` and `one_branch` have one norm
@@ -53,6 +54,7 @@ class Block(nn.Module):
     epsilon: float = 1e-6
     dropout: float = 0.0
     layer_scale: float | None = None
+    branch_scale: float = 1.0
     norm: norms.NormKind = "layer"
     norm_scale: float = 1.0
     order: Literal["pre_norm", "res_post_norm", "parallel", "one_branch", "unrolled"] = "pre_norm"
@@ -124,6 +126,8 @@ class Block(nn.Module):
             init = named(nn.initializers.constant(self.layer_scale), ("norm",))
             scale = self.param(name, init, (h.shape[-1],), jnp.float32).astype(h.dtype)
             h = h * scale.reshape((1,) * (h.ndim - 1) + scale.shape)
+        if self.branch_scale != 1.0:
+            h = h * self.branch_scale
         if self.dropout:
             h = nn.Dropout(self.dropout, deterministic=not train)(h)
         if train and self.has_rng("dropout"):

@@ -14,12 +14,36 @@ A task is a frozen dataclass that holds its model, with pure functions:
     finish(values) -> values
         figures that follow from averages, such as a perplexity
 
+and where not all variables are the model's own
+
+    training_only
+        names at the top of the parameters, and collections, that the trained model works without
+    frozen
+        collections that start from a folder and stay as they are: `{name: folder}`
+
 `means` are `Mean(total, count)` pairs, so that accumulated micro-batches and evaluation batches add up to
 the figures of one large batch.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from effjax.train.tasks.classification import Classification
 from effjax.train.tasks.diffusion import Diffusion
+from effjax.train.tasks.distillation import Distillation
 from effjax.train.tasks.language import Language
 
-KINDS = {"classification": Classification, "diffusion": Diffusion, "language": Language}
+KINDS = {
+    "classification": Classification,
+    "diffusion": Diffusion,
+    "distillation": Distillation,
+    "language": Language,
+}
+
+
+def served(task: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables that the trained model works with, by collection, of all those of a task."""
+    names = getattr(task, "training_only", ())
+    kept = {name: value for name, value in variables.items() if name not in names}
+    params = variables["params"]
+    return {**kept, "params": {name: params[name] for name in params if name not in names}} if names else kept
