@@ -4,6 +4,7 @@ fast = model.clone(reduce=PiToMe(keep=0.925))
 logits = fast.apply(variables, images)
 """
 
+from effjax.tokens.expedit import Expedit
 from effjax.tokens.methods import METHODS
 from effjax.tokens.pitome import PiToMe
 from effjax.tokens.pruning import ClassAttention, RandomDrop
@@ -14,4 +15,14 @@ from effjax.tokens.tome import ToMe
 
 KINDS = METHODS | {"schedule": Schedule}
 
-__all__ = ["KINDS", "ClassAttention", "PiToMe", "RandomDrop", "Restore", "Schedule", "ToMe", "Tokens"]
+__all__ = [
+    "KINDS",
+    "ClassAttention",
+    "Expedit",
+    "PiToMe",
+    "RandomDrop",
+    "Restore",
+    "Schedule",
+    "ToMe",
+    "Tokens",
+]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from effjax.tokens.expedit import Expedit
 from effjax.tokens.pitome import PiToMe
 from effjax.tokens.pruning import ClassAttention, RandomDrop
 from effjax.tokens.restore import Restore
@@ -9,6 +10,7 @@ from effjax.tokens.tome import ToMe
 
 METHODS: dict[str, Any] = {
     "class_attention": ClassAttention,
+    "expedit": Expedit,
     "pitome": PiToMe,
     "random": RandomDrop,
     "restore": Restore,
