@@ -5,8 +5,8 @@
 `smoke`
     20 steps of a toy on digits: seconds.
 `digits`
-    80 epochs of 1,437 digits of 8 x 8 pixels: 98.3% of the
-    360 held-out digits.
+    80 epochs of 1,437 digits of 8 x 8 pixels: two minutes on 2 CPU cores, and an accuracy of
+    98.6% on the 360 held-out digits.
 `tiny`, `small`, `base`, `large`
     ImageNet-1k at 224 pixels for 150 epochs with Lion. Not run here; the paper reports 66.7%, 69.2%, 70.8%
     and 71.3% top-1.

@@ -5,8 +5,8 @@
 `smoke`
     20 steps of a toy on digits: seconds.
 `digits`
-    0.25M parameters, 80 epochs of 1,437 digits of 8 x 8 pixels in stripes of 2: an accuracy of 99.2% on the
-    360 held-out digits after 50 epochs, where the run here was stopped.
+    0.25M parameters, 80 epochs of 1,437 digits of 8 x 8 pixels in stripes of 2: under four minutes on 2 CPU
+    cores, and an accuracy of 99.4% on the 360 held-out digits.
 `tiny`, `small`, `base`
     ImageNet-1k at 224 pixels for 300 epochs. Not run here; the authors report 82.7%, 83.6% and 84.2% top-1.
 `base-22k`, `large-22k`

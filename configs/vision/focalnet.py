@@ -5,7 +5,8 @@
 `smoke`
     20 steps of a toy on digits: seconds.
 `digits`
-    30 epochs of 1,437 digits of 8 x 8 pixels: 97.8% of the 360 held-out digits after 10 of them.
+    30 epochs of 1,437 digits of 8 x 8 pixels: two and a half minutes on 2 CPU cores, and an accuracy of
+    98.6% on the 360 held-out digits.
 `tiny-srf`, `tiny-lrf`, `small-srf`, `small-lrf`, `base-srf`, `base-lrf`
     ImageNet-1k at 224 pixels for 300 epochs, with a small (two levels) or large (three) receptive field. Not
     run here; the paper reports 82.1%, 82.3%, 83.4%, 83.5%, 83.7% and 83.9% top-1.

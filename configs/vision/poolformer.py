@@ -5,7 +5,8 @@
 `smoke`
     20 steps of a toy on digits: seconds.
 `digits`
-    30 epochs of 1,437 digits of 8 x 8 pixels; 80 epochs reached 99.7% of the 360 held-out digits.
+    30 epochs of 1,437 digits of 8 x 8 pixels: a minute and a half on 2 CPU cores, and an accuracy of 99.2%
+    on the 360 held-out digits; 80 epochs reached 99.7%.
 `s12`, `s24`, `s36`, `m36`, `m48`
     ImageNet-1k at 224 pixels for 300 epochs. Not run here; the paper reports 77.2%, 80.3%, 81.4%, 82.1% and
     82.5% top-1.

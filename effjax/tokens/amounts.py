@@ -23,15 +23,21 @@ def check_keep(keep: float | None, remove: int | None) -> None:
         raise UsageError(f"remove={remove} is negative.")
 
 
-def removed(count: int, keep: float | None, remove: int | None, most: int) -> int:
+def removed(
+    count: int, keep: float | None, remove: int | None, most: int, original: int | None = None
+) -> int:
     """How many of `count` tokens go, at most `most`.
+
+    A number for all layers may be more than the last ones have: they remove what they can. More than the
+    `original` tokens (None means `count`) is a mistake.
 
     Raises:
       UsageError: where more are asked for than there are.
     """
     if remove is not None:
-        if remove > count:
-            raise UsageError(f"remove={remove} asks for more tokens than the {count} that are there.")
+        there = count if original is None else original
+        if remove > there:
+            raise UsageError(f"remove={remove} asks for more tokens than the {there} that are there.")
         return min(remove, most)
     assert keep is not None
     return min(math.floor(count - count * keep), most)

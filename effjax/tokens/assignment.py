@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import block_diag
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from effjax.tokens.tokens import Tokens, rows
 
@@ -113,7 +113,9 @@ def apply(plan: Plan, tokens: Tokens, proportional: bool) -> Tokens:
     )
 
 
-def between(tokens: Tokens, inner: Float[Array, "b m c"], values: Float[Array, "b n c"]) -> Array:
+def between(
+    tokens: Tokens, inner: Shaped[Array, "b m *rest"], values: Shaped[Array, "b n *rest"]
+) -> Shaped[Array, "b k *rest"]:
     """New values between the ends, the old ones at them."""
     before, behind = tokens.ends
     parts = values[:, :before], inner, values[:, values.shape[1] - behind :]

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from effjax.tokens.assignment import Assignment
 from effjax.tokens.tokens import rows
@@ -17,6 +17,13 @@ def normalised(metric: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
 def cosine(a: Float[Array, "b n d"], b: Float[Array, "b m d"]) -> Float[Array, "b n m"]:
     """Products of every row of the one with every row of the other."""
     return jax.lax.dot_general(a, b, (((2,), (2,)), ((0,), (0,))))
+
+
+def without(
+    similarity: Float[Array, "b a s"], rows: Bool[Array, "b a"], columns: Bool[Array, "b s"]
+) -> Float[Array, "b a s"]:
+    """The similarity, below every other one where a row or a column must not be chosen."""
+    return jnp.where(rows[:, :, None] | columns[:, None, :], -jnp.inf, similarity)
 
 
 def order(scores: Float[Array, "b n"]) -> Int[Array, "b n"]:

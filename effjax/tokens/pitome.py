@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from effjax.mixers.stats import Stats
 from effjax.tokens.amounts import at_layers, check_keep, removed
 from effjax.tokens.assignment import Assignment
-from effjax.tokens.bipartite import cosine, match, normalised, order
+from effjax.tokens.bipartite import cosine, match, normalised, order, without
 from effjax.tokens.point import Place, Where
 from effjax.tokens.tokens import Tokens
 from effjax.tokens.tome import metric_of
@@ -76,13 +76,18 @@ class PiToMe:
     def plan(self, tokens: Tokens, stats: Stats, where: Where) -> Assignment | None:
         """Pairs the tokens of highest energy."""
         n = tokens.count
-        remove = removed(n, self.keep, self.remove, n // 2)
+        remove = removed(n, self.keep, self.remove, n // 2, tokens.original)
         if not remove:
             return None
         metric = normalised(tokens.inner(metric_of(stats, self.metric)))  # [B, n, D]
         similarity = cosine(metric, metric)  # [B, n, n]
         margin = self.margin * (1 - where.layer / where.depth)
-        ranks = order(energy(similarity, margin, self.alpha))  # [B, n]
+        crowded = energy(similarity, margin, self.alpha)  # [B, n]
+        fixed = tokens.fixed()
+        if fixed is not None:
+            crowded = jnp.where(fixed, -jnp.inf, crowded)
+            similarity = without(similarity, fixed, fixed)
+        ranks = order(crowded)  # [B, n]
         first_half = 2 * where.layer < where.depth
         everyone = self.everyone == ("first_half" if first_half else "second_half")
         candidates = ranks if everyone else ranks[:, : 2 * remove]

@@ -19,8 +19,11 @@ from effjax.tokens.point import Place, Where
 from effjax.tokens.tokens import Tokens
 
 
-def keep_best(scores: Float[Array, "b n"], remove: int) -> Assignment:
+def keep_best(scores: Float[Array, "b n"], remove: int, tokens: Tokens) -> Assignment:
     """Drops the `remove` tokens of least score; the others keep their order."""
+    fixed = tokens.fixed()
+    if fixed is not None:
+        scores = jnp.where(fixed, jnp.inf, scores)
     ranks = order(scores)  # [B, N]
     kept = scores.shape[1] - remove
     return Assignment(jnp.sort(ranks[:, :kept], axis=-1), ranks[:, kept:])
@@ -55,11 +58,11 @@ class RandomDrop:
 
     def plan(self, tokens: Tokens, stats: Stats, where: Where) -> Assignment | None:
         """Draws a score for every token."""
-        remove = removed(tokens.count, self.keep, self.remove, tokens.count - 1)
+        remove = removed(tokens.count, self.keep, self.remove, tokens.count - 1, tokens.original)
         if not remove:
             return None
         key = jax.random.fold_in(jax.random.key(self.seed), where.layer)
-        return keep_best(jax.random.uniform(key, (tokens.x.shape[0], tokens.count)), remove)
+        return keep_best(jax.random.uniform(key, (tokens.x.shape[0], tokens.count)), remove, tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +92,9 @@ class ClassAttention:
 
     def plan(self, tokens: Tokens, stats: Stats, where: Where) -> Assignment | None:
         """Ranks tokens by the attention that they get."""
-        remove = removed(tokens.count, self.keep, self.remove, tokens.count - 1)
+        remove = removed(tokens.count, self.keep, self.remove, tokens.count - 1, tokens.original)
         if not remove:
             return None
         queries = stats.attention[:, :, :1] if tokens.ends[0] else stats.attention  # [B, H, Q, N]
         scores = jnp.mean(queries, axis=(1, 2))  # [B, N]
-        return keep_best(tokens.inner(jax.lax.stop_gradient(scores)), remove)
+        return keep_best(tokens.inner(jax.lax.stop_gradient(scores)), remove, tokens)

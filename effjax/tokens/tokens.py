@@ -6,7 +6,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from effjax.errors import UsageError
 from effjax.mixers.context import Context
@@ -53,9 +53,26 @@ class Tokens:
         """Tokens between the ends: those that a method may change."""
         return self.x.shape[1] - sum(self.ends)
 
-    def inner(self, values: Float[Array, "b n *rest"]) -> Float[Array, "b m *rest"]:
+    @property
+    def original(self) -> int:
+        """Original tokens between the ends."""
+        return self.origin.shape[1] - sum(self.ends)
+
+    def inner(self, values: Shaped[Array, "b n *rest"]) -> Shaped[Array, "b m *rest"]:
         """What belongs to the tokens between the ends."""
         return values[:, self.ends[0] : values.shape[1] - self.ends[1]]
+
+    def fixed(self) -> Bool[Array, "b n"] | None:
+        """Which tokens between the ends must stay as they are: those that are held, and padding."""
+        fixed = None
+        if self.held:
+            places = self.origin[:, jnp.array(self.held)] - self.ends[0]  # [B, held]
+            at = jnp.arange(self.count)
+            fixed = jnp.any(places[:, :, None] == at[None, None], axis=1)  # [B, N]
+        if self.mask is not None:
+            padding = ~self.inner(self.mask)
+            fixed = padding if fixed is None else fixed | padding
+        return fixed
 
     def sources(self) -> Int[Array, "b n"]:
         """The original place that each token is centred on: of several the last one."""
@@ -108,6 +125,6 @@ class Tokens:
         return cls(x, size, places, ends=ends, held=held, grid=grid)
 
 
-def rows(x: Float[Array, "b n *rest"], index: Int[Array, "b m"]) -> Float[Array, "b m *rest"]:
+def rows(x: Shaped[Array, "b n *rest"], index: Int[Array, "b m"]) -> Shaped[Array, "b m *rest"]:
     """Of each example the rows at its own places."""
     return jax.vmap(lambda row, at: row.at[at].get(mode="clip"))(x, index)

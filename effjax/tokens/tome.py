@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from effjax.mixers.stats import Stats
 from effjax.tokens.amounts import at_layers, check_keep, check_layers, inflected, removed
 from effjax.tokens.assignment import Assignment
-from effjax.tokens.bipartite import cosine, match, normalised
+from effjax.tokens.bipartite import cosine, match, normalised, without
 from effjax.tokens.point import Place, Where
 from effjax.tokens.tokens import Tokens
 
@@ -75,14 +75,16 @@ class ToMe:
     def plan(self, tokens: Tokens, stats: Stats, where: Where) -> Assignment | None:
         """Pairs tokens at even places with tokens at odd places."""
         n, before = tokens.count, tokens.ends[0]
-        remove = removed(n, self.keep, self.remove, n // 2)
+        remove = removed(n, self.keep, self.remove, n // 2, tokens.original)
         if not remove:
             return None
         metric = normalised(tokens.inner(metric_of(stats, self.metric)))  # [B, n, D]
         first = before % 2  # places are counted from the class token
-        a, b = metric[:, first::2], metric[:, 1 - first :: 2]
+        a, b = slice(first, None, 2), slice(1 - first, None, 2)
+        similarity = cosine(metric[:, a], metric[:, b])  # [B, n/2, n/2]
+        fixed = tokens.fixed()
+        if fixed is not None:
+            similarity = without(similarity, fixed[:, a], fixed[:, b])
         places = jnp.broadcast_to(jnp.arange(n)[None], metric.shape[:2])
-        remove = min(remove, a.shape[1])
-        return match(
-            cosine(a, b), places[:, first::2], places[:, 1 - first :: 2], remove, ordered=bool(before)
-        )
+        remove = min(remove, similarity.shape[1])
+        return match(similarity, places[:, a], places[:, b], remove, ordered=bool(before))
