@@ -18,7 +18,7 @@ are the same for every example and joint, and are projected once.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import flax.struct
@@ -123,10 +123,12 @@ class PoseTransformer(nn.Module):
         shared = Shared(self.space.epsilon, *(Affine(name=f"{n}_norm")(self.dim) for n in ("space", "time")))
 
         rates = linear_rates(self.drop_path, self.depth)
-        blocks = (block.clone(parent=None, name=None) for block in (self.space, self.time))
-        x, _ = SpaceTime(*blocks, name="first")(x, rates[0], shared, times, train=train)  # [B, F, J, C]
-        options: dict[str, Any] = dict(remat=self.remat, unroll=self.unroll)
-        stack = Stack(SpaceTime(*blocks), self.depth - 1, **options, name="blocks")
+        # Copies all the way down: a block that shares its mixer with another shares its parameters.
+        copies = [block.copy(parent=None) for block in (self.space, self.time) * 2]
+        first = SpaceTime(*copies[:2], name="first")
+        x, _ = first(x, rates[0], shared, times, train=train)  # [B, F, J, C]
+        layers = SpaceTime(*copies[2:])
+        stack = Stack(layers, self.depth - 1, remat=self.remat, unroll=self.unroll, name="blocks")
         if self.hourglass is None:
             x, _ = stack(x, shared, each=rates[1:], train=train)  # [B, F, J, C]
         else:

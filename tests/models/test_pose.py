@@ -190,7 +190,7 @@ def test_recovering_does_not_know_the_order_of_frames():
 
 
 def test_gradients_reach_every_parameter():
-    model = pose(hourglass=WAIST)
+    model = pose(depth=2, hourglass=WAIST | dict(after=1))
     params = params_of(model)
     loss = jax.jit(lambda p: jnp.sum(jnp.sin(model.apply(p, CLIP))))
     grads = jax.grad(loss)(params)
