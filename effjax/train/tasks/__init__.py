@@ -21,5 +21,6 @@ the figures of one large batch.
 from effjax.train.tasks.classification import Classification
 from effjax.train.tasks.diffusion import Diffusion
 from effjax.train.tasks.language import Language
+from effjax.train.tasks.pose import Pose
 
-KINDS = {"classification": Classification, "diffusion": Diffusion, "language": Language}
+KINDS = {"classification": Classification, "diffusion": Diffusion, "language": Language, "pose": Pose}
