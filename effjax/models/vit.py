@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Shaped
 
 from effjax import tokens
 from effjax.config import part
@@ -125,6 +126,17 @@ class ViT(nn.Module):
         """Those of them that have a place in the position table."""
         of = {"all": self.prefix, "class_and_patches": self.has_class_token + self.distillation}
         return of.get(self.positioned, 0)
+
+    def patch_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches of a picture."""
+        stride = self.stride or self.patch
+        return (size[0] - self.patch) // stride + 1, (size[1] - self.patch) // stride + 1
+
+    def of_patches(self, values: Shaped[np.ndarray, "b n"]) -> Shaped[np.ndarray, "b patches"]:
+        """What belongs to patches, of values of the tokens that enter the blocks."""
+        if self.class_place == "middle":
+            return np.delete(values, (values.shape[1] - 1) // 2, axis=1)
+        return values[:, self.prefix :]
 
     @nn.compact
     def __call__(

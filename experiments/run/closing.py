@@ -1,6 +1,6 @@
 """The last thing a run prints: what came out and where it lies."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -27,4 +27,24 @@ def closing_table(title: str, rows: Mapping[str, str], console: Console | None =
     table.add_column(overflow="fold", justify="left")
     for name, value in rows.items():
         table.add_row(Text(name), Text(value))
+    console.print(table)
+
+
+def print_table(
+    title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], console: Console | None = None
+) -> None:
+    """Prints rows under headings: a table on a terminal, aligned columns elsewhere."""
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+        console.print(Text(title), soft_wrap=True)
+        for row in (headings, *rows):
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            console.print(Text("  ".join(cells).rstrip()), soft_wrap=True)
+        return
+    table = Table(title=Text(title), title_justify="left")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
     console.print(table)

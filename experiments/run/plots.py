@@ -107,6 +107,39 @@ def image_grid(images: UInt8[np.ndarray, "n h w c"], columns: int, *, least_pixe
     return buffer.getvalue()
 
 
+def pareto(
+    points: Mapping[str, tuple[float, float]], x_label: str, y_label: str, *, larger_is_better: bool = True
+) -> bytes:
+    """Draws what each candidate costs and reaches, and the front of those that none beats in both.
+
+    Args:
+      points: cost and quality by name.
+      x_label: what the cost is; less is better.
+      y_label: what the quality is.
+      larger_is_better: whether more of it is better, as of an accuracy; less is, of a perplexity.
+    """
+    figure, axes = new_figure()
+    names = list(points)
+    cost, reached = np.array([points[name] for name in names], np.float64).T
+    best = set(front_of(cost, reached if larger_is_better else -reached))
+    order = sorted(best, key=lambda i: cost[i])
+    axes.plot(cost[order], reached[order], color=COLOURS[0], linewidth=1.2, alpha=0.6)
+    for i, name in enumerate(names):
+        axes.scatter(cost[i], reached[i], color=COLOURS[0] if i in best else "#9aa4b1", s=22, zorder=3)
+        axes.annotate(name, (cost[i], reached[i]), fontsize=6, xytext=(4, 3), textcoords="offset points")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.margins(x=0.2, y=0.15)
+    return png(figure)
+
+
+def front_of(cost: Float[np.ndarray, " n"], quality: Float[np.ndarray, " n"]) -> list[int]:
+    """Places of the points that no other beats: cheaper and no worse, or better and no dearer."""
+    better = (cost[None] <= cost[:, None]) & (quality[None] >= quality[:, None])
+    strictly = (cost[None] < cost[:, None]) | (quality[None] > quality[:, None])
+    return [int(i) for i in np.flatnonzero(~np.any(better & strictly, axis=1))]
+
+
 def new_figure(width: float = 6.4, height: float = 3.6) -> tuple[Figure, Axes]:
     """An empty figure in the style of all plots here."""
     figure = Figure(figsize=(width, height), dpi=140, layout="constrained")

@@ -114,6 +114,22 @@ def render(report: Report) -> str:
     )
 
 
+def with_section(page: str, section: Section) -> str:
+    """A rendered report with one more section, or with another one in the place of its namesake.
+
+    It stands before "To run it again", where the results of a run end.
+    """
+    made = _section(section)
+    heading = f"<section><h2>{escape(section.title)}</h2>"
+    start = page.find(heading)
+    if start >= 0:
+        end = page.index("</section>\n", start) + len("</section>\n")
+        return page[:start] + made + page[end:]
+    start = page.find("<section><h2>To run it again</h2>")
+    start = page.index("</main>") if start < 0 else start
+    return page[:start] + made + page[start:]
+
+
 def _section(section: Section) -> str:
     content, figures = "", ""
     for part in section.parts:

@@ -68,6 +68,10 @@ class Classification:
             "accuracy": Mean.of(right, batch["mask"]),
         }
 
+    def answers(self, variables: Any, batch: Batch) -> Array:
+        """The class of each example, `[B]`."""
+        return jnp.argmax(self.model.apply(variables, batch["image"]), -1)  # type: ignore[arg-type]
+
     def finish(self, values: dict[str, float]) -> dict[str, float]:
         """Nothing follows from these averages."""
         return values

@@ -89,6 +89,13 @@ class Language:
         means, _ = self._means(logits, batch, batch["weights"] * batch["mask"][:, None])
         return means
 
+    def answers(self, variables: Any, batch: Batch) -> Array:
+        """The likeliest next token everywhere, `[B, N]`."""
+        logits: Array = self.model.apply(  # type: ignore[assignment]
+            variables, batch["tokens"], batch["positions"], batch["segments"]
+        )
+        return jnp.argmax(logits, -1)
+
     def finish(self, values: dict[str, float]) -> dict[str, float]:
         """Adds the perplexity and the bits a token, which are bits a byte where tokens are bytes."""
         nats = values["loss"] - values.get("z_loss", 0.0)
