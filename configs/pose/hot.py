@@ -5,7 +5,7 @@
 `smoke`
     20 steps of a toy on `motion`: seconds.
 `motion`
-    An hourglass of 0.04M parameters on the embedded clips, 16 of 64 frames between its first layer and its
+    An hourglass of 0.04M parameters on the embedded clips, 21 of 64 frames between its first layer and its
     head.
 `motion-base`
     The same without a waist.
@@ -31,8 +31,8 @@ def get_config(variant: str = "motion") -> ConfigDict:
             pose(frames=243, joints=17, dim=512, depth=8, heads=8, drop_path=0.1, hourglass=waist)
         )
     smoke = variant == "smoke"
-    size = dict(dim=16, depth=2, heads=2) if smoke else dict(dim=32, depth=4, heads=4)
-    waist = None if variant == "motion-base" else dict(after=1, keep=16, heads=size["heads"])
+    size = dict(dim=16, depth=2, heads=2) if smoke else dict(dim=24, depth=3, heads=2)
+    waist = None if variant == "motion-base" else dict(after=1, keep=21, heads=size["heads"])
     return motion(pose(frames=64, joints=11, **size, hourglass=waist), smoke)
 
 
@@ -58,7 +58,7 @@ def motion(model: dict, smoke: bool) -> ConfigDict:
                 schedule=dict(kind="cosine", warmup="5%"),
             ),
             train=dict(
-                steps="20 steps" if smoke else "20 epochs",
+                steps="20 steps" if smoke else "10 epochs",
                 log_every="5 steps" if smoke else "50 steps",
                 checkpoint_every="10 steps" if smoke else "50%",
             ),
