@@ -184,11 +184,11 @@ def test_frames_are_chosen_by_the_mean_over_joints():
 
 def test_chosen_frames_tell_more_of_bursts_than_even_ones():
     """A third of the frames of drawn clips, and straight lines between: half the error."""
-    clips = jnp.asarray(np.stack([draw(number)["joints"] for number in range(16)]))  # [16, 64, 11, 3]
+    drawn = [draw(number) for number in range(16)]
+    clips, seen = (jnp.asarray(np.stack([one[name] for one in drawn])) for name in ("joints", "seen"))
     errors = {}
     for select in ("density_peaks", "uniform"):
-        features = clips.reshape(16, 64, 1, 33)
-        places = kept_frames(Hourglass(after=1, keep=21, select=select), features)
+        places = kept_frames(Hourglass(after=1, keep=21, select=select), seen.reshape(16, 64, 1, 22))
         lines = interpolated(rows(clips, places), places, 64)
         errors[select] = float(jnp.linalg.norm(lines - clips, axis=-1).mean())
     assert errors["density_peaks"] < 0.5 * errors["uniform"]

@@ -13,22 +13,24 @@ import tensorflow_datasets as tfds
 from jaxtyping import Float
 
 FRAMES = 64
-# What each joint hangs on, its distance in metres, and where it rests: right, up and to the front.
+# What each joint hangs on, its distance in metres, and where it rests: right, up and to the front. Feet alone
+# hang to the back, so that a picture says how deep a joint lies, by how short its bone looks.
 SKELETON = {
     "pelvis": (None, 0.0, (0, 0, 0)),
-    "chest": ("pelvis", 0.5, (0, 1, 0)),
-    "head": ("chest", 0.3, (0, 1, 0)),
-    "left_elbow": ("chest", 0.4, (-1, -0.5, 0)),
-    "left_hand": ("left_elbow", 0.35, (-0.3, -1, 0.3)),
-    "right_elbow": ("chest", 0.4, (1, -0.5, 0)),
-    "right_hand": ("right_elbow", 0.35, (0.3, -1, 0.3)),
-    "left_knee": ("pelvis", 0.5, (-0.4, -1, 0.1)),
-    "left_foot": ("left_knee", 0.5, (0, -1, -0.1)),
-    "right_knee": ("pelvis", 0.5, (0.4, -1, 0.1)),
-    "right_foot": ("right_knee", 0.5, (0, -1, -0.1)),
+    "chest": ("pelvis", 0.5, (0, 1, 0.8)),
+    "head": ("chest", 0.3, (0, 1, 0.8)),
+    "left_elbow": ("chest", 0.4, (-1, -0.5, 0.8)),
+    "left_hand": ("left_elbow", 0.35, (-0.3, -1, 0.8)),
+    "right_elbow": ("chest", 0.4, (1, -0.5, 0.8)),
+    "right_hand": ("right_elbow", 0.35, (0.3, -1, 0.8)),
+    "left_knee": ("pelvis", 0.5, (-0.4, -1, 0.8)),
+    "left_foot": ("left_knee", 0.5, (0, -1, -0.8)),
+    "right_knee": ("pelvis", 0.5, (0.4, -1, 0.8)),
+    "right_foot": ("right_knee", 0.5, (0, -1, -0.8)),
 }
 DISTANCE = 4.0  # of the camera from the pelvis, in metres
-NOISE = 0.005  # standard deviation of what the camera sees, in units of its focal length
+TURN = 0.4  # the most that a body faces aside, in radians
+NOISE = 0.002  # standard deviation of what the camera sees, in units of its focal length
 SPLITS = {"train": range(0, 1024), "test": range(1024, 1280)}
 
 
@@ -37,7 +39,7 @@ class Motion(tfds.core.GeneratorBasedBuilder):
 
     Fields, both float32: `seen` `[64, 11, 2]`, the joints in the picture, with a little noise, in units of
     the focal length; `joints` `[64, 11, 3]`, in metres, as far from the pelvis as they are right of it, below
-    it and behind it for the camera.
+    it and behind it for the camera, which they face.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -66,10 +68,10 @@ def draw(number: int) -> dict[str, np.ndarray]:
     """Returns clip `number` with the fields of `Motion`."""
     rng = np.random.Generator(np.random.PCG64(number))
     body = _body(rng, _phase(rng))  # [F, J, 3]
-    turn = rng.uniform(0.0, 2 * np.pi)
+    turn = rng.uniform(-TURN, TURN)
     right, up, front = np.moveaxis(body, -1, 0)
     across = np.cos(turn) * right + np.sin(turn) * front
-    behind = np.cos(turn) * front - np.sin(turn) * right
+    behind = np.sin(turn) * right - np.cos(turn) * front
     joints = np.stack([across, -up, behind], axis=-1)  # [F, J, 3]
     seen = joints[..., :2] / (DISTANCE + joints[..., 2:]) + rng.normal(0.0, NOISE, (*joints.shape[:2], 2))
     return {"seen": seen.astype(np.float32), "joints": joints.astype(np.float32)}
