@@ -78,7 +78,7 @@ class Tfds:
 
     Args:
       name: as TFDS writes it: `imagenet2012`, `glue/cola`, `mnist:3.0.1`. The embedded names (`digits`,
-        `pydocs`, `scenes`) are prepared on first use.
+        `motion`, `pydocs`, `scenes`) are prepared on first use.
       split: with slices: `train`, `train[:90%]`, `test[100:200]`.
       data_dir: None is `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`.
       fields: which fields to read; empty reads all. Name them where some are no numbers.

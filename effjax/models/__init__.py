@@ -3,7 +3,15 @@
 from effjax.models.dit import DiT
 from effjax.models.lm import LM
 from effjax.models.lookup import LookupViT
+from effjax.models.pose import PoseTransformer
 from effjax.models.pyramid import Pyramid
 from effjax.models.vit import ViT
 
-KINDS = {"vit": ViT, "dit": DiT, "lm": LM, "lookup_vit": LookupViT, "pyramid": Pyramid}
+KINDS = {
+    "dit": DiT,
+    "lm": LM,
+    "lookup_vit": LookupViT,
+    "pose": PoseTransformer,
+    "pyramid": Pyramid,
+    "vit": ViT,
+}

@@ -5,6 +5,7 @@
 """
 
 from effjax.tokens.ats import ATS
+from effjax.tokens.expedit import Expedit
 from effjax.tokens.gtp import GTP
 from effjax.tokens.methods import METHODS
 from effjax.tokens.pitome import PiToMe
@@ -24,6 +25,7 @@ __all__ = [
     "GTP",
     "KINDS",
     "ClassAttention",
+    "Expedit",
     "PiToMe",
     "RandomDrop",
     "Recover",

@@ -3,6 +3,7 @@
 from typing import Any
 
 from effjax.tokens.ats import ATS
+from effjax.tokens.expedit import Expedit
 from effjax.tokens.gtp import GTP
 from effjax.tokens.pitome import PiToMe
 from effjax.tokens.pruning import ClassAttention, RandomDrop
@@ -15,6 +16,7 @@ from effjax.tokens.tome import ToMe
 METHODS: dict[str, Any] = {
     "ats": ATS,
     "class_attention": ClassAttention,
+    "expedit": Expedit,
     "gtp": GTP,
     "pitome": PiToMe,
     "random": RandomDrop,

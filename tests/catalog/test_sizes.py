@@ -20,7 +20,7 @@ SIZES = [
 ]
 
 # Variants made here, and processes and pre-training that share the networks of others.
-OWN = ("smoke", "digits", "pydocs")
+OWN = ("smoke", "digits", "motion", "pydocs")
 SHARED = ("-flow", "-22k")
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from effjax.data.builders.digits import Digits
+from effjax.data.builders.motion import Motion
 from effjax.data.builders.pydocs import Pydocs
 from effjax.data.builders.scenes import Scenes
 from effjax.errors import RunError, UsageError, did_you_mean
 
 EMBEDDED: dict[str, type[tfds.core.GeneratorBasedBuilder]] = {
     "digits": Digits,
+    "motion": Motion,
     "pydocs": Pydocs,
     "scenes": Scenes,
 }

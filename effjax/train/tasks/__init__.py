@@ -32,12 +32,14 @@ from effjax.train.tasks.classification import Classification
 from effjax.train.tasks.diffusion import Diffusion
 from effjax.train.tasks.distillation import Distillation
 from effjax.train.tasks.language import Language
+from effjax.train.tasks.pose import Pose
 
 KINDS = {
     "classification": Classification,
     "diffusion": Diffusion,
     "distillation": Distillation,
     "language": Language,
+    "pose": Pose,
 }
 
 

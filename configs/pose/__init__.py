@@ -1,0 +1,1 @@
+"""Human pose in video: experiments."""
