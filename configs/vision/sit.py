@@ -19,6 +19,8 @@
     another network at every patch are needed.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs.vision.recipes import digits, imagenet
@@ -27,7 +29,7 @@ VARIANTS = ("smoke", "digits", "digits-teacher", "digits-frd", "t", "xs", "s", "
             "lvvit-t", "lvvit-s", "lvvit-m", "lvvit-l")  # fmt: skip
 
 # The hosts; the large one has six convolutions in its stem.
-HOSTS = {
+HOSTS: dict[str, dict[str, Any]] = {
     "lvvit-t": dict(dim=320, depth=14, heads=5),
     "lvvit-s": dict(dim=384, depth=16, heads=6),
     "lvvit-m": dict(dim=512, depth=20, heads=8),

@@ -24,7 +24,7 @@ from effjax.mixers.stats import Stats
 from effjax.models.vit import ViT
 from effjax.tokens.assignment import Assignment
 from effjax.tokens.point import Place, Point, Where
-from effjax.tokens.schedule import cut
+from effjax.tokens.schedule import inside_blocks
 from effjax.tokens.tokens import Tokens
 
 # Tokens in and out, as many pairs as a polynomial of the second degree has coefficients.
@@ -49,7 +49,7 @@ def macs_by_example(
     _, told = jax.jit(functools.partial(model.apply, mutable="tokens"))(variables, images)
     left = {int(name.rpartition("_")[2]): np.asarray(origin) for name, (origin,) in told["tokens"].items()}
     whole = count(model.clone(reduce=None).apply, variables, images[:1]).macs
-    points, _ = cut(model.reduce, model.depth)
+    points = inside_blocks(model.reduce, model.depth)
     return whole + _saved(model, points, left)
 
 

@@ -1,7 +1,7 @@
 """Which tokens exist: methods that merge, drop, mix and restore them, on any backbone that lets them.
 
-    fast = model.clone(reduce=PiToMe(keep=0.925))
-    logits = fast.apply(variables, images)
+fast = model.clone(reduce=PiToMe(keep=0.925))
+logits = fast.apply(variables, images)
 """
 
 from effjax.tokens.ats import ATS

@@ -56,10 +56,16 @@ def cut(
     What is a Linen module has its parameters in `owner`, as `reduce_LAYER`.
     """
     entries = reduce.points(depth)
-    inside = {
+    between = {layer: _owned(entry, layer, owner) for layer, entry in entries.items() if callable(entry)}
+    return inside_blocks(reduce, depth), between
+
+
+def inside_blocks(reduce: Method | Schedule, depth: int) -> dict[int, Point]:
+    """The layers whose blocks reduce, each with its method."""
+    entries = reduce.points(depth)
+    return {
         layer: Point(entry, Where(layer, depth)) for layer, entry in entries.items() if not callable(entry)
     }
-    return inside, {layer: _owned(entry, layer, owner) for layer, entry in entries.items() if callable(entry)}
 
 
 def _owned(entry: Any, layer: int, owner: nn.Module) -> Callable[[Tokens, bool], Tokens]:
