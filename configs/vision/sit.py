@@ -5,8 +5,8 @@
 `smoke`
     20 steps of a toy on digits: seconds.
 `digits`
-    0.21M parameters, four blocks on 16, 8, 4 and 2 tokens, learned from the labels alone in 80 epochs: 97.5% of
-    the 360 held-out digits, two minutes on 2 busy CPU cores.
+    0.21M parameters, four blocks on 16, 8, 4 and 2 tokens, learned from the labels alone in 80 epochs: 97.5%
+    of the 360 held-out digits, two minutes on 2 busy CPU cores.
 `digits-teacher`, `digits-frd`
     The same without slimming, and the slimmed network that starts from its weights and is taught by it:
     `--config=configs/vision/sit.py:digits-frd --config.task.weights=runs/teacher
