@@ -5,11 +5,12 @@
 `smoke`
     20 steps of a toy on digits: seconds.
 `digits`
-    Four blocks on 16, 8, 4 and 2 tokens, learned from the labels alone.
+    0.21M parameters, four blocks on 16, 8, 4 and 2 tokens, learned from the labels alone in 80 epochs: 97.5%
+    of the 360 held-out digits, two minutes on 2 busy CPU cores.
 `digits-teacher`, `digits-frd`
     The same without slimming, and the slimmed network that starts from its weights and is taught by it:
     `--config=configs/vision/sit.py:digits-frd --config.task.weights=runs/teacher
-    --config.train.start=runs/teacher`.
+    --config.train.start=runs/teacher`. 98.9%, and 99.2% after 40 more epochs.
 `t`, `xs`, `s`, `m`, `l`
     ImageNet at 224 pixels (`l`: 288) for 125 epochs from the weights of LV-ViT, which also teaches, named as
     above by `--config.task.weights` and `--config.train.start`. Not run here; the published code reports

@@ -5,7 +5,8 @@
 `smoke`
     20 steps of a toy on digits: seconds.
 `digits`
-    Two blocks on 16 patches of digits, two layers that generate 4 semantic tokens, and two blocks on these.
+    0.30M parameters: two blocks on 16 patches of digits, two layers that generate 4 semantic tokens, and two
+    blocks on these. 98.9% of the 360 held-out digits after 80 epochs, a minute and a half on 2 busy cores.
 `deit-t`, `deit-s`, `deit-b`
     ImageNet at 224 pixels for 300 epochs with DeiT's recipe: 4 of 12 layers on 196 tokens, two that generate,
     and 6 on 16 semantic tokens. Not run here.
