@@ -1,5 +1,6 @@
 """The strictest settings: shapes are checked at run time, and ranks never promote silently."""
 
+import collections
 import os
 from pathlib import Path
 
@@ -14,8 +15,44 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Every function of the library has its shape annotations checked on every call.
 install_import_hook("effjax", "beartype.beartype")
+
+# Tests that took long when `pytest -n 2 --write-slow` last timed them all, one a line: they are marked slow.
+SLOW = Path(__file__).with_name("slow.txt")
+SECONDS = 1.5
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-slow", action="store_true", help=f"write tests over {SECONDS} s to {SLOW.name}")
+
+
+def pytest_configure(config):
+    if config.getoption("--write-slow") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Timer(), "timer")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    listed = set(SLOW.read_text().splitlines()) if SLOW.exists() else set()
+    for item in items:
+        if item.nodeid in listed:
+            item.add_marker(pytest.mark.slow)
+
+
+class Timer:
+    """Adds up set-up and call of every test, and writes the long ones at the end."""
+
+    def __init__(self):
+        self.seconds = collections.Counter()
+
+    def pytest_runtest_logreport(self, report):
+        self.seconds[report.nodeid] += report.duration
+
+    def pytest_sessionfinish(self):
+        slow = sorted(test for test, seconds in self.seconds.items() if seconds > SECONDS)
+        SLOW.write_text("".join(f"{test}\n" for test in slow))

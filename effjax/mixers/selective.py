@@ -19,6 +19,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 from flax.linen.initializers import Initializer
 from jaxtyping import Array, Bool, Float, Int
 
@@ -56,6 +57,7 @@ class Selective(nn.Module):
         hidden: Float[Array, "b i s"] | None = None,
         segments: Int[Array, "b n"] | None = None,
         exists: Bool[Array, "b n"] | None = None,
+        gaps: Int[Array, "b n"] | None = None,
     ) -> tuple[Float[Array, "b n i"], Float[Array, "b i s"]]:
         """Returns the outputs y and the state after the last token, in float32.
 
@@ -65,6 +67,8 @@ class Selective(nn.Module):
           hidden: state before the first token; None is an empty one.
           segments: documents of a packed row, which do not see each other.
           exists: tokens that are no padding.
+          gaps: how many tokens are missing before each. The state decays over them too, by the step that a
+            token without content has, softplus(b_dt).
         """
         u = kept(jax.nn.silu(self.convolve(taps, segments)), exists)  # [B, N, I]
         u = nn.with_logical_constraint(u, ("batch", "length", "mlp"))
@@ -78,8 +82,11 @@ class Selective(nn.Module):
         if segments is not None:  # a document's first token starts from an empty state
             before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
             first = segments != before  # [B, N]
-        u = u.astype(dt.dtype)
-        y, hidden = selective_scan(u, dt, A.astype(dt.dtype), B, C, hidden, first, self.chunk)
+        u, decay = u.astype(dt.dtype), None
+        if gaps is not None:
+            bias: Array = meta.unbox(self.get_variable("params", "step_size"))["bias"].astype(dt.dtype)
+            decay = dt + gaps[:, :, None].astype(dt.dtype) * jax.nn.softplus(bias)[None, None]
+        y, hidden = selective_scan(u, dt, A.astype(dt.dtype), B, C, hidden, first, self.chunk, decay)
         return y + u * D.astype(dt.dtype)[None, None, :], hidden
 
     @nn.nowrap
@@ -138,8 +145,9 @@ def selective_scan(
     hidden: Float[Array, "b i s"],
     first: Bool[Array, "b n"] | None = None,
     chunk: int = 64,
+    decay: Float[Array, "b n i"] | None = None,
 ) -> tuple[Float[Array, "b n i"], Float[Array, "b i s"]]:
-    """`h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t` and `y_t = C_t h_t`, chunk by chunk.
+    """`h_t = exp(e_t A) h_{t-1} + dt_t B_t u_t` and `y_t = C_t h_t`, chunk by chunk.
 
     Args:
       u: inputs.
@@ -150,6 +158,8 @@ def selective_scan(
       hidden: state before the first token.
       first: tokens before which the state is emptied.
       chunk: tokens that are in memory, times `i s`, at once.
+      decay: e, over which the state decays before each token: its own step, and those of tokens that were
+        left out before it. None means `dt`.
 
     Returns:
       The outputs, and the state after the last token.
@@ -166,15 +176,16 @@ def selective_scan(
     def one(hidden: Array, slices: tuple[Array, ...]) -> tuple[Array, Array]:
         return jax.lax.platform_dependent(hidden, A, *slices, cpu=_token_by_token, default=_all_at_once)
 
-    hidden, y = jax.lax.scan(one, hidden, tuple(map(cut, (u, dt, B, C, first))))
+    decay = dt if decay is None else decay
+    hidden, y = jax.lax.scan(one, hidden, tuple(map(cut, (u, dt, decay, B, C, first))))
     return jnp.moveaxis(y, 0, 1).reshape(u.shape[0], -1, u.shape[2])[:, :n], hidden
 
 
 def _all_at_once(
-    hidden: Array, A: Array, u: Array, dt: Array, B: Array, C: Array, first: Array
+    hidden: Array, A: Array, u: Array, dt: Array, decay: Array, B: Array, C: Array, first: Array
 ) -> tuple[Array, Array]:
     """A chunk by an associative scan, in a logarithm of its length."""
-    decay = jnp.exp(dt[..., None] * A[None, None])  # [B, chunk, I, S]
+    decay = jnp.exp(decay[..., None] * A[None, None])  # [B, chunk, I, S]
     decay = jnp.where(first[..., None, None], 0.0, decay)
     written = (dt * u)[..., None] * B[:, :, None, :]  # [B, chunk, I, S]
     kept, added = jax.lax.associative_scan(_compose, (decay, written), axis=1)
@@ -183,17 +194,17 @@ def _all_at_once(
 
 
 def _token_by_token(
-    hidden: Array, A: Array, u: Array, dt: Array, B: Array, C: Array, first: Array
+    hidden: Array, A: Array, u: Array, dt: Array, decay: Array, B: Array, C: Array, first: Array
 ) -> tuple[Array, Array]:
     """A chunk one token after another, which on a CPU costs a few passes over one state instead of many."""
 
     def step(hidden: Array, now: tuple[Array, ...]) -> tuple[Array, Array]:
-        u, dt, B, C, first = now
-        decay = jnp.where(first[:, None, None], 0.0, jnp.exp(dt[..., None] * A[None]))  # [B, I, S]
+        u, dt, decay, B, C, first = now
+        decay = jnp.where(first[:, None, None], 0.0, jnp.exp(decay[..., None] * A[None]))  # [B, I, S]
         hidden = decay * hidden + (dt * u)[..., None] * B[:, None, :]  # [B, I, S]
         return hidden, jnp.einsum("bis,bs->bi", hidden, C)
 
-    turned = tuple(jnp.moveaxis(part, 1, 0) for part in (u, dt, B, C, first))
+    turned = tuple(jnp.moveaxis(part, 1, 0) for part in (u, dt, decay, B, C, first))
     hidden, y = jax.lax.scan(step, hidden, turned)
     return hidden, jnp.moveaxis(y, 0, 1)
 

@@ -5,7 +5,8 @@
     out = (y silu(z)) W_out
 
 S is the convolution and selective state space of `effjax.mixers.selective`, with parameters of its own for
-each direction; the projections are shared. Work and memory are linear in the number of tokens.
+each direction; the projections are shared. Work and memory are linear in the number of tokens. Where tokens
+were left out (`Context.positions`), the state decays over their places.
 
 Source: Vision Mamba, Zhu et al. 2024, algorithm 1; the published code halves the sum.
 """
@@ -15,22 +16,25 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from effjax.errors import UsageError
 from effjax.layers.dense import Dense
 from effjax.mixers.context import Context
 from effjax.mixers.selective import Selective
+from effjax.mixers.stats import Stats
 
 
 class Direction(Selective):
     """One of the two ways over a sequence."""
 
     @nn.compact
-    def __call__(self, u: Float[Array, "b n i"], rank: int) -> Float[Array, "b n i"]:
-        """Runs from the first token to the last."""
+    def __call__(
+        self, u: Float[Array, "b n i"], rank: int, gaps: Int[Array, "b n"] | None
+    ) -> Float[Array, "b n i"]:
+        """Runs from the first token to the last; `gaps` are the tokens missing before each."""
         taps = jnp.pad(u, ((0, 0), (self.width - 1, 0), (0, 0)))  # [B, width - 1 + N, I]
-        return self.recur(taps, rank)[0]
+        return self.recur(taps, rank, gaps=gaps)[0]
 
 
 class VisionMamba(nn.Module):
@@ -50,7 +54,6 @@ class VisionMamba(nn.Module):
     rank: int | None = None
     chunk: int = 64
 
-    @nn.compact
     def __call__(
         self, x: Float[Array, "b n c"], context: Context, train: bool = False
     ) -> Float[Array, "b n c"]:
@@ -59,6 +62,31 @@ class VisionMamba(nn.Module):
         Raises:
           UsageError: for a context with segments, valid or size.
         """
+        return self.run(x, context)[0]
+
+    def observe(
+        self,
+        x: Float[Array, "b n c"],
+        context: Context,
+        needs: tuple[str, ...],
+        choose: None = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "b n c"], Stats]:
+        """Mixes like `__call__`, and tells what it computed before it is projected back to the width.
+
+        Raises:
+          UsageError: for something else, or a choice of tokens inside.
+        """
+        if choose is not None or set(needs) - {"output"}:
+            raise UsageError("vision_mamba tells its output alone, and mixes all tokens or none.")
+        y, inner = self.run(x, context)
+        return y, Stats(x, output=inner)
+
+    @nn.compact
+    def run(
+        self, x: Float[Array, "b n c"], context: Context
+    ) -> tuple[Float[Array, "b n c"], Float[Array, "b n i"]]:
+        """Returns the mixed tokens, and what they are projected from."""
         if not (context.segments is context.valid is context.size is None):
             raise UsageError(
                 "vision_mamba knows its tokens by their order alone: no segments, valid or size."
@@ -68,8 +96,13 @@ class VisionMamba(nn.Module):
         rank = math.ceil(channels / 16) if self.rank is None else self.rank
         u = Dense(inner, ("embed", "mlp"), use_bias=False, name="input")(x)  # [B, N, I]
         z = Dense(inner, ("embed", "mlp"), use_bias=False, name="gate")(x)  # [B, N, I]
-        ahead = Direction(self.state, self.width, chunk=self.chunk, name="forward")(u, rank)  # [B, N, I]
-        back = Direction(self.state, self.width, chunk=self.chunk, name="backward")(u[:, ::-1], rank)
+        before = behind = None
+        if context.positions is not None:
+            missing = jnp.diff(context.positions, axis=1) - 1  # [B, N - 1], between neighbours
+            before = jnp.pad(missing, ((0, 0), (1, 0)))  # [B, N]
+            behind = jnp.pad(missing[:, ::-1], ((0, 0), (1, 0)))  # [B, N]
+        ahead = Direction(self.state, self.width, chunk=self.chunk, name="forward")(u, rank, before)
+        back = Direction(self.state, self.width, chunk=self.chunk, name="backward")(u[:, ::-1], rank, behind)
         y = (ahead + back[:, ::-1]) / 2  # [B, N, I]
         y = y.astype(x.dtype) * jax.nn.silu(z)  # [B, N, I]
-        return Dense(channels, ("mlp", "embed"), use_bias=False, name="output")(y)  # [B, N, C]
+        return Dense(channels, ("mlp", "embed"), use_bias=False, name="output")(y), y  # [B, N, C]

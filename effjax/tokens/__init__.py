@@ -17,6 +17,7 @@ from effjax.tokens.slimming import Slimming
 from effjax.tokens.token_transforming import TokenTransforming
 from effjax.tokens.tokens import Tokens
 from effjax.tokens.tome import ToMe
+from effjax.tokens.top_vim import ToPViM
 
 KINDS = METHODS | {"schedule": Schedule}
 
@@ -34,6 +35,7 @@ __all__ = [
     "Semantic",
     "Slimming",
     "ToMe",
+    "ToPViM",
     "TokenTransforming",
     "Tokens",
 ]

@@ -12,6 +12,7 @@ from effjax.tokens.semantic import Recover, Semantic
 from effjax.tokens.slimming import Slimming
 from effjax.tokens.token_transforming import TokenTransforming
 from effjax.tokens.tome import ToMe
+from effjax.tokens.top_vim import ToPViM
 
 METHODS: dict[str, Any] = {
     "ats": ATS,
@@ -22,6 +23,7 @@ METHODS: dict[str, Any] = {
     "random": RandomDrop,
     "token_transforming": TokenTransforming,
     "tome": ToMe,
+    "top_vim": ToPViM,
 }
 
 # `(tokens, train) -> tokens`: functions, and Linen modules, whose parameters the model then owns.

@@ -20,7 +20,7 @@ from effjax.tokens.point import Where
 from tests.tokens.toy import IMAGES, difference, params_of, vit
 
 FIXTURE = Path(__file__).parent / "fixtures" / "expedit.npz"
-DENSE = dict(pool="none", class_token=True)
+DENSE = dict(depth=4, pool="none", class_token=True)
 
 
 @pytest.mark.parametrize("name", ["halves", "uneven", "published"])
@@ -100,7 +100,9 @@ def test_tokens_choose_among_the_centres_around_their_own():
     assert near[0, 0].sum() == 4
 
 
-@pytest.mark.parametrize("fields", [DENSE, dict(pool="none", registers=2)], ids=["class", "registers"])
+@pytest.mark.parametrize(
+    "fields", [DENSE, dict(depth=4, pool="none", registers=2)], ids=["class", "registers"]
+)
 def test_as_many_centres_as_tokens_and_no_temperature_change_nothing(fields):
     params, model = params_of(**fields), vit(**fields)
     method = Expedit(grid=(6, 6), after=1, blocks=2, temperature=1e-5)
@@ -227,6 +229,6 @@ def test_what_does_not_fit_the_network_is_refused():
         run(Expedit(grid=(3, 7), after=1))
     with pytest.raises(UsageError, match="before other methods"):
         run(Schedule({0: ToMe(remove=4), 2: Expedit(grid=(3, 3)), 4: Restore()}))
-    model = vit(class_place="middle").clone(reduce=Expedit(grid=(3, 3), after=1))
+    model = vit(depth=4, class_place="middle").clone(reduce=Expedit(grid=(3, 3), after=1))
     with pytest.raises(UsageError, match="no class token in the middle"):
         jax.eval_shape(model.init, jax.random.key(0), IMAGES)

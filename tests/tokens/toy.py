@@ -32,13 +32,13 @@ def vit(**changes):
 
 
 @functools.cache
-def _drawn(names, values):
-    return meta.unbox(jax.jit(vit(**dict(zip(names, values, strict=True))).init)(jax.random.key(1), IMAGES))
+def _drawn(changes):
+    return meta.unbox(jax.jit(vit(**json.loads(changes)).init)(jax.random.key(1), IMAGES))
 
 
 def params_of(**changes):
     """Parameters that are nowhere near a symmetry: everything, biases and head too, is random."""
-    params = _drawn(tuple(changes), tuple(changes.values()))
+    params = _drawn(json.dumps(changes))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     drawn = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
