@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test parity check lint types fast catalog newest clean
+.PHONY: demo test parity check durations lint types fast catalog newest clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml .ci/constraints.txt
@@ -27,6 +27,9 @@ parity: $(STAMP)  ## our models against timm, transformers and diffusers; instal
 	$(BIN)/python -m pytest tests/parity
 
 check: lint types fast  ## what every commit passes: lint, types, fast tests
+
+durations: $(STAMP)  ## times the whole suite and lists its long tests in tests/slow.txt
+	$(BIN)/python -m pytest -n 2 --write-slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

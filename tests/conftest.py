@@ -38,10 +38,14 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    listed = set(SLOW.read_text().splitlines()) if SLOW.exists() else set()
+    listed = _listed()
     for item in items:
         if item.nodeid in listed:
             item.add_marker(pytest.mark.slow)
+
+
+def _listed():
+    return set(SLOW.read_text().splitlines()) if SLOW.exists() else set()
 
 
 class Timer:
@@ -54,5 +58,6 @@ class Timer:
         self.seconds[report.nodeid] += report.duration
 
     def pytest_sessionfinish(self):
-        slow = sorted(test for test, seconds in self.seconds.items() if seconds > SECONDS)
-        SLOW.write_text("".join(f"{test}\n" for test in slow))
+        slow = _listed() - self.seconds.keys()  # not timed now
+        slow |= {test for test, seconds in self.seconds.items() if seconds > SECONDS}
+        SLOW.write_text("".join(f"{test}\n" for test in sorted(slow)))

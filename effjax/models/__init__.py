@@ -5,6 +5,7 @@ from effjax.models.lm import LM
 from effjax.models.lookup import LookupViT
 from effjax.models.pose import PoseTransformer
 from effjax.models.pyramid import Pyramid
+from effjax.models.sparseformer import SparseFormer
 from effjax.models.vit import ViT
 
 KINDS = {
@@ -13,5 +14,6 @@ KINDS = {
     "lookup_vit": LookupViT,
     "pose": PoseTransformer,
     "pyramid": Pyramid,
+    "sparseformer": SparseFormer,
     "vit": ViT,
 }
