@@ -4,9 +4,9 @@
 
 `smoke`
     20 steps of a toy on `motion`: seconds.
-`motion`
-    An hourglass of 0.04M parameters on the embedded clips, 21 of 64 frames between its first layer and its
-    head.
+`motion`, `motion-attention`
+    An hourglass of 0.03M parameters on the embedded clips: 21 of 64 frames between its first layer and its
+    head, and all of them again on straight lines or by the published attention.
 `motion-base`
     The same without a waist.
 `mixste`, `hot-mixste`
@@ -17,7 +17,7 @@
 
 from ml_collections import ConfigDict
 
-VARIANTS = ("smoke", "motion", "motion-base", "mixste", "hot-mixste")
+VARIANTS = ("smoke", "motion", "motion-attention", "motion-base", "mixste", "hot-mixste")
 
 # Of the joints of Human3.6M in the loss: what is far from the trunk weighs more.
 WEIGHTS = (1.0, 1.0, 2.5, 2.5, 1.0, 2.5, 2.5, 1.0, 1.0, 1.0, 1.5, 1.5, 4.0, 4.0, 1.5, 4.0, 4.0)
@@ -32,7 +32,9 @@ def get_config(variant: str = "motion") -> ConfigDict:
         )
     smoke = variant == "smoke"
     size = dict(dim=16, depth=2, heads=2) if smoke else dict(dim=24, depth=3, heads=2)
-    waist = None if variant == "motion-base" else dict(after=1, keep=21, heads=size["heads"])
+    recover = "linear" if variant == "motion" else "attention"
+    few = dict(after=1, keep=21, heads=size["heads"], recover=recover)
+    waist = None if variant == "motion-base" else few
     return motion(pose(frames=64, joints=11, **size, hourglass=waist), smoke)
 
 
@@ -48,17 +50,17 @@ def motion(model: dict, smoke: bool) -> ConfigDict:
     return ConfigDict(
         dict(
             model=model,
-            task=dict(kind="pose", velocity=2.0),
+            task=dict(kind="pose", velocity=0.5),
             data=dict(source=source | dict(split="train"), batch_size=16, threads=1, cache=True),
             optimizer=dict(
                 kind="adamw",
-                lr=3e-3,
+                lr=4e-3,
                 weight_decay=0.05,
                 clip=1.0,
                 schedule=dict(kind="cosine", warmup="5%"),
             ),
             train=dict(
-                steps="20 steps" if smoke else "10 epochs",
+                steps="20 steps" if smoke else "20 epochs",
                 log_every="5 steps" if smoke else "50 steps",
                 checkpoint_every="10 steps" if smoke else "50%",
             ),

@@ -152,7 +152,7 @@ class PoseTransformer(nn.Module):
         rates: Float[Array, " layers"],
         train: bool,
     ) -> Float[Array, "b f j c"]:
-        """Runs the layers behind the first on fewer and fewer frames, and makes all of them again."""
+        """Runs the layers behind the first, the last of them on the frames that stay, and makes all again."""
         table = self._positions("kept_positions", waist.keep, x)  # [K, C]
         places: list[Int[Array, "b k"]] = []
 

@@ -30,16 +30,16 @@ SKELETON = {
 }
 DISTANCE = 4.0  # of the camera from the pelvis, in metres
 TURN = 0.4  # the most that a body faces aside, in radians
-NOISE = 0.002  # standard deviation of what the camera sees, in units of its focal length
+NOISE = 0.008  # standard deviation of what the camera sees, in its units
 SPLITS = {"train": range(0, 1024), "test": range(1024, 1280)}
 
 
 class Motion(tfds.core.GeneratorBasedBuilder):
     """Clips of a body of 11 joints in 64 frames.
 
-    Fields, both float32: `seen` `[64, 11, 2]`, the joints in the picture, with a little noise, in units of
-    the focal length; `joints` `[64, 11, 3]`, in metres, as far from the pelvis as they are right of it, below
-    it and behind it for the camera, which they face.
+    Fields, both float32: `seen` `[64, 11, 2]`, the joints in the picture, with a little noise, in units of a
+    metre at the pelvis; `joints` `[64, 11, 3]`, in metres, how far they are right of the pelvis, below it and
+    behind it for the camera, which they face.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -73,7 +73,8 @@ def draw(number: int) -> dict[str, np.ndarray]:
     across = np.cos(turn) * right + np.sin(turn) * front
     behind = np.sin(turn) * right - np.cos(turn) * front
     joints = np.stack([across, -up, behind], axis=-1)  # [F, J, 3]
-    seen = joints[..., :2] / (DISTANCE + joints[..., 2:]) + rng.normal(0.0, NOISE, (*joints.shape[:2], 2))
+    seen = joints[..., :2] * DISTANCE / (DISTANCE + joints[..., 2:])
+    seen = seen + rng.normal(0.0, NOISE, seen.shape)
     return {"seen": seen.astype(np.float32), "joints": joints.astype(np.float32)}
 
 

@@ -16,7 +16,7 @@ def test_bones_keep_their_length_and_the_picture_is_a_projection(number):
     for i, (parent, length, _) in enumerate(motion.SKELETON.values()):
         start = joints[:, names.index(parent)] if parent else 0.0
         np.testing.assert_allclose(np.linalg.norm(joints[:, i] - start, axis=-1), length, atol=1e-5)
-    seen = joints[..., :2] / (motion.DISTANCE + joints[..., 2:])
+    seen = joints[..., :2] * motion.DISTANCE / (motion.DISTANCE + joints[..., 2:])
     errors = clip["seen"] - seen
     assert 0.8 * motion.NOISE < errors.std() < 1.2 * motion.NOISE
     assert (joints[:, names.index("head"), 1] < 0).all()  # down is positive
