@@ -9,8 +9,8 @@
 `augreg-base`, `augreg-large`
     49 tokens in the place of the 197 or 577 of ViT-B/16 and ViT-L/16, on ImageNet at 224 pixels. In the
     paper the large one reaches 84.9% top-1 from AugReg weights at 384 pixels, whose class token it learns to
-    make. Here they train from the labels with DeiT's recipe, and `effjax.models.sparseformer.bootstrapped` puts the
-    weights of a ViT in. Not run here.
+    make. Here they train from the labels with DeiT's recipe, and
+    `effjax.models.sparseformer.bootstrapped` puts the weights of a ViT in. Not run here.
 """
 
 from typing import Any
