@@ -34,7 +34,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
         return imagenet(sparseformer(**SIZES[variant], classes=1000, drop_path=0.1))
     smoke = variant == "smoke"
     size: dict[str, Any] = dict(
-        dim=16, depth=2, heads=2, focus_dim=16, tokens=4, features=8, points=4, turns=2, hidden=16
+        dim=32, depth=2, heads=2, focus_dim=32, tokens=4, features=16, points=4, turns=2, hidden=16
     )
     if not smoke:
         size = dict(

@@ -86,10 +86,8 @@ class Sampling(nn.Module):
         moves = Dense(
             (self.points, 2), ("embed", None, None), use_bias=False, kernel_init=zeros, name="moves"
         )
-        offsets = (
-            moves(norm("layer", self.epsilon, "moves_norm", initial=narrow)(x)).astype(grid.dtype)
-            + grid[None, None]
-        )
+        offsets = moves(norm("layer", self.epsilon, "moves_norm", initial=narrow)(x))  # [B, N, P, 2]
+        offsets = offsets + grid.astype(offsets.dtype)[None, None]
         seen = sampled(maps, points_in(boxes, offsets))  # [B, N, P, F]
 
         h = norm("layer", self.epsilon, "mixing_norm", initial=narrow)(x)
@@ -141,11 +139,10 @@ class Focus(nn.Module):
         x = x + attention(norm("layer", self.epsilon, "mixer_norm")(x), Context())
         x = x + ffn.MLP(name="ffn")(norm("layer", self.epsilon, "ffn_norm")(x))
         h = norm("layer", self.epsilon, "adjust_norm", initial=width**-0.5)(x)
-        h = nn.gelu(
-            Dense(width, ("embed", "mlp"), kernel_init=_small, name="adjust_hidden")(h), approximate=False
-        )
+        h = Dense(width, ("embed", "mlp"), kernel_init=_small, name="adjust_hidden")(h)  # [B, N, C]
+        h = nn.gelu(h, approximate=False)
         change = Dense(4, ("mlp", None), use_bias=False, kernel_init=zeros, name="adjust")(h)  # [B, N, 4]
-        return x, adjusted(boxes, change.astype(boxes.dtype))
+        return x, adjusted(boxes, change)
 
 
 class SparseFormer(nn.Module):
@@ -195,20 +192,23 @@ class SparseFormer(nn.Module):
         if self.focus_dim % 64 and self.focus_dim > 64:
             raise UsageError(f"focus_dim={self.focus_dim} must be a multiple of 64, the channels of a head.")
         early = EarlyMap(self.features, self.early_stride, self.early_pool, name="early")
-        maps = early(images)  # [B, H/4, W/4, F]
-        b, dtype = images.shape[0], maps.dtype
         first = self.param("latent_token", named(truncated_normal(1.0), (None, "embed")), (1, self.focus_dim))
-        x = jnp.broadcast_to(first.astype(dtype)[None], (b, self.tokens, self.focus_dim))
+        # Few tokens look at far places: in half precision they would miss the pixel.
+        b, dtype = images.shape[0], jnp.promote_types(images.dtype, first.dtype)
+        wide = jnp.promote_types(dtype, jnp.float32)
+        maps = early(images.astype(wide))  # [B, H/4, W/4, F]
+        x = jnp.broadcast_to(first.astype(wide)[None], (b, self.tokens, self.focus_dim))
         start = self.param("boxes", named(_boxes, (None, None)), (self.tokens, 4), jnp.float32)
-        boxes = jnp.broadcast_to(start[None], (b, *start.shape))  # [B, N, 4]
+        boxes = jnp.broadcast_to(start.astype(wide)[None], (b, *start.shape))  # [B, N, 4]
         stages = self.param("stages", named(_normal, (None, "embed")), (self.turns, self.focus_dim))
         focus = Focus(self.points, self.hidden, max(self.focus_dim // 64, 1), name="focus")
         for turn in range(self.turns):
-            x, boxes = focus(x + stages[turn].astype(dtype)[None, None], boxes, maps)
+            x, boxes = focus(x + stages[turn].astype(wide)[None, None], boxes, maps)
         x = Dense(self.dim, ("mlp", "embed"), kernel_init=_small, name="widen")(x)  # [B, N, C]
         x, boxes = Focus(self.points, self.hidden, name="last_look")(x, boxes, maps)
         if not self.is_initializing():
             self.sow("tokens", "boxes", boxes)
+        x = x.astype(dtype)
 
         token = self.param("class_token", named(_normal, (None, "embed")), (1, self.dim), jnp.float32)
         token = jnp.broadcast_to(token.astype(dtype)[None], (b, 1, self.dim))

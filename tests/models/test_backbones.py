@@ -13,12 +13,15 @@ from flax.core import meta
 from effjax.errors import UsageError
 from effjax.experiment import resolve
 from effjax.models import Pyramid
+from effjax.models.sparseformer import SparseFormer
 
 FOLDER = Path(__file__).parents[2] / "configs" / "vision"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in ("__init__", "recipes"))
 # On the digits' 8 x 8 pixels LowFormer's keys come from one place, to which queries make no difference.
 SIDES = {"lowformer": 16}
 REFUSALS = {"lsnet": "set side=5"}
+# No gradient goes through the encoding of its boxes, as published; its own test has the rest.
+STOPPED = ("sparseformer",)
 
 
 @functools.cache
@@ -82,6 +85,8 @@ def test_gradients_reach_every_parameter_and_are_those_of_finite_differences(nam
     # A progressive norm has left its layer norm behind in evaluation.
     assert [path for path in dead if "['before']" not in path] == []
     norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient)))
+    if name in STOPPED:
+        return
     step = 1e-2 / float(norm)
     ahead, behind = (
         loss(jax.tree.map(lambda p, g, s=sign: p + s * step / norm * g, params, gradient))[0]
@@ -107,10 +112,10 @@ def test_examples_do_not_touch_each_other_in_evaluation(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_another_size_of_picture(name):
-    """A pyramid takes odd ones too; where a table of positions is made for one size, others are refused in
-    words."""
+    """A pyramid takes odd ones too, and so does what samples points; where a table of positions is made for
+    one size, others are refused in words."""
     images = jax.random.normal(jax.random.key(4), (2, 9, 7, 1))
-    if isinstance(model_of(name), Pyramid) and name not in REFUSALS:
+    if isinstance(model_of(name), Pyramid | SparseFormer) and name not in REFUSALS:
         logits = run(name)(variables_of(name), images)
         assert logits.shape == (2, 10)
         assert bool(jnp.isfinite(logits).all())

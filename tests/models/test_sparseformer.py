@@ -224,6 +224,20 @@ def test_gradients_reach_every_parameter(params):
             assert jnp.any(leaf != 0), path
 
 
+def test_gradients_behind_the_boxes_are_those_of_finite_differences(params):
+    """The encoding of the boxes passes no gradient to what moves them; all behind them is differentiable."""
+    model, held = model_of(), dict(params["params"])
+    held["head"] = jax.tree.map(lambda x: jax.random.normal(jax.random.key(6), x.shape), held["head"])
+    names = ("last_look", "widen", "class_token", "blocks", "norm", "head")
+    part = {name: held.pop(name) for name in names}
+    loss = jax.jit(lambda part: jnp.sum(jnp.sin(model.apply({"params": held | part}, IMAGES))))
+    slope = jax.jit(jax.grad(loss))(part)
+    length = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(slope)))
+    at = lambda s: jax.tree.map(lambda p, g: p + s / length * g, part, slope)
+    step = 1e-3
+    np.testing.assert_allclose((loss(at(step)) - loss(at(-step))) / (2 * step), length, rtol=2e-2)
+
+
 def test_it_starts_from_the_last_blocks_of_a_vit(params):
     block = dict(mixer=dict(kind="attention", heads=2), ffn=dict(kind="mlp"), epsilon=1e-5)
     vit = build_kind(
