@@ -1,12 +1,14 @@
 """What the model of a run costs for one example, as rows of the report's cost tree."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effjax.data import Described
 from effjax.measure.cost import Cost, count
 from effjax.measure.tree import Module, short, tree
 from effjax.train.program import Program
@@ -33,14 +35,19 @@ class RunCost:
 
 def forward_cost(program: Program) -> Cost:
     """Counts the evaluation pass of the task on one example."""
-    batch = {**program.data.example_batch(1), "mask": np.ones((1,), np.float32)}
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.asarray(x).dtype), batch)
     state = program.shapes
+    return task_cost(program.task, program.data, {"params": state.params, **state.collections})
+
+
+def task_cost(task: Any, data: Described, variables: Mapping[str, Any]) -> Cost:
+    """Counts the evaluation pass of a task on one example of its data, from the shapes of its variables."""
+    batch = {**data.example_batch(1), "mask": np.ones((1,), np.float32)}
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.asarray(x).dtype), batch)
 
     def forward(params, collections, batch):
-        return program.task.metrics({"params": params, **collections}, batch)
+        return task.metrics({"params": params, **collections}, batch)
 
-    needed = served(program.task, {"params": state.params, **state.collections})
+    needed = served(task, variables)
     return count(forward, needed.pop("params"), needed, batch)
 
 

@@ -4,12 +4,13 @@ import importlib
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax.core import meta
 
 from effjax import catalog
 from effjax.experiment import resolve
-from effjax.train.program import build_program
-from experiments.run.cost import forward_cost
+from experiments.run.cost import task_cost
 
 ROOT = Path(__file__).parents[2]
 # The first of each table always; the others where there is time.
@@ -43,8 +44,9 @@ def published(variants):
 def test_parameters_and_macs_are_those_of_the_paper(size):
     path, _, variant = size.config.partition(":")
     experiment = resolve(module_of(path).get_config(variant))
-    program = build_program(experiment, experiment.data.described(), jax.devices()[:1])
-    cost = forward_cost(program)
+    task, data = experiment.task, experiment.data.described()
+    batch = jax.tree.map(jnp.asarray, dict(data.example_batch(1)))
+    cost = task_cost(task, data, meta.unbox(jax.eval_shape(task.init, jax.random.key(0), batch)))
     assert cost.parameters == pytest.approx(size.parameters, rel=0.01)
     if size.macs is not None:
         assert cost.macs == pytest.approx(size.macs, rel=0.02)

@@ -16,6 +16,9 @@ CONFIGS = sorted(
     if "def get_config(" in path.read_text()
 )
 
+# Evaluating knows tasks and no models.
+ONE_A_TASK = ("vit", "dit", "lm", "hot")
+
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
@@ -53,7 +56,7 @@ def test_a_config_trains_and_leaves_what_a_run_leaves(config, trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", [config for config in CONFIGS if Path(config).stem in ONE_A_TASK])
 def test_a_run_is_evaluated_again_to_the_same_figures(config, trained):
     workdir, _ = trained(config)
     out, _ = drive("evaluate", f"--workdir={workdir}")
