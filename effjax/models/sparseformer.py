@@ -104,7 +104,7 @@ class Sampling(nn.Module):
         y = jax.lax.dot_general(seen, across, (((3,), (2,)), batch))  # [B, N, P, F]
         y = nn.gelu(jax.lax.dot_general(along, y, (((3,), (2,)), batch)), approximate=False)  # [B, N, Q, F]
         y = y.reshape(b, n, made * features)
-        return Dense(width, ("mlp", "embed"), kernel_init=_small, name="output")(y)  # [B, N, C]
+        return Dense(width, ("mlp", "embed"), kernel_init=_small, name="contract")(y)  # [B, N, C]
 
 
 class Focus(nn.Module):

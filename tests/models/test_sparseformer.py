@@ -96,7 +96,7 @@ def ours(w):
                 "kernel": made["kernel"][:, split:].reshape(-1, 32, 4),
                 "bias": made["bias"][split:].reshape(32, 4),
             },
-            "output": dense(f"{name}.adaptive_mixing.out_proj"),
+            "contract": dense(f"{name}.adaptive_mixing.out_proj"),
         }
 
     def look(name):
