@@ -10,7 +10,7 @@ from tests.train.toy import Memory, Recorder, program_of
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 # Toys with one head, which no tensor axis can cut: the papers fix how many channels a head has.
-WHOLE_HEADS = {key: {"data": 4, "fsdp": 2} for key in ("lowformer", "nextvit")}
+WHOLE_HEADS = {key: {"data": 4, "fsdp": 2} for key in ("lowformer", "nextvit", "sparseformer")}
 CHANGES = {"train__steps": "3 steps", "train__log_every": "1 steps", "evaluators": {}}
 
 
