@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 demo: $(STAMP)  ## trains a small ViT on digits, accelerates it with three methods, and writes its report
 	$(BIN)/python -m experiments.train --config=configs/vision/vit.py:digits --workdir=runs/demo
 	$(BIN)/python -m experiments.accelerate --workdir=runs/demo \
-		--method=pitome:macs=0.67 --method=tome:macs=0.67 --method=random:macs=0.67
+		--method=token_transforming:macs=0.67 --method=tome:macs=0.67 --method=random:macs=0.67
 
 test: $(STAMP)  ## the whole suite
 	$(BIN)/python -m pytest -n 2
