@@ -11,7 +11,7 @@ from flax.linen.initializers import Initializer
 from jaxtyping import Array, Float
 
 from effjax.errors import UsageError
-from effjax.layers.dense import Dense, xavier
+from effjax.layers.dense import Dense, named, truncated_normal, xavier
 from effjax.layers.norms import NormKind, norm
 
 
@@ -124,6 +124,23 @@ def sincos_table(
     row, column = (np.arange(n) * (1.0 if span is None else span / n) for n in grid)
     rows, columns = np.meshgrid(row, column, indexing="ij")
     return np.concatenate([encode(columns), encode(rows)], axis=1).astype(np.float32)
+
+
+def position_table(module: nn.Module, places: int, dim: int) -> Float[Array, "places dim"]:
+    """A learned table of positions, the parameter `positions` of a module.
+
+    Raises:
+      UsageError: where the module has one for another number of places.
+    """
+    if module.has_variable("params", "positions"):
+        held: int = module.get_variable("params", "positions").shape[0]
+        if held != places:
+            raise UsageError(
+                f"the position table holds {held} tokens and this picture makes {places}: resize the "
+                f"picture, or interpolate the table when loading the weights."
+            )
+    init = named(truncated_normal(0.02), ("length_table", "embed"))
+    return module.param("positions", init, (places, dim), jnp.float32)
 
 
 def add_positions(x: Float[Array, "b n c"], table: Float[Array, "n c"]) -> Float[Array, "b n c"]:

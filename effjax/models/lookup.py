@@ -19,10 +19,10 @@ from jaxtyping import Array, Float
 
 from effjax.errors import UsageError
 from effjax.layers.axes import constrain
-from effjax.layers.dense import Dense, named, truncated_normal, zeros
+from effjax.layers.dense import Dense, zeros
 from effjax.layers.drop import linear_rates
 from effjax.layers.norms import norm
-from effjax.layers.patches import PatchEmbed
+from effjax.layers.patches import PatchEmbed, position_table
 from effjax.layers.stack import Stack
 from effjax.mixers.context import Context
 from effjax.models.blocks.lookup import LookupBlock
@@ -93,15 +93,7 @@ class LookupViT(nn.Module):
     def _positions(self, grid: Float[Array, "b h w c"]) -> Float[Array, "1 h w c"]:
         """The learned table of the fine grid."""
         places = grid.shape[1] * grid.shape[2]
-        if self.has_variable("params", "positions"):
-            held: int = self.get_variable("params", "positions").shape[0]
-            if held != places:
-                raise UsageError(
-                    f"the position table holds {held} tokens and this picture makes {places}: resize the "
-                    f"picture, or interpolate the table when loading the weights."
-                )
-        init = named(truncated_normal(0.02), ("length_table", "embed"))
-        table = self.param("positions", init, (places, self.dim), jnp.float32)
+        table = position_table(self, places, self.dim)
         return table.astype(grid.dtype).reshape(1, *grid.shape[1:])
 
     @nn.nowrap

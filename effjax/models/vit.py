@@ -28,7 +28,7 @@ from effjax.layers import downsample
 from effjax.layers.dense import Dense, named, truncated_normal, zeros
 from effjax.layers.drop import linear_rates
 from effjax.layers.norms import norm
-from effjax.layers.patches import PatchEmbed, check_divides
+from effjax.layers.patches import PatchEmbed, check_divides, position_table
 from effjax.layers.pool import KINDS as POOLS
 from effjax.layers.pool import pooled
 from effjax.layers.stack import Stack
@@ -246,15 +246,7 @@ class ViT(nn.Module):
         if self.positioned == "none":
             return x
         places = x.shape[1] - self.prefix + self.positioned_prefix
-        if self.has_variable("params", "positions"):
-            held: int = self.get_variable("params", "positions").shape[0]
-            if held != places:
-                raise UsageError(
-                    f"the position table holds {held} tokens and this picture makes {places}: resize the "
-                    f"picture, or interpolate the table when loading the weights."
-                )
-        init = named(truncated_normal(0.02), ("length_table", "embed"))
-        table = self.param("positions", init, (places, self.dim), jnp.float32).astype(x.dtype)[None]
+        table = position_table(self, places, self.dim).astype(x.dtype)[None]
         first, last = self.positioned_prefix, self.prefix
         if first == last:
             return x + table

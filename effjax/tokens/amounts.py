@@ -2,45 +2,62 @@
 
 import dataclasses
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from effjax.errors import UsageError
+from effjax.tokens.tokens import Tokens
 
 M = TypeVar("M")
 
 
-def check_keep(keep: float | None, remove: int | None) -> None:
-    """Exactly one says how many tokens stay.
+@dataclasses.dataclass(frozen=True)
+class Amount:
+    """How much a method removes, and where: the fields that most methods begin with.
+
+    Attributes:
+      keep: share of the tokens that a layer keeps; or
+      remove: tokens that a layer removes.
+      layers: which ones reduce; None means all.
 
     Raises:
-      UsageError: for none or both of them, a share outside (0, 1], or a negative number.
+      UsageError: where not exactly one of `keep` and `remove` is given, for a share outside (0, 1], or a
+        negative number.
     """
-    if (keep is None) == (remove is None):
-        raise UsageError("say either keep, a share in (0, 1], or remove, a number of tokens.")
-    if keep is not None and not 0 < keep <= 1:
-        raise UsageError(f"keep={keep:g} is no share in (0, 1]: 0.9 leaves nine tokens of ten.")
-    if remove is not None and remove < 0:
-        raise UsageError(f"remove={remove} is negative.")
 
+    keep: float | None = None
+    remove: int | None = None
+    layers: tuple[int, ...] | None = None
 
-def removed(
-    count: int, keep: float | None, remove: int | None, most: int, original: int | None = None
-) -> int:
-    """How many of `count` tokens go, at most `most`.
+    def __post_init__(self) -> None:
+        if (self.keep is None) == (self.remove is None):
+            raise UsageError("say either keep, a share in (0, 1], or remove, a number of tokens.")
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise UsageError(f"keep={self.keep:g} is no share in (0, 1]: 0.9 leaves nine tokens of ten.")
+        if self.remove is not None and self.remove < 0:
+            raise UsageError(f"remove={self.remove} is negative.")
 
-    A number for all layers may be more than the last ones have: they remove what they can. More than the
-    `original` tokens (None means `count`) is a mistake.
+    def points(self, depth: int) -> dict[int, Any]:
+        """The layers that reduce, each with this method."""
+        return at_layers(self, depth, self.layers)
 
-    Raises:
-      UsageError: where more are asked for than there are.
-    """
-    if remove is not None:
-        there = count if original is None else original
-        if remove > there:
-            raise UsageError(f"remove={remove} asks for more tokens than the {there} that are there.")
-        return min(remove, most)
-    assert keep is not None
-    return min(math.floor(count - count * keep), most)
+    def removed(self, tokens: Tokens, most: int | None = None) -> int:
+        """How many of the tokens between the ends go, at most `most`; None leaves at least one.
+
+        A number for all layers may be more than the last ones have: they remove what they can. More than the
+        original tokens is a mistake.
+
+        Raises:
+          UsageError: where more are asked for than there were.
+        """
+        most = tokens.count - 1 if most is None else most
+        if self.remove is not None:
+            if self.remove > tokens.original:
+                raise UsageError(
+                    f"remove={self.remove} asks for more tokens than the {tokens.original} that are there."
+                )
+            return min(self.remove, most)
+        assert self.keep is not None
+        return min(math.floor(tokens.count - tokens.count * self.keep), most)
 
 
 def at_layers(method: M, depth: int, layers: tuple[int, ...] | None) -> dict[int, M]:

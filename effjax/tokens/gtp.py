@@ -31,7 +31,7 @@ from jaxtyping import Array, Float
 
 from effjax.errors import UsageError
 from effjax.mixers.stats import Stats
-from effjax.tokens.amounts import at_layers, check_keep, removed
+from effjax.tokens.amounts import Amount
 from effjax.tokens.assignment import Assignment
 from effjax.tokens.bipartite import cosine, normalised, order
 from effjax.tokens.point import Place, Where
@@ -68,13 +68,11 @@ def scores(attention: Float[Array, "b h n n"]) -> Float[Array, "b n"]:
 
 
 @dataclasses.dataclass(frozen=True)
-class GTP:
+class GTP(Amount):
     """Propagates the tokens of least score to their neighbours.
 
     Attributes:
-      keep: share of the tokens that a layer keeps; or
-      remove: tokens that a layer removes.
-      layers: which ones reduce; None means all.
+      keep, remove, layers: see `Amount`.
       alpha: how much of what goes its neighbours take on.
       graph: who neighbours are.
       neighbours: that a token has by cosine.
@@ -82,9 +80,6 @@ class GTP:
       proportional: whether attention counts sizes.
     """
 
-    keep: float | None = None
-    remove: int | None = None
-    layers: tuple[int, ...] | None = None
     alpha: float = 0.1
     graph: Graph = "mixed"
     neighbours: int = 8
@@ -95,20 +90,16 @@ class GTP:
     place: ClassVar[Place] = "after_mixer"
 
     def __post_init__(self) -> None:
-        check_keep(self.keep, self.remove)
+        super().__post_init__()
         if self.share is not None and not 0 < self.share <= 1:
             raise UsageError(f"share={self.share:g} is no share in (0, 1]: 0.6 counts three weights of five.")
         if self.neighbours < 1:
             raise UsageError(f"neighbours={self.neighbours} must be at least 1.")
 
-    def points(self, depth: int) -> dict[int, "GTP"]:
-        """The layers that reduce."""
-        return at_layers(self, depth, self.layers)
-
     def plan(self, tokens: Tokens, stats: Stats, where: Where) -> Assignment | None:
         """Ranks tokens by attention, and finds the neighbours of those that go."""
         n = tokens.count
-        remove = removed(n, self.keep, self.remove, n - 1, tokens.original)
+        remove = self.removed(tokens)
         if not remove:
             return None
         graph, places = self._graph(tokens) if tokens.carried is None else tokens.carried

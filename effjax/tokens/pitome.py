@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from effjax.mixers.stats import Stats
-from effjax.tokens.amounts import at_layers, check_keep, removed
+from effjax.tokens.amounts import Amount
 from effjax.tokens.assignment import Assignment
 from effjax.tokens.bipartite import cosine, match, normalised, order, without
 from effjax.tokens.point import Place, Where
@@ -36,13 +36,11 @@ def energy(similarity: Float[Array, "b n n"], margin: float, alpha: float) -> Fl
 
 
 @dataclasses.dataclass(frozen=True)
-class PiToMe:
+class PiToMe(Amount):
     """Merges tokens of high energy.
 
     Attributes:
-      keep: share of the tokens that a layer keeps, at least half; or
-      remove: tokens that a layer removes, at most half of them.
-      layers: which ones reduce; None means all.
+      keep, remove, layers: see `Amount`; a layer removes at most half of its tokens.
       margin: at the first layer; it falls to 0 towards the last. 0.9 in the paper, 0.75 in its code.
       alpha: weight of what lies below the margin.
       everyone: layers whose candidates are all tokens instead of those of highest energy.
@@ -50,9 +48,6 @@ class PiToMe:
       proportional: whether attention counts sizes.
     """
 
-    keep: float | None = None
-    remove: int | None = None
-    layers: tuple[int, ...] | None = None
     margin: float = 0.75
     alpha: float = 1.0
     everyone: Literal["first_half", "second_half", "none"] = "none"
@@ -61,22 +56,15 @@ class PiToMe:
 
     place: ClassVar[Place] = "after_mixer"
 
-    def __post_init__(self) -> None:
-        check_keep(self.keep, self.remove)
-
     @property
     def needs(self) -> tuple[str, ...]:
         """What is read of the mixer."""
         return ("keys",) if self.metric == "keys" else ()
 
-    def points(self, depth: int) -> dict[int, "PiToMe"]:
-        """The layers that reduce."""
-        return at_layers(self, depth, self.layers)
-
     def plan(self, tokens: Tokens, stats: Stats, where: Where) -> Assignment | None:
         """Pairs the tokens of highest energy."""
         n = tokens.count
-        remove = removed(n, self.keep, self.remove, n // 2, tokens.original)
+        remove = self.removed(tokens, n // 2)
         if not remove:
             return None
         metric = normalised(tokens.inner(metric_of(stats, self.metric)))  # [B, n, D]

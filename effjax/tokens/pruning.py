@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from effjax.mixers.stats import Stats
-from effjax.tokens.amounts import at_layers, check_keep, removed
+from effjax.tokens.amounts import Amount
 from effjax.tokens.assignment import Assignment
 from effjax.tokens.bipartite import order
 from effjax.tokens.point import Place, Where
@@ -30,35 +30,23 @@ def keep_best(scores: Float[Array, "b n"], remove: int, tokens: Tokens) -> Assig
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomDrop:
+class RandomDrop(Amount):
     """Leaves out tokens at random: what every method must beat.
 
     Attributes:
-      keep: share of the tokens that a layer keeps; or
-      remove: tokens that a layer removes.
-      layers: which ones reduce; None means all.
+      keep, remove, layers: see `Amount`.
       seed: of the draw, which is another one at every layer and for every example.
     """
 
-    keep: float | None = None
-    remove: int | None = None
-    layers: tuple[int, ...] | None = None
     seed: int = 0
 
     needs: ClassVar[tuple[str, ...]] = ()
     place: ClassVar[Place] = "after_mixer"
     proportional: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        check_keep(self.keep, self.remove)
-
-    def points(self, depth: int) -> dict[int, "RandomDrop"]:
-        """The layers that reduce."""
-        return at_layers(self, depth, self.layers)
-
     def plan(self, tokens: Tokens, stats: Stats, where: Where) -> Assignment | None:
         """Draws a score for every token."""
-        remove = removed(tokens.count, self.keep, self.remove, tokens.count - 1, tokens.original)
+        remove = self.removed(tokens)
         if not remove:
             return None
         key = jax.random.fold_in(jax.random.key(self.seed), where.layer)
@@ -66,33 +54,20 @@ class RandomDrop:
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassAttention:
+class ClassAttention(Amount):
     """Leaves out what the class token attends to least; without a class token, what all tokens do.
 
     Attributes:
-      keep: share of the tokens that a layer keeps; or
-      remove: tokens that a layer removes.
-      layers: which ones reduce; None means all.
+      keep, remove, layers: see `Amount`.
     """
-
-    keep: float | None = None
-    remove: int | None = None
-    layers: tuple[int, ...] | None = None
 
     needs: ClassVar[tuple[str, ...]] = ("attention",)
     place: ClassVar[Place] = "after_mixer"
     proportional: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        check_keep(self.keep, self.remove)
-
-    def points(self, depth: int) -> dict[int, "ClassAttention"]:
-        """The layers that reduce."""
-        return at_layers(self, depth, self.layers)
-
     def plan(self, tokens: Tokens, stats: Stats, where: Where) -> Assignment | None:
         """Ranks tokens by the attention that they get."""
-        remove = removed(tokens.count, self.keep, self.remove, tokens.count - 1, tokens.original)
+        remove = self.removed(tokens)
         if not remove:
             return None
         queries = stats.attention[:, :, :1] if tokens.ends[0] else stats.attention  # [B, H, Q, N]

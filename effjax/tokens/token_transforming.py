@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 
 from effjax.errors import UsageError
 from effjax.mixers.stats import Stats
-from effjax.tokens.amounts import at_layers, check_keep, removed
+from effjax.tokens.amounts import Amount
 from effjax.tokens.assignment import Mixture, Plan
 from effjax.tokens.bipartite import cosine, normalised, order
 from effjax.tokens.point import Place, Where
@@ -59,21 +59,16 @@ def transformation(
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenTransforming:
+class TokenTransforming(Amount):
     """Divides tokens among anchors.
 
     Attributes:
-      keep: share of the tokens that a layer keeps; or
-      remove: tokens that a layer removes.
-      layers: which ones reduce; None means all.
+      keep, remove, layers: see `Amount`.
       temperature: of the softmax over anchors; small ones merge, large ones average.
       metric: what tokens are compared by: the keys' mean over heads, or what goes into the mixer.
       proportional: whether attention counts sizes.
     """
 
-    keep: float | None = None
-    remove: int | None = None
-    layers: tuple[int, ...] | None = None
     temperature: float = 0.03
     metric: Literal["keys", "features"] = "keys"
     proportional: bool = True
@@ -81,7 +76,7 @@ class TokenTransforming:
     place: ClassVar[Place] = "after_mixer"
 
     def __post_init__(self) -> None:
-        check_keep(self.keep, self.remove)
+        super().__post_init__()
         if self.temperature <= 0:
             raise UsageError(f"temperature={self.temperature:g} must be positive.")
 
@@ -90,14 +85,10 @@ class TokenTransforming:
         """What is read of the mixer."""
         return ("attention", "keys") if self.metric == "keys" else ("attention",)
 
-    def points(self, depth: int) -> dict[int, "TokenTransforming"]:
-        """The layers that reduce."""
-        return at_layers(self, depth, self.layers)
-
     def plan(self, tokens: Tokens, stats: Stats, where: Where) -> Mixture | None:
         """Ranks tokens by attention, and compares all with the first."""
         n = tokens.count
-        remove = removed(n, self.keep, self.remove, n - 1, tokens.original)
+        remove = self.removed(tokens)
         if not remove:
             return None
         seen = jnp.mean(jax.lax.stop_gradient(stats.attention), axis=(1, 2))  # [B, N]

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import jax.numpy as jnp
 
 from effjax.mixers.stats import Stats
-from effjax.tokens.amounts import at_layers, check_keep, check_layers, inflected, removed
+from effjax.tokens.amounts import Amount, check_layers, inflected
 from effjax.tokens.assignment import Assignment
 from effjax.tokens.bipartite import cosine, match, normalised, without
 from effjax.tokens.point import Place, Where
@@ -29,29 +29,21 @@ def metric_of(stats: Stats, metric: str) -> jnp.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class ToMe:
+class ToMe(Amount):
     """Merges similar tokens.
 
     Attributes:
-      keep: share of the tokens that a layer keeps, at least half; or
-      remove: tokens that a layer removes, at most half of them.
+      keep, remove, layers: see `Amount`; a layer removes at most half of its tokens.
       inflection: of `remove` over depth, from -1 (falling to none) to 1 (rising from none); 0 is constant.
-      layers: which ones reduce; None means all.
       metric: what tokens are compared by: the keys' mean over heads, or what goes into the mixer.
       proportional: whether attention counts sizes.
     """
 
-    keep: float | None = None
-    remove: int | None = None
     inflection: float = 0.0
-    layers: tuple[int, ...] | None = None
     metric: Literal["keys", "features"] = "keys"
     proportional: bool = True
 
     place: ClassVar[Place] = "after_mixer"
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep, self.remove)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -61,7 +53,7 @@ class ToMe:
     def points(self, depth: int) -> dict[int, "ToMe"]:
         """The layers that reduce."""
         if self.remove is None or not self.inflection:
-            return at_layers(self, depth, self.layers)
+            return super().points(depth)
         counts = inflected(self.remove, self.inflection, depth)
         layers = tuple(range(depth)) if self.layers is None else self.layers
         check_layers(layers, depth)
@@ -75,7 +67,7 @@ class ToMe:
     def plan(self, tokens: Tokens, stats: Stats, where: Where) -> Assignment | None:
         """Pairs tokens at even places with tokens at odd places."""
         n, before = tokens.count, tokens.ends[0]
-        remove = removed(n, self.keep, self.remove, n // 2, tokens.original)
+        remove = self.removed(tokens, n // 2)
         if not remove:
             return None
         metric = normalised(tokens.inner(metric_of(stats, self.metric)))  # [B, n, D]

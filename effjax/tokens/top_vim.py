@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from effjax.mixers.stats import Stats
-from effjax.tokens.amounts import at_layers, check_keep, removed
+from effjax.tokens.amounts import Amount
 from effjax.tokens.assignment import Assignment
 from effjax.tokens.point import Place, Where
 from effjax.tokens.pruning import keep_best
@@ -36,33 +36,20 @@ def importance(output: Float[Array, "b n i"]) -> Float[Array, "b n"]:
 
 
 @dataclasses.dataclass(frozen=True)
-class ToPViM:
+class ToPViM(Amount):
     """Leaves out the tokens of which a scan makes least.
 
     Attributes:
-      keep: share of the tokens that a layer keeps; or
-      remove: tokens that a layer removes.
-      layers: which ones reduce; None means all.
+      keep, remove, layers: see `Amount`.
     """
-
-    keep: float | None = None
-    remove: int | None = None
-    layers: tuple[int, ...] | None = None
 
     needs: ClassVar[tuple[str, ...]] = ("output",)
     place: ClassVar[Place] = "after_mixer"
     proportional: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        check_keep(self.keep, self.remove)
-
-    def points(self, depth: int) -> dict[int, "ToPViM"]:
-        """The layers that reduce."""
-        return at_layers(self, depth, self.layers)
-
     def plan(self, tokens: Tokens, stats: Stats, where: Where) -> Assignment | None:
         """Ranks tokens by their outputs."""
-        remove = removed(tokens.count, self.keep, self.remove, tokens.count - 1, tokens.original)
+        remove = self.removed(tokens)
         if not remove:
             return None
         scores = importance(jax.lax.stop_gradient(stats.output))  # [B, N]
