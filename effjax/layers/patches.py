@@ -140,7 +140,7 @@ def position_table(module: nn.Module, places: int, dim: int) -> Float[Array, "pl
                 f"picture, or interpolate the table when loading the weights."
             )
     init = named(truncated_normal(0.02), ("length_table", "embed"))
-    return module.param("positions", init, (places, dim), jnp.float32)
+    return jnp.asarray(module.param("positions", init, (places, dim), jnp.float32))
 
 
 def add_positions(x: Float[Array, "b n c"], table: Float[Array, "n c"]) -> Float[Array, "b n c"]:
