@@ -4,15 +4,14 @@ import collections
 import os
 from pathlib import Path
 
+from tests.flags import QUICK_TO_COMPILE
+
 # The embedded data sets are prepared once for all tests, and nothing is written into anybody's home.
 os.environ["TFDS_DATA_DIR"] = str(Path(__file__).resolve().parents[1] / ".testdata")
 # Before jax starts: a test never takes an accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs here are compiled once and run for milliseconds: cheap code is the fast choice.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK_TO_COMPILE])
 
 import jax
 import pytest
