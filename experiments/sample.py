@@ -15,8 +15,13 @@ OUT = flags.DEFINE_string("out", None, "PNG to write")
 CLASSES = flags.DEFINE_list("classes", None, "class numbers, one row each; by default the first ten")
 PER_CLASS = flags.DEFINE_integer("per_class", 8, "pictures in a row")
 GUIDANCE = flags.DEFINE_float("guidance", 1.0, "scale of classifier-free guidance; 1 is none")
+INTERVAL = flags.DEFINE_list(
+    "interval", None, "share of the way that is guided, as in 0.2,0.8: 0 is the picture and 1 noise"
+)
 SAMPLER = flags.DEFINE_string(
-    "sampler", None, "ddpm or ddim for a DDPM run, euler or heun for a flow; by default ddim or euler"
+    "sampler",
+    None,
+    "ddpm, ddim or dpm_solver for a DDPM run, euler, heun or dpm_solver for a flow; by default ddim or euler",
 )
 STEPS = flags.DEFINE_integer("steps", None, "steps of the sampler; by default its own number")
 SEED = flags.DEFINE_integer("seed", 0, "decides all noise")
@@ -41,6 +46,7 @@ def main(argv: list[str]) -> int:
             classes=None if CLASSES.value is None else sampling.class_numbers(CLASSES.value),
             per_class=PER_CLASS.value,
             guidance=GUIDANCE.value,
+            interval=(0.0, 1.0) if INTERVAL.value is None else sampling.shares(INTERVAL.value),
             sampler=SAMPLER.value,
             steps=STEPS.value,
             seed=SEED.value,

@@ -59,6 +59,11 @@ class DDPM:
         """Whether the network gives variances, in a second half of its channels."""
         return self.sigma == "learned"
 
+    @property
+    def latest(self) -> float:
+        """The noisiest time."""
+        return self.steps - 1.0
+
     def alpha_bar(self) -> Float[np.ndarray, " steps"]:
         """The share of the picture's variance left at each time."""
         return alpha_bars(self.schedule, self.steps)

@@ -1,5 +1,6 @@
 """Pictures of asked-for classes from a trained task."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,25 +12,48 @@ from effjax.errors import UsageError
 from effjax.train.tasks.diffusion import Diffusion
 
 
-def check_request(task: Diffusion, sampler: Sampler, classes: Sequence[int], guidance: float) -> None:
-    """Refuses what cannot be sampled, before anything is compiled.
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn.
 
-    Raises:
-      UsageError: for a class that the model does not have, guidance of a model that was never trained
-        without labels, a sampler that does not fit the process, or too many steps.
+    Attributes:
+      sampler: how to walk from noise to picture.
+      guidance: scale of classifier-free guidance; 1 samples the conditional model at half the cost.
+      interval: the share of the process that is guided, from 0, the picture, to 1, noise.
     """
-    known = task.model.classes
-    for number in classes:
-        if not 0 <= number < known:
-            raise UsageError(f"class {number} does not exist: the model knows classes 0 to {known - 1}.")
-    if guidance < 0:
-        raise UsageError(f"guidance={guidance:g} must not be negative: 1 is none, 0 ignores the class.")
-    if guidance != 1.0 and task.null is None:
-        raise UsageError(
-            f"guidance={guidance:g} needs a model trained with dropped labels, and this one was trained with "
-            f"label_dropout=0: sample with guidance=1."
-        )
-    sampler.plan(task.process)
+
+    sampler: Sampler
+    guidance: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def check(self, task: Diffusion, classes: Sequence[int]) -> None:
+        """Refuses what cannot be sampled, before anything is compiled.
+
+        Raises:
+          UsageError: for a class that the model does not have, guidance of a model that was never trained
+            without labels, an interval that is none, a sampler that does not fit the process, or too many
+            steps.
+        """
+        known = task.model.classes
+        for number in classes:
+            if not 0 <= number < known:
+                raise UsageError(f"class {number} does not exist: the model knows classes 0 to {known - 1}.")
+        if self.guidance < 0:
+            raise UsageError(
+                f"guidance={self.guidance:g} must not be negative: 1 is none, 0 ignores the class."
+            )
+        if self.guidance != 1.0 and not task.label_dropout:
+            raise UsageError(
+                f"guidance={self.guidance:g} needs a model trained with dropped labels, and this one was "
+                f"trained with label_dropout=0: sample with guidance=1."
+            )
+        least, greatest = self.interval
+        if not 0 <= least < greatest <= 1:
+            raise UsageError(
+                f"interval={least:g},{greatest:g}: guidance needs two rising shares of the process, between "
+                f"0, the picture, and 1, noise."
+            )
+        self.sampler.plan(task.process)
 
 
 def sample_classes(
@@ -37,24 +61,22 @@ def sample_classes(
     variables: Any,
     label: Int[Array, " b"],
     shape: Sequence[int],
-    sampler: Sampler,
-    guidance: float,
+    sampling: Sampling,
     keys: Key[Array, " b"],
 ) -> Float[Array, "b *shape"]:
-    """Draws one picture for each label; `check_request` says what is refused.
+    """Draws one picture for each label; `Sampling.check` says what is refused.
 
     Args:
       task: holds the model and the process it was trained on.
       variables: the model's, or their moving average.
       label: class of each picture.
       shape: of one picture, `(H, W, C)`.
-      sampler: how to walk from noise to picture.
-      guidance: scale of classifier-free guidance; 1 samples the conditional model at half the cost.
+      sampling: sampler and guidance.
       keys: one for each picture; a picture depends on its key alone, not on its batch.
     """
     denoiser = task.denoiser(variables)
-    if guidance != 1.0:
-        if task.null is None:
-            raise UsageError("guidance needs a model that was trained with dropped labels.")
-        denoiser = guided(denoiser, guidance, task.null)
-    return sample(sampler, denoiser, task.process, label, shape, keys)
+    if sampling.guidance != 1.0:
+        least, greatest = (share * task.process.latest for share in sampling.interval)
+        interval = None if sampling.interval == (0.0, 1.0) else (least, greatest)
+        denoiser = guided(denoiser, sampling.guidance, task.null, interval=interval)
+    return sample(sampling.sampler, denoiser, task.process, label, shape, keys)

@@ -8,8 +8,10 @@ A process is a frozen dataclass of pure functions; `t [B]` is its own time, an i
     target(x0, eps, t)                     what the network should predict
     split(prediction, channels)            its mean and its variance share, None where there is none
     to_x0_eps(mean, x_t, t) -> (x0, eps)   a prediction read as picture and as noise
+    to_eps(x0, x_t, t) -> eps              the noise that leads from one to the other
     loss(prediction, x0, eps, t)           {"loss": [B], "mse": [B], ...}
     learned_sigma                          whether predictions have twice the channels
+    latest                                 the noisiest time
 """
 
 from effjax.diffusion.ddpm import DDPM

@@ -37,6 +37,7 @@ class RectifiedFlow:
     deviation: float = 1.0
 
     learned_sigma: ClassVar[bool] = False
+    latest: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         if self.deviation <= 0:
@@ -69,6 +70,12 @@ class RectifiedFlow:
     ) -> tuple[Float[Array, "b *rest"], Float[Array, "b *rest"]]:
         """Reads a velocity as the two ends of its line."""
         return x_t - across(t, x_t) * mean, x_t + (1.0 - across(t, x_t)) * mean
+
+    def to_eps(
+        self, x0: Float[Array, "b *rest"], x_t: Float[Array, "b *rest"], t: Float[Array, " b"]
+    ) -> Float[Array, "b *rest"]:
+        """The noise that leads from `x0` to `x_t`."""
+        return (x_t - (1.0 - across(t, x_t)) * x0) / across(t, x_t)
 
     def split(
         self, prediction: Float[Array, "b *rest out"], channels: int

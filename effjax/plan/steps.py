@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from effjax.diffusion.examples import example_keys
-from effjax.diffusion.generate import check_request, sample_classes
+from effjax.diffusion.generate import Sampling, sample_classes
 from effjax.diffusion.samplers import Sampler
 from effjax.errors import UsageError, did_you_mean
 from effjax.parallel.sharding import activate, batch_parts
@@ -112,19 +112,19 @@ def sample(program: Program, serving: Serving) -> Step:
     """All steps of a sampler, from noise to pictures (or latents).
 
     Raises:
-      UsageError: for a task that is no diffusion, or what `check_request` refuses.
+      UsageError: for a task that is no diffusion, or what `Sampling.check` refuses.
     """
     task = program.task
     if not isinstance(task, Diffusion) or serving.sampler is None:
         raise UsageError(f"--step=sample needs a diffusion config, and this one is {_kind(task)}.")
-    check_request(task, serving.sampler, (0,), serving.guidance)
+    sampling = Sampling(serving.sampler, serving.guidance)
+    sampling.check(task, (0,))
     batch, shape = _batch(program, serving), program.data.example_batch(1)["image"].shape[1:]
     numbers = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=program.batch_sharding)
-    sampler, guidance = serving.sampler, serving.guidance
 
     def pictures(variables: Any, label: Any, index: Any) -> Any:
         keys = example_keys(jax.random.key(0), index)
-        return sample_classes(task, variables, label, shape, sampler, guidance, keys)
+        return sample_classes(task, variables, label, shape, sampling, keys)
 
     return Step(
         kind="sample",

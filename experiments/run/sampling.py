@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from effjax.diffusion import samplers
+from effjax.diffusion.ddpm import DDPM
 from effjax.diffusion.examples import example_keys
-from effjax.diffusion.generate import check_request, sample_classes
+from effjax.diffusion.generate import Sampling, sample_classes
 from effjax.diffusion.process import kind_of
 from effjax.errors import UsageError, did_you_mean
 from effjax.parallel.sharding import activate, batch_parts
@@ -32,6 +33,7 @@ class Request:
       classes: one row each; None means the first ten.
       per_class: pictures in a row.
       guidance: scale of classifier-free guidance; 1 is none.
+      interval: the share of the process that is guided, from 0, the picture, to 1, noise.
       sampler: a name in `effjax.diffusion.samplers.KINDS`; None means the usual one for the process.
       steps: of the sampler; None means its own number.
       seed: decides all noise.
@@ -41,6 +43,7 @@ class Request:
     classes: Sequence[int] | None = None
     per_class: int = 8
     guidance: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
     sampler: str | None = None
     steps: int | None = None
     seed: int = 0
@@ -61,13 +64,24 @@ def class_numbers(words: Sequence[str]) -> list[int]:
         raise UsageError(f"--classes={','.join(words)} must be numbers, as in --classes=0,1,2.") from None
 
 
+def shares(words: Sequence[str]) -> tuple[float, float]:
+    """Reads the words of `--interval`."""
+    try:
+        least, greatest = (float(word) for word in words)
+    except ValueError:
+        raise UsageError(
+            f"--interval={','.join(words)} must be two shares, as in --interval=0.2,0.8."
+        ) from None
+    return least, greatest
+
+
 def build_sampler(task: Diffusion, name: str | None, steps: int | None) -> samplers.Sampler:
     """The sampler by name, or the usual one for the task's process."""
     name = DEFAULT_SAMPLERS[kind_of(task.process)] if name is None else name
     if name not in samplers.KINDS:
         raise UsageError(f"--sampler={name} is no sampler. {did_you_mean(name, samplers.KINDS)}")
     options: dict[str, Any] = {} if steps is None else {"steps": steps}
-    if name in ("ddpm", "ddim"):
+    if isinstance(task.process, DDPM) and name in ("ddpm", "ddim", "dpm_solver"):
         options["clip"] = 1.0  # pictures lie in [-1, 1]
     return samplers.KINDS[name](**options)
 
@@ -76,7 +90,7 @@ def run(workdir: str, out: str, request: Request, step: int | None = None, ema: 
     """Writes the grid of a request to `out`; returns the exit code.
 
     Raises:
-      UsageError: for a run of something else than pictures by diffusion, or what `check_request` refuses.
+      UsageError: for a run of something else than pictures by diffusion, or what `Sampling.check` refuses.
     """
     program, variables = load_run(workdir, step, ema)
     if not isinstance(program.task, Diffusion):
@@ -93,7 +107,8 @@ def draw(program: Program, variables: Any, request: Request) -> tuple[UInt8[np.n
     task = program.task
     sampler = build_sampler(task, request.sampler, request.steps)
     classes = request.classes if request.classes is not None else range(min(task.model.classes, 10))
-    check_request(task, sampler, classes, request.guidance)
+    how = Sampling(sampler, request.guidance, request.interval)
+    how.check(task, classes)
     shape = program.data.example_batch(1)["image"].shape[1:]
     if shape[-1] not in (1, 3):
         raise UsageError(
@@ -105,7 +120,7 @@ def draw(program: Program, variables: Any, request: Request) -> tuple[UInt8[np.n
     @jax.jit
     def sample(variables: Any, label: Any, index: Any) -> Any:
         keys = example_keys(jax.random.key(request.seed), index)
-        return sample_classes(task, variables, label, shape, sampler, request.guidance, keys)
+        return sample_classes(task, variables, label, shape, how, keys)
 
     parts = batch_parts(program.mesh, program.rules)
     size = -(-min(request.batch, len(labels)) // parts) * parts  # one compiled size, which divides

@@ -10,7 +10,7 @@ from flax.core import meta
 
 from effjax.diffusion.ddpm import DDPM
 from effjax.diffusion.examples import example_keys
-from effjax.diffusion.generate import check_request, sample_classes
+from effjax.diffusion.generate import Sampling, sample_classes
 from effjax.diffusion.samplers import DDIMSampler, DDPMSampler, EulerSampler
 from effjax.errors import UsageError
 from effjax.ffn.mlp import MLP
@@ -39,15 +39,15 @@ ANCESTRAL = DDPMSampler(steps=3, clip=1.0)
 
 
 @functools.cache
-def compiled(guidance, sampler):
+def compiled(sampling):
     def run(variables, label, keys):
-        return sample_classes(task(), variables, label, SHAPE, sampler, guidance, keys)
+        return sample_classes(task(), variables, label, SHAPE, sampling, keys)
 
     return jax.jit(run)
 
 
-def pictures(variables, label, keys, guidance=2.0, sampler=ANCESTRAL):
-    return compiled(guidance, sampler)(variables, label, keys)
+def pictures(variables, label, keys, guidance=2.0, sampler=ANCESTRAL, **options):
+    return compiled(Sampling(sampler, guidance, **options))(variables, label, keys)
 
 
 def test_same_key_same_picture_in_any_batch(variables):
@@ -83,14 +83,30 @@ def test_guidance_of_0_forgets_the_class(variables):
         ({"task": task(label_dropout=0.0)}, "guidance=2 needs a model trained with dropped labels"),
         ({"sampler": DDIMSampler(steps=1001)}, "steps=1001 .* schedule has 1000 steps"),
         ({"sampler": EulerSampler()}, "'euler' does not walk a ddpm process"),
+        ({"interval": (0.6, 0.3)}, "interval=0.6,0.3: guidance needs two rising shares"),
+        ({"interval": (0.0, 900.0)}, "interval=0,900"),
     ],
 )
 def test_refusals(request_, message):
-    asked = {"task": task(), "sampler": DDIMSampler(), "classes": [0], "guidance": 2.0, **request_}
+    asked = {"sampler": DDIMSampler(), "guidance": 2.0, **request_}
+    tried, classes = asked.pop("task", task()), asked.pop("classes", [0])
     with pytest.raises(UsageError, match=message):
-        check_request(**asked)
+        Sampling(**asked).check(tried, classes)
 
 
 def test_what_is_allowed():
-    check_request(task(label_dropout=0.0), DDIMSampler(), [0, 2], 1.0)
-    check_request(task(), DDPMSampler(steps=1000), [0], 0.0)
+    Sampling(DDIMSampler()).check(task(label_dropout=0.0), [0, 2])
+    Sampling(DDPMSampler(steps=1000), 0.0).check(task(), [0])
+
+
+def test_an_interval_is_a_share_of_the_process(variables):
+    """Steps at times 999, 500 and 0: guided between the shares 0.4 and 0.6 means at the second alone."""
+    label, keys = jnp.array([0, 1]), example_keys(jax.random.key(3), jnp.arange(2))
+    sampler = DDIMSampler(3)
+    some = pictures(variables, label, keys, 3.0, sampler, interval=(0.4, 0.6))
+    none = pictures(variables, label, keys, 1.0, sampler)
+    everywhere = pictures(variables, label, keys, 3.0, sampler)
+    assert float(jnp.max(jnp.abs(some - none))) > 1e-3
+    assert float(jnp.max(jnp.abs(some - everywhere))) > 1e-3
+    beyond = pictures(variables, label, keys, 3.0, sampler, interval=(0.6, 0.9))  # no step lies there
+    np.testing.assert_allclose(beyond, none, rtol=1e-5, atol=1e-6)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from effjax.diffusion.ddpm import DDPM
+from effjax.diffusion.denoiser import memoryless
 from effjax.diffusion.examples import example_keys, example_noise
 from effjax.diffusion.rectified_flow import RectifiedFlow
 from effjax.diffusion.samplers import (
@@ -16,9 +17,9 @@ from effjax.diffusion.samplers import (
     DDPMSampler,
     EulerSampler,
     HeunSampler,
-    sample,
-    trajectory,
 )
+from effjax.diffusion.samplers import sample as sample_by
+from effjax.diffusion.samplers import trajectory as trajectory_by
 from effjax.diffusion.schedules import posterior, spaced
 from effjax.errors import UsageError
 
@@ -27,6 +28,14 @@ PLAIN = DDPM(sigma="small")
 LABEL = jnp.arange(3)
 PICTURES = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, size=(3, *SHAPE)), jnp.float32)
 KEYS = example_keys(jax.random.key(7), LABEL)
+
+
+def sample(sampler, network, *rest):
+    return sample_by(sampler, memoryless(network), *rest)
+
+
+def trajectory(sampler, network, *rest):
+    return trajectory_by(sampler, memoryless(network), *rest)
 
 
 def knowing(process):
@@ -211,8 +220,12 @@ def test_trajectory_ends_at_the_sample():
 @pytest.mark.parametrize(
     ("kind", "process", "message"),
     [
-        ("ddim", RectifiedFlow(), "'ddim' does not walk a rectified_flow process: take euler or heun"),
-        ("heun", DDPM(), "'heun' does not walk a ddpm process: take ddpm or ddim"),
+        (
+            "ddim",
+            RectifiedFlow(),
+            "'ddim' does not walk a rectified_flow process: take euler, heun or dpm_s",
+        ),
+        ("heun", DDPM(), "'heun' does not walk a ddpm process: take ddpm, ddim or dpm_solver"),
         ("ddpm", DDPM(steps=100), "schedule has 100 steps"),
     ],
 )

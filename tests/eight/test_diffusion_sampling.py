@@ -7,7 +7,7 @@ from flax.core import meta
 
 from effjax.diffusion.ddpm import DDPM
 from effjax.diffusion.examples import example_keys
-from effjax.diffusion.generate import sample_classes
+from effjax.diffusion.generate import Sampling, sample_classes
 from effjax.diffusion.samplers import DDPMSampler
 from effjax.ffn.mlp import MLP
 from effjax.mixers.attention import Attention
@@ -28,10 +28,12 @@ def test_sampling_does_not_depend_on_devices():
     draw = np.random.default_rng(0)
     variables = jax.tree.map(lambda s: jnp.asarray(0.3 * draw.normal(size=s.shape), s.dtype), shapes)
 
+    how = Sampling(DDPMSampler(3, clip=1.0), guidance=2.0)
+
     @jax.jit
     def run(variables, label, index):
         keys = example_keys(jax.random.key(3), index)
-        return sample_classes(task, variables, label, SHAPE, DDPMSampler(3, clip=1.0), 2.0, keys)
+        return sample_classes(task, variables, label, SHAPE, how, keys)
 
     index = jnp.arange(16)
     alone = run(variables, index % 3, index)

@@ -11,10 +11,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from effjax.config import part
-from effjax.diffusion.guidance import Denoiser
+from effjax.diffusion.denoiser import Condition, Denoiser, memoryless
 from effjax.diffusion.process import KINDS as PROCESSES
 from effjax.diffusion.process import Process
 from effjax.errors import UsageError
@@ -60,10 +60,9 @@ class Diffusion:
                 f"another sigma in the process."
             )
 
-    @property
-    def null(self) -> int | None:
-        """The label that means "no label"; None where the model was never trained without labels."""
-        return self.model.classes if self.label_dropout else None
+    def null(self, label: Int[Array, " b"]) -> Int[Array, " b"]:
+        """The label that means "no label", for each example; trained only where labels are dropped."""
+        return jnp.full_like(label, self.model.classes)
 
     def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
         """Makes the variables from a batch of which only shapes matter."""
@@ -76,7 +75,7 @@ class Diffusion:
         image, label = batch["image"], batch["label"]
         if self.label_dropout:
             dropped = jax.random.bernoulli(k_label, self.label_dropout, label.shape)
-            label = jnp.where(dropped, self.model.classes, label)
+            label = jnp.where(dropped, self.null(label), label)
         return {
             "image": image,
             "label": label,
@@ -110,7 +109,8 @@ class Diffusion:
         place = jnp.arange(image.shape[0])
         t = self.process.times(jnp.mod((place + 0.5) * _GOLDEN, 1.0))  # [B]
         noise = jax.random.normal(jax.random.key(0), image.shape)
-        prediction = self.denoiser(variables)(self.process.noise(image, noise, t), t, batch["label"])
+        prediction = self._predict(variables, self.process.noise(image, noise, t), t, batch["label"])
+        prediction = prediction.astype(jnp.float32)
         losses = self.process.loss(prediction, image, noise, t)  # each [B]
         return {name: Mean.of(value, batch["mask"]) for name, value in losses.items()}
 
@@ -119,12 +119,12 @@ class Diffusion:
         return values
 
     def denoiser(self, variables: Any) -> Denoiser:
-        """The trained network as `(x_t, t, label) -> prediction`, for samplers."""
+        """The trained network, for samplers."""
 
-        def denoise(x_t: Array, t: Array, label: Array) -> Array:
+        def predict(x_t: Array, t: Array, label: Condition) -> Array:
             return self._predict(variables, x_t, t, label).astype(jnp.float32)
 
-        return denoise
+        return memoryless(predict)
 
     def _predict(self, variables: Any, x_t: Array, t: Array, label: Array, **options: Any) -> Any:
         """Runs the network in the dtype of its parameters."""

@@ -1,0 +1,103 @@
+"""Samplers: from noise to pictures, as one scan over the steps.
+
+A sampler is a frozen dataclass with
+
+    steps                                             how many
+    remembered                                        how many earlier estimates a step reads
+    plan(process)                                     what each step needs to know, stacked over steps
+    step(denoise, process, state, at, keys)           one step
+
+and the scan stands here once.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from effjax.diffusion.denoiser import Condition, Denoiser
+from effjax.diffusion.examples import example_noise
+from effjax.diffusion.process import Process
+from effjax.diffusion.samplers.chain import DDIMSampler, DDPMSampler
+from effjax.diffusion.samplers.dpm_solver import DPMSolverSampler
+from effjax.diffusion.samplers.flow import EulerSampler, HeunSampler
+from effjax.diffusion.samplers.state import State
+
+Sampler = DDPMSampler | DDIMSampler | DPMSolverSampler | EulerSampler | HeunSampler
+
+KINDS = {
+    "ddpm": DDPMSampler,
+    "ddim": DDIMSampler,
+    "dpm_solver": DPMSolverSampler,
+    "euler": EulerSampler,
+    "heun": HeunSampler,
+}
+
+
+def walk(
+    sampler: Sampler,
+    denoiser: Denoiser,
+    process: Process,
+    condition: Condition,
+    shape: Sequence[int],
+    keys: Key[Array, " b"],
+    keep: Callable[[State], Any] = lambda state: None,
+) -> tuple[State, Any]:
+    """Draws one picture for each condition; returns where the sampler ended, and what was kept of each step.
+
+    Args:
+      sampler: how to walk.
+      denoiser: what is asked at every step, guided or not, cached or not.
+      process: what the denoiser was trained on.
+      condition: what each picture should show.
+      shape: of one picture.
+      keys: one for each picture (`effjax.diffusion.examples.example_keys`): all of its noise.
+      keep: what is stacked over steps, of the state behind each.
+
+    Raises:
+      UsageError: where the sampler does not fit the process, or takes more steps than the schedule has.
+    """
+    plan: dict[str, Array] = {name: _narrow(table) for name, table in sampler.plan(process).items()}
+    plan["index"] = jnp.arange(1, sampler.steps + 1)
+
+    def denoise(x: Array, t: Array, memory: Any) -> tuple[Array, Any]:
+        return denoiser.predict(x, t, condition, memory)
+
+    def step(state: State, at: Any) -> tuple[State, Any]:
+        state = sampler.step(denoise, process, state, at, keys)  # type: ignore[arg-type]
+        return state, keep(state)
+
+    x = example_noise(keys, 0, shape)  # the same start for every sampler and number of steps
+    earlier = jnp.zeros((sampler.remembered, *x.shape), x.dtype)
+    return jax.lax.scan(step, State(x, jnp.zeros_like(x), earlier, denoiser.start(x, condition)), plan)
+
+
+def sample(
+    sampler: Sampler,
+    denoiser: Denoiser,
+    process: Process,
+    condition: Condition,
+    shape: Sequence[int],
+    keys: Key[Array, " b"],
+) -> Float[Array, "b *shape"]:
+    """The pictures alone that `walk` ends at."""
+    return walk(sampler, denoiser, process, condition, shape, keys)[0].x
+
+
+def trajectory(
+    sampler: Sampler,
+    denoiser: Denoiser,
+    process: Process,
+    condition: Condition,
+    shape: Sequence[int],
+    keys: Key[Array, " b"],
+) -> Float[Array, "steps b *shape"]:
+    """Like `sample`, but returns the estimate of the clean pictures at every step."""
+    return walk(sampler, denoiser, process, condition, shape, keys, lambda state: state.x0)[1]
+
+
+def _narrow(table: np.ndarray) -> Array:
+    return jnp.asarray(table, jnp.int32 if table.dtype.kind == "i" else jnp.float32)
