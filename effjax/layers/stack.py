@@ -65,6 +65,7 @@ class Stack(nn.Module):
         points: Mapping[int, Any] | None = None,
         before: Mapping[int, Callable[[Any, bool], Any]] | None = None,
         through: Callable[[Callable[[Any], Any], Any], Any] | None = None,
+        part: tuple[int, int] | None = None,
     ) -> tuple[Any, Any]:
         """Runs all layers on `x` and returns `(x, outs)`.
 
@@ -79,6 +80,8 @@ class Stack(nn.Module):
           before: functions of `(x, train)` that change `x` before a layer; `depth` means behind the last.
           through: how a part of the stack between two cuts is run, given `run` from `x` to `(x, more)`, and
             `x`: any number of times, on other shapes of the same; None runs it once, as it is.
+          part: runs only the layers from the first to before the second, which change no variables; `each`
+            and `points` count from the first of all layers.
         """
         if self.remat not in REMAT:
             raise UsageError(f"remat is {self.remat!r}. {did_you_mean(self.remat, REMAT)}")
@@ -97,7 +100,7 @@ class Stack(nn.Module):
         # What an earlier pass sowed is no layer's.
         variables = {name: meta.unbox(v) for name, v in self.variables.items() if name != "intermediates"}
         assert self.scope is not None
-        mutable = intersect_filters(self.scope.mutable, DenyList("params"))
+        mutable = intersect_filters(self.scope.mutable, DenyList("params")) if part is None else False
         watched = not self.is_initializing() and self.is_mutable_collection("intermediates")
         keys = None
         if train and self.has_rng("dropout"):
@@ -109,7 +112,8 @@ class Stack(nn.Module):
             options: dict[str, Any] = dict(train=train, rngs=rngs, method=method, mutable=mutable)
             if point is not None:
                 options["point"] = point
-            (y, out), changed = block.apply(variables, x, each, *shared, **options)
+            made = block.apply(variables, x, each, *shared, **options)
+            (y, out), changed = made if mutable is not False else (made, {})
             return y, (out, changed, x if watched else None)
 
         def checkpointed(layer, alone):
@@ -121,7 +125,8 @@ class Stack(nn.Module):
         points, before, through = points or {}, before or {}, through or (lambda run, x: run(x))
         slices = variables, each, keys
         parts, seen, outs = [], [], {}
-        for start, stop in _segments(self.depth, {*points, *(layer + 1 for layer in points), *before}):
+        first, last = (0, self.depth) if part is None else part
+        for start, stop in _segments(first, last, {*points, *(layer + 1 for layer in points), *before}):
             x = before[start](x, train) if start in before else x
             cut = slices if stop - start == self.depth else jax.tree.map(lambda a: a[start:stop], slices)  # noqa: B023
             if stop - start == 1:
@@ -135,7 +140,7 @@ class Stack(nn.Module):
                 x, (outs[start], changed, entered) = through(scan, x)
             parts.append(changed)
             seen.append(entered)
-        x = before[self.depth](x, train) if self.depth in before else x
+        x = before[self.depth](x, train) if self.depth in before and last == self.depth else x
         changed = parts[0] if len(parts) == 1 else jax.tree.map(_joined, *parts)
         if not self.is_initializing():
             _put(self, changed)
@@ -146,9 +151,9 @@ class Stack(nn.Module):
         return x, outs[0]
 
 
-def _segments(depth: int, borders: Collection[int]) -> Iterator[tuple[int, int]]:
-    """Cuts `range(depth)` before every border."""
-    at = sorted({0, depth, *(border for border in borders if border < depth)})
+def _segments(first: int, last: int, borders: Collection[int]) -> Iterator[tuple[int, int]]:
+    """Cuts `range(first, last)` before every border."""
+    at = sorted({first, last, *(border for border in borders if first < border < last)})
     return itertools.pairwise(at)
 
 

@@ -17,6 +17,7 @@ import math
 from typing import Any, Literal
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -165,8 +166,29 @@ class DiTBlock(nn.Module):
         return nn.with_logical_constraint(x, ("batch", "length", "features")), None
 
 
+@flax.struct.dataclass
+class Stream:
+    """What runs through the layers of a denoiser, between `begin`, `layers` and `finish`.
+
+    Attributes:
+      x: `[B, N, C]`, the tokens.
+      c: `[B, C]`, the embedded condition that the last modulation reads, and the layers where `each` is None.
+      each: `[depth, B, C]`, the condition of each layer, or None.
+      grid: rows and columns of tokens.
+      channels: of the noisy picture.
+    """
+
+    x: Any
+    c: Any
+    each: Any
+    grid: tuple[int, int] = flax.struct.field(pytree_node=False)
+    channels: int = flax.struct.field(pytree_node=False)
+
+
 class DiT(nn.Module):
     """Predicts noise, clean picture or velocity from a noisy picture, its time and its class.
+
+    The network is `begin`, `layers` and `finish` one behind the other, which step caches call by themselves.
 
     Attributes:
       block: the block that the stack repeats.
@@ -202,7 +224,26 @@ class DiT(nn.Module):
     position_span: int | None = None
     reduce: Any = part(tokens.METHODS, default=None)
 
-    @nn.compact
+    def setup(self) -> None:
+        """Names the parts that stand in front of the last modulation."""
+        self.embed = PatchEmbed(self.patch, self.dim)
+        fields = (self.classes + self.null_class, self.dim, self.frequencies, self.inclusive_frequencies)
+        if self.condition == "shared":
+            self.conditioned = Condition(*fields)
+            nn.share_scope(self, self.conditioned)  # its parameters stand beside the others
+        else:
+            own = nn.vmap(
+                Condition,
+                in_axes=None,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                axis_size=self.depth,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            self.conditions = own(*fields)
+        block = self.block if self.reduce is None else self.block.clone(reduce=self.reduce)
+        self.blocks = Stack(block, self.depth, remat=self.remat, unroll=self.unroll)
+
     def __call__(
         self,
         x_t: Float[Array, "b height width channels"],
@@ -221,43 +262,36 @@ class DiT(nn.Module):
         Raises:
           UsageError: where patches do not tile the picture.
         """
-        out = x_t.shape[-1] * (2 if self.learned_sigma else 1)
-        x = PatchEmbed(self.patch, self.dim, name="embed")(x_t)  # [B, h, w, C]
+        return self.finish(self.layers(self.begin(x_t, t, label), train=train))
+
+    def begin(
+        self, x_t: Float[Array, "b height width channels"], t: Float[Array, " b"], label: Int[Array, " b"]
+    ) -> Stream:
+        """What enters the first layer."""
+        x = self.embed(x_t)  # [B, h, w, C]
         grid = x.shape[1], x.shape[2]
         x = x.reshape(x.shape[0], -1, self.dim)  # [B, h w, C]
         table = sincos_table(grid, self.dim, span=self.position_span)
         x = add_positions(x, jnp.asarray(table))  # [B, h w, C]
         x = nn.with_logical_constraint(x, ("batch", "length", "features"))
-        c, each = self._condition(t, label, x.dtype)  # [B, C], [depth, B, C]
+        if self.condition == "shared":
+            return Stream(x, self.conditioned(t, label, x.dtype), None, grid, x_t.shape[-1])
+        each = self.conditions(t, label, x.dtype)  # [depth, B, C]
+        return Stream(x, each[0], each, grid, x_t.shape[-1])
 
-        block = self.block if self.reduce is None else self.block.clone(reduce=self.reduce)
-        stack = Stack(block, self.depth, remat=self.remat, unroll=self.unroll, name="blocks")
-        x, _ = stack(x, None if each is not None else c, Context(), each=each, train=train)  # [B, h w, C]
+    def layers(self, stream: Stream, part: tuple[int, int] | None = None, train: bool = False) -> Stream:
+        """Runs the layers of `part`, from the first to before the second; None means all."""
+        c = stream.c if stream.each is None else None
+        x, _ = self.blocks(stream.x, c, Context(), each=stream.each, train=train, part=part)  # [B, h w, C]
+        return Stream(x, stream.c, stream.each, stream.grid, stream.channels)
 
-        shift, scale = Modulation(2, self.dim, name="modulation")(c)  # 2 x [B, C]
-        x = norm("layer_plain", self.block.epsilon, "norm")(x)  # [B, h w, C]
+    @nn.compact
+    def finish(self, stream: Stream) -> Float[Array, "b height width out"]:
+        """The prediction from what left the last layer."""
+        shift, scale = Modulation(2, self.dim, name="modulation")(stream.c)  # 2 x [B, C]
+        x = norm("layer_plain", self.block.epsilon, "norm")(stream.x)  # [B, h w, C]
         x = modulate(x, shift, scale)  # [B, h w, C]
+        out = stream.channels * (2 if self.learned_sigma else 1)
         project = Dense(self.patch**2 * out, ("embed", None), kernel_init=zeros, name="output")
         x = project(x)  # [B, h w, p p out]
-        return unpatch(x, grid, self.patch)  # [B, H, W, out]
-
-    @nn.nowrap
-    def _condition(
-        self, t: Float[Array, " b"], label: Int[Array, " b"], dtype: jax.typing.DTypeLike
-    ) -> tuple[Float[Array, "b c"], Float[Array, "depth b c"] | None]:
-        """What the last modulation is told, and what each block is told where that is its own."""
-        fields = (self.classes + self.null_class, self.dim, self.frequencies, self.inclusive_frequencies)
-        if self.condition == "shared":
-            shared = Condition(*fields)
-            nn.share_scope(self, shared)  # its parameters stand beside the others
-            return shared(t, label, dtype), None
-        own = nn.vmap(
-            Condition,
-            in_axes=None,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            axis_size=self.depth,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        each = own(*fields, name="conditions")(t, label, dtype)  # [depth, B, C]
-        return each[0], each
+        return unpatch(x, stream.grid, self.patch)  # [B, H, W, out]
