@@ -23,7 +23,7 @@ install_import_hook("effjax", "beartype.beartype")
 
 # Tests that took long when `pytest -n 2 --write-slow` last timed them all, one a line: they are marked slow.
 SLOW = Path(__file__).with_name("slow.txt")
-SECONDS = 1.5
+SECONDS = 0.7
 
 
 def pytest_addoption(parser):

@@ -27,6 +27,10 @@ _EXAMPLES = (
 _TORUS = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}
 
 
+# Flags of XLA that steer a CPU's compiler alone.
+_OF_A_CPU = ("--xla_force_host", "--xla_cpu_", "--xla_llvm_")
+
+
 @dataclasses.dataclass(frozen=True)
 class Gpu:
     """What XLA must know of a GPU to compile for it: the CUDA driver's own answers, as openxla/xla keeps them
@@ -179,7 +183,9 @@ class Topology:
             # no tiles to go by and some products do not compile, while calls of cuBLAS need none.
             "cuda": "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
         }
-        kept = [flag for flag in flags.split() if "host_platform_device_count" not in flag]
+        # libtpu reads these flags too, and stops at one of a CPU's that it does not know.
+        foreign = ("--xla_force_host",) if self.platform == "cpu" else _OF_A_CPU
+        kept = [flag for flag in flags.split() if not flag.startswith(foreign)]
         return {
             "JAX_PLATFORMS": "cpu",
             "JAX_ENABLE_COMPILATION_CACHE": "false",

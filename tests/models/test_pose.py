@@ -160,7 +160,9 @@ def test_keeping_all_frames_is_the_network_without_a_waist():
     params = params_of(plain)
     model = pose(hourglass=WAIST | dict(keep=9, recover="linear"))
     held = {"params": params["params"] | {"kept_positions": jnp.zeros((9, 12))}}
-    np.testing.assert_array_equal(jax.jit(model.apply)(held, CLIP), jax.jit(plain.apply)(params, CLIP))
+    expected = jax.jit(plain.apply)(params, CLIP)
+    atol = 1e-6 * float(jnp.max(jnp.abs(expected)))  # another program, which adds up in another order
+    np.testing.assert_allclose(jax.jit(model.apply)(held, CLIP), expected, atol=atol, rtol=0)
 
 
 def test_straight_lines_join_the_frames_that_are_kept():

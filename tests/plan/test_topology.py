@@ -82,3 +82,8 @@ def test_the_environment_keeps_what_the_user_set(monkeypatch):
     )
     flags = Topology.parse("cpu:8").environment()["XLA_FLAGS"].split()
     assert flags == ["--xla_cpu_enable_fast_math=false", "--xla_force_host_platform_device_count=8"]
+
+
+def test_the_environment_leaves_a_cpus_flags_out_for_an_accelerator(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false --xla_llvm_any=1 --xla_dump_to=here")
+    assert Topology.parse("v5e:4x4").environment()["XLA_FLAGS"] == "--xla_dump_to=here"
