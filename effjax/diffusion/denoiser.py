@@ -17,7 +17,7 @@ Condition = Any
 Memory = Any
 
 
-def _nothing(x: Array, condition: Condition) -> Memory:
+def _nothing(x: Array, t: Array, condition: Condition) -> Memory:
     return None
 
 
@@ -27,11 +27,12 @@ class Denoiser:
 
     Attributes:
       predict: `(x_t, t, condition, memory) -> (prediction, memory)`; `t [B]` is the process's own time.
-      start: `(x, condition) -> memory`, the memory before the first step; None where there is none.
+      start: `(x, t, condition) -> memory`, the memory before the first step, which is at `t [B]`; None where
+        there is none.
     """
 
     predict: Callable[[Array, Array, Condition, Memory], tuple[Array, Memory]]
-    start: Callable[[Array, Condition], Memory] = _nothing
+    start: Callable[[Array, Array, Condition], Memory] = _nothing
 
 
 def memoryless(network: Callable[[Array, Array, Condition], Array]) -> Denoiser:

@@ -1,13 +1,15 @@
 """Pictures of asked-for classes from a trained task."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxtyping import Array, Float, Int, Key
 
+from effjax.diffusion.caches import StepCache
 from effjax.diffusion.guidance import guided
-from effjax.diffusion.samplers import Sampler, sample
+from effjax.diffusion.samplers import Sampler, walk
+from effjax.diffusion.samplers.state import State
 from effjax.errors import UsageError
 from effjax.train.tasks.diffusion import Diffusion
 
@@ -20,11 +22,13 @@ class Sampling:
       sampler: how to walk from noise to picture.
       guidance: scale of classifier-free guidance; 1 samples the conditional model at half the cost.
       interval: the share of the process that is guided, from 0, the picture, to 1, noise.
+      cache: what is not computed again at every step.
     """
 
     sampler: Sampler
     guidance: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
+    cache: StepCache | None = None
 
     def check(self, task: Diffusion, classes: Sequence[int]) -> None:
         """Refuses what cannot be sampled, before anything is compiled.
@@ -74,9 +78,26 @@ def sample_classes(
       sampling: sampler and guidance.
       keys: one for each picture; a picture depends on its key alone, not on its batch.
     """
-    denoiser = task.denoiser(variables)
+    return walk_classes(task, variables, label, shape, sampling, keys)[0].x
+
+
+def walk_classes(
+    task: Diffusion,
+    variables: Any,
+    label: Int[Array, " b"],
+    shape: Sequence[int],
+    sampling: Sampling,
+    keys: Key[Array, " b"],
+    keep: Callable[[State], Any] = lambda state: None,
+) -> tuple[State, Any]:
+    """Like `sample_classes`, but returns where the sampler ended, and what was kept of each step."""
+    sampler, cache = sampling.sampler, sampling.cache
+    if cache is None:
+        denoiser = task.denoiser(variables)
+    else:
+        denoiser = cache.wrap(task.stages(variables), sampler.steps * sampler.evaluations)
     if sampling.guidance != 1.0:
         least, greatest = (share * task.process.latest for share in sampling.interval)
         interval = None if sampling.interval == (0.0, 1.0) else (least, greatest)
         denoiser = guided(denoiser, sampling.guidance, task.null, interval=interval)
-    return sample(sampling.sampler, denoiser, task.process, label, shape, keys)
+    return walk(sampler, denoiser, task.process, label, shape, keys, keep)

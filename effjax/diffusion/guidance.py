@@ -74,8 +74,8 @@ def guided(
             return two_calls(memory)
         return jax.lax.cond(jnp.any(here), two_calls, one_call, memory)
 
-    def start(x: Array, condition: Condition) -> Memory:
-        return denoiser.start(twice(x), _beside(condition, null(condition)))
+    def start(x: Array, t: Array, condition: Condition) -> Memory:
+        return denoiser.start(twice(x), twice(t), _beside(condition, null(condition)))
 
     return Denoiser(predict, start)
 

@@ -148,7 +148,7 @@ class Stack(nn.Module):
             self.sow("intermediates", "stream", (*seen, jax.tree.map(lambda leaf: leaf[None], x)))
         if points or before:
             return x, {layer: jax.tree.map(lambda leaf: leaf[0], outs[layer]) for layer in points}
-        return x, outs[0]
+        return x, outs[first]
 
 
 def _segments(first: int, last: int, borders: Collection[int]) -> Iterator[tuple[int, int]]:

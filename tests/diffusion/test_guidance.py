@@ -107,9 +107,9 @@ def test_a_memory_is_the_doubled_batch_and_travels_along():
     def predict(x_t, t, label, memory):
         return network(x_t, t, label) + memory.sum(), memory + label[:, None]
 
-    denoiser = guided(Denoiser(predict, lambda x, label: 0.5 * label[:, None]), 2.0, null)
+    denoiser = guided(Denoiser(predict, lambda x, t, label: 0.5 * label[:, None]), 2.0, null)
     x, t, label = inputs()
-    memory = denoiser.start(x, label)
+    memory = denoiser.start(x, t, label)
     np.testing.assert_array_equal(memory[:, 0], [0, 4.5, 2, 4.5, 3.5, 4.5])
     _, after = denoiser.predict(x, t, label, memory)
     np.testing.assert_array_equal(after, 3 * memory)

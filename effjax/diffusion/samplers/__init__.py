@@ -3,6 +3,7 @@
 A sampler is a frozen dataclass with
 
     steps                                             how many
+    evaluations                                       of the network, a step
     remembered                                        how many earlier estimates a step reads
     plan(process)                                     what each step needs to know, stacked over steps
     step(denoise, process, state, at, keys)           one step
@@ -24,7 +25,7 @@ from effjax.diffusion.process import Process
 from effjax.diffusion.samplers.chain import DDIMSampler, DDPMSampler
 from effjax.diffusion.samplers.dpm_solver import DPMSolverSampler
 from effjax.diffusion.samplers.flow import EulerSampler, HeunSampler
-from effjax.diffusion.samplers.state import State
+from effjax.diffusion.samplers.state import State, everywhere
 
 Sampler = DDPMSampler | DDIMSampler | DPMSolverSampler | EulerSampler | HeunSampler
 
@@ -72,7 +73,8 @@ def walk(
 
     x = example_noise(keys, 0, shape)  # the same start for every sampler and number of steps
     earlier = jnp.zeros((sampler.remembered, *x.shape), x.dtype)
-    return jax.lax.scan(step, State(x, jnp.zeros_like(x), earlier, denoiser.start(x, condition)), plan)
+    memory = denoiser.start(x, everywhere(plan["t"][0], x), condition)
+    return jax.lax.scan(step, State(x, jnp.zeros_like(x), earlier, memory), plan)
 
 
 def sample(

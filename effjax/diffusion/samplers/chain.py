@@ -33,6 +33,7 @@ class DDPMSampler:
     """
 
     remembered: ClassVar[int] = 0
+    evaluations: ClassVar[int] = 1
 
     steps: int = 250
     clip: float | None = None
@@ -65,6 +66,7 @@ class DDIMSampler:
     """
 
     remembered: ClassVar[int] = 0
+    evaluations: ClassVar[int] = 1
 
     steps: int = 50
     eta: float = 0.0

@@ -15,7 +15,7 @@ algorithm 2 and appendix B.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +40,8 @@ class DPMSolverSampler:
     steps: int = 20
     order: Literal[1, 2, 3] = 2
     clip: float | None = None
+
+    evaluations: ClassVar[int] = 1
 
     @property
     def remembered(self) -> int:

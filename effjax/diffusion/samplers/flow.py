@@ -25,6 +25,7 @@ class EulerSampler:
     """
 
     remembered: ClassVar[int] = 0
+    evaluations: ClassVar[int] = 1
 
     steps: int = 50
 
@@ -52,6 +53,7 @@ class HeunSampler:
     """
 
     remembered: ClassVar[int] = 0
+    evaluations: ClassVar[int] = 2
 
     steps: int = 25
 

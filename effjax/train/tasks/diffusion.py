@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from effjax.config import part
+from effjax.diffusion.caches import Stages
 from effjax.diffusion.denoiser import Condition, Denoiser, memoryless
 from effjax.diffusion.process import KINDS as PROCESSES
 from effjax.diffusion.process import Process
@@ -126,7 +127,37 @@ class Diffusion:
 
         return memoryless(predict)
 
+    def stages(self, variables: Any) -> Stages:
+        """The trained network in pieces, for step caches.
+
+        Raises:
+          UsageError: for a network that does not come in pieces.
+        """
+        if not hasattr(self.model, "begin"):
+            raise UsageError(
+                f"{type(self.model).__name__} does not come in pieces, which a step cache needs: sample "
+                f"without one."
+            )
+
+        def begin(x_t: Array, t: Array, condition: Condition) -> Any:
+            x_t = x_t.astype(dtype_of(variables))
+            return self.model.apply(variables, x_t, self.process.network_time(t), condition, method="begin")
+
+        def layers(stream: Any, part: tuple[int, int] | None) -> Any:
+            return self.model.apply(variables, stream, part, method="layers")
+
+        def finish(stream: Any) -> Array:
+            prediction: Any = self.model.apply(variables, stream, method="finish")
+            return jnp.asarray(prediction, jnp.float32)
+
+        return Stages(begin, layers, finish, self.model.depth)
+
     def _predict(self, variables: Any, x_t: Array, t: Array, label: Array, **options: Any) -> Any:
         """Runs the network in the dtype of its parameters."""
-        dtype = jax.tree.leaves(variables["params"])[0].dtype
-        return self.model.apply(variables, x_t.astype(dtype), self.process.network_time(t), label, **options)
+        x_t = x_t.astype(dtype_of(variables))
+        return self.model.apply(variables, x_t, self.process.network_time(t), label, **options)
+
+
+def dtype_of(variables: Any) -> Any:
+    """What the network computes in: the dtype of its parameters."""
+    return jax.tree.leaves(variables["params"])[0].dtype

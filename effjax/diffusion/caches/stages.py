@@ -1,0 +1,27 @@
+"""A denoiser in pieces, for caches that run some of its layers."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Array
+
+# What runs through the layers: a tree with the tokens as its field `x`.
+Stream = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """A network as `finish(layers(begin(x_t, t, condition), None))`, with its parameters bound.
+
+    Attributes:
+      begin: `(x_t, t, condition) -> stream`, what enters the first layer; `t [B]` is the process's own time.
+      layers: `(stream, (first, last)) -> stream`, the layers from the first to before the last; None is all.
+      finish: `stream -> prediction`, in float32.
+      depth: number of layers.
+    """
+
+    begin: Callable[[Array, Array, Any], Stream]
+    layers: Callable[[Stream, tuple[int, int] | None], Stream]
+    finish: Callable[[Stream], Array]
+    depth: int
