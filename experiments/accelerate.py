@@ -1,4 +1,4 @@
-"""Shows what a trained model becomes when its tokens are reduced, without training it again.
+"""Shows what a trained model becomes when its tokens are reduced or its steps cached, without more training.
 
     python -m experiments.accelerate --workdir=runs/vit --method=pitome:keep=0.9 --method=random:keep=0.9
     python -m experiments.accelerate --workdir=runs/vit --method=tome:macs=0.67 --method=pitome:macs=0.67
@@ -10,6 +10,12 @@ network's MACs. Prints accuracy, agreement with the full model, MACs, tokens a l
 and the share of the promised speed-up that came true. Leaves the table, two Pareto plots and a picture of
 which tokens went where in WORKDIR/accelerate (or --out), and a section in the report of the run. Weights of
 other libraries come through experiments.convert and a config that names their data.
+
+    python -m experiments.accelerate --workdir=runs/dit --method=cg_taylor:threshold=0.1 --guidance=2
+
+Of a diffusion run it draws the same pictures by each method, and prints at how many calls of the network
+all layers ran, how far the pictures are from the full model's, and the measured time. There a method may also
+be a kind of `effjax.diffusion.caches`.
 """
 
 from absl import flags
@@ -23,6 +29,9 @@ METHODS = flags.DEFINE_multi_string("method", [], "KIND:FIELD=VALUE,...; may be 
 EVALUATOR = flags.DEFINE_string("evaluator", None, "of the config; the first by default")
 BATCH = flags.DEFINE_integer("batch", None, "examples a timed batch; what the evaluator takes by default")
 ROUNDS = flags.DEFINE_integer("rounds", 10, "timings of each model, taken in turn")
+GUIDANCE = flags.DEFINE_float("guidance", 1.0, "of a diffusion run: scale of classifier-free guidance")
+SAMPLER = flags.DEFINE_string("sampler", None, "of a diffusion run: as in experiments.sample")
+STEPS = flags.DEFINE_integer("sampler_steps", None, "of a diffusion run: steps of the sampler")
 OUT = flags.DEFINE_string("out", None, "folder to write; WORKDIR/accelerate by default")
 
 
@@ -31,7 +40,8 @@ def main(argv: list[str]) -> None:
     del argv
     # Imported here, so that --help and a wrong flag answer at once.
     from effjax.errors import UsageError
-    from experiments.run import accelerating
+    from effjax.train.tasks.diffusion import Diffusion
+    from experiments.run import accelerated_sampling, accelerating, sampling
     from experiments.run.method_spec import parse
 
     if not METHODS.value:
@@ -43,6 +53,12 @@ def main(argv: list[str]) -> None:
         if OUT.value is None:
             raise UsageError("say --workdir=RUN, or --config=CONFIG with --out=FOLDER for the results.")
         source = accelerating.of_config(cli.load_config())
+    if isinstance(source.program.task, Diffusion):
+        request = sampling.Request(
+            guidance=GUIDANCE.value, sampler=SAMPLER.value, steps=STEPS.value, per_class=4
+        )
+        accelerated_sampling.run(source, methods, request, rounds=ROUNDS.value, out=OUT.value)
+        return
     accelerating.run(
         source,
         methods,

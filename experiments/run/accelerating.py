@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from effjax.diffusion.caches import StepCache
 from effjax.errors import UsageError, did_you_mean
 from effjax.experiment import resolve
 from effjax.measure.latency import Comparison, compare
@@ -136,6 +137,8 @@ def with_method(program: Program, method: Any) -> Program:
       UsageError: for a model that has no place for it.
     """
     model = program.experiment.model
+    if isinstance(method, StepCache):
+        raise UsageError("a step cache is for the samplers of a diffusion run, and this is none.")
     if not hasattr(model, "reduce"):
         raise UsageError(f"{type(model).__name__} cannot reduce its tokens: no field `reduce`.")
     fast = model.clone(reduce=method)

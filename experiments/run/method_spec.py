@@ -1,4 +1,4 @@
-"""`--method=pitome:keep=0.925,layers=(2,5,8)`: one method of token reduction, as a person types it."""
+"""`--method=pitome:keep=0.925,layers=(2,5,8)`: a method that makes a trained model cheaper, as typed."""
 
 import ast
 import dataclasses
@@ -6,7 +6,11 @@ from typing import Any
 
 from effjax import tokens
 from effjax.config import build_kind
+from effjax.diffusion import caches
 from effjax.errors import UsageError
+
+# What reduces tokens, and what skips work between the steps of a sampler.
+KINDS = {**tokens.KINDS, **caches.KINDS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,7 @@ def parse(spec: str) -> Asked:
         if not isinstance(macs, int | float):
             raise UsageError(f"--method={spec}: macs={macs!r} is no share: 0.5 leaves half of the work.")
         fields["keep"] = 0.5
-    method = build_kind(tokens.KINDS, {"kind": kind, **fields}, f"--method={spec}")
+    method = build_kind(KINDS, {"kind": kind, **fields}, f"--method={spec}")
     return Asked(spec, method, None if macs is None else float(macs))
 
 

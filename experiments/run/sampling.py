@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from effjax.diffusion import samplers
+from effjax.diffusion.caches import StepCache
 from effjax.diffusion.ddpm import DDPM
 from effjax.diffusion.examples import example_keys
 from effjax.diffusion.generate import Sampling, sample_classes
@@ -37,6 +38,7 @@ class Request:
       sampler: a name in `effjax.diffusion.samplers.KINDS`; None means the usual one for the process.
       steps: of the sampler; None means its own number.
       seed: decides all noise.
+      cache: what is not computed again at every step; None computes everything.
       batch: pictures at a time.
     """
 
@@ -47,6 +49,7 @@ class Request:
     sampler: str | None = None
     steps: int | None = None
     seed: int = 0
+    cache: StepCache | None = None
     batch: int = 64
 
     def __post_init__(self) -> None:
@@ -102,18 +105,29 @@ def run(workdir: str, out: str, request: Request, step: int | None = None, ema: 
     return 0
 
 
-def draw(program: Program, variables: Any, request: Request) -> tuple[UInt8[np.ndarray, "n h w c"], int]:
-    """The pictures of a request, class by class, and how many each class has."""
+def prepared(program: Program, request: Request) -> tuple[Sampling, Sequence[int], tuple[int, ...]]:
+    """How to draw, which classes, and the shape of one picture.
+
+    Raises:
+      UsageError: for what `Sampling.check` refuses, or a run that makes latents.
+    """
     task = program.task
     sampler = build_sampler(task, request.sampler, request.steps)
     classes = request.classes if request.classes is not None else range(min(task.model.classes, 10))
-    how = Sampling(sampler, request.guidance, request.interval)
+    how = Sampling(sampler, request.guidance, request.interval, request.cache)
     how.check(task, classes)
     shape = program.data.example_batch(1)["image"].shape[1:]
     if shape[-1] not in (1, 3):
         raise UsageError(
             f"the run makes latents of {shape[-1]} channels, and a picture has 1 or 3: decode them first."
         )
+    return how, classes, shape
+
+
+def draw(program: Program, variables: Any, request: Request) -> tuple[UInt8[np.ndarray, "n h w c"], int]:
+    """The pictures of a request, class by class, and how many each class has."""
+    task = program.task
+    how, classes, shape = prepared(program, request)
     variables = program.experiment.train.precision.cast(variables)
     labels = np.repeat(np.asarray(classes, np.int32), request.per_class)
 

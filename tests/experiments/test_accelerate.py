@@ -60,6 +60,31 @@ def test_a_figure_is_the_same_as_the_evaluation_of_the_run(trained):
 
 
 @pytest.mark.slow
+def test_a_diffusion_run_is_accelerated_by_step_caches_and_by_fewer_tokens(tmp_path):
+    workdir = tmp_path / "dit"
+    drive("train", "--config=configs/diffusion/dit.py:smoke", f"--workdir={workdir}")
+    methods = (
+        "cg_taylor:threshold=0.0",
+        "cg_taylor:threshold=9.0,warmup=2",
+        "tome:keep=0.75,metric=features",
+    )
+    asked = [f"--method={method}" for method in methods]
+    more = ["--guidance=2", "--sampler_steps=10", "--rounds=1"]
+    out, _ = drive("accelerate", f"--workdir={workdir}", *asked, *more)
+    rows = json.loads((workdir / "accelerate" / "table.json").read_text())
+    assert [row["label"] for row in rows] == ["full model", *methods]
+    assert [row["computed"] for row in rows] == [10, 10, 3, 10]
+    assert [row["calls"] for row in rows] == [10] * 4
+    assert rows[0]["distance"] == rows[1]["distance"] == 0.0
+    assert rows[2]["distance"] > 0
+    assert rows[3]["distance"] > 0
+    assert "3 of 10" in out
+    for name in ("pictures.png", "distance_seconds.png"):
+        assert (workdir / "accelerate" / name).read_bytes().startswith(b"\x89PNG")
+    assert (workdir / "report.html").read_text().count("<h2>Accelerated</h2>") == 1
+
+
+@pytest.mark.slow
 def test_wrong_requests_are_one_line(trained, tmp_path):
     run = f"--workdir={trained}"
     for arguments, message in (
