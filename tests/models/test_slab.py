@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from configs.vision.slab import slab_deit, slab_swin
+from configs.vision.slab import slab_cswin, slab_deit, slab_pvt, slab_swin
 from effjax.compress.slab import fold_norms
 from effjax.config import build_kind
 from effjax.errors import UsageError
@@ -81,25 +81,105 @@ DEIT = (
 
 def swin_rows():
     """The second stage has blocks of two kinds in turn, one of each here."""
-    return (
+    stem = (
         *patch_rows("stem/embed"),
         *norm_rows("patch_embed.norm", "stem/norm"),
-        *block_rows("layers.0.blocks.{}", "stages_0/stack", linear=True),
         ("layers.0.downsample.reduction.weight", "params/stages_1/downsample/reduction/kernel", "o i -> i o"),
         *norm_rows("layers.0.downsample.norm", "stages_1/downsample/norm"),
-        *(
-            row
-            for i in range(2)
-            for row in one_layer(block_rows(f"layers.1.blocks.{i}", f"stages_1/stack/members_{i}", False))
-        ),
         *norm_rows("norm", "head/norm"),
         *linear_rows("head", "head/classifier"),
     )
+    second = [
+        row
+        for i in range(2)
+        for row in one_layer(block_rows(f"layers.1.blocks.{i}", f"stages_1/stack/members_{i}", False))
+    ]
+    return (stem, 1), (block_rows("layers.0.blocks.{}", "stages_0/stack", linear=True), 2), (second, 4)
 
 
 def one_layer(rows):
     """A stack of one block: `layers.1.blocks.0` is the only one of its kind."""
     return [(theirs + "{}", ours, layout) for theirs, ours, layout in rows]
+
+
+def pvt_rows(heads):
+    """Linear attention in the first stage, keys of a coarser map in the second."""
+    yield linear_rows("head", "head/classifier"), 1
+    for i, h in enumerate(heads):
+        coarser = f"stages_{i}/downsample" if i else "stem"
+        projection = f"params/{coarser}/embed/projection"
+        block = pvt_block(f"block{i + 1}.{{}}", f"stages_{i}/stack", linear=i == 0, reduced=i == 1)
+        yield (
+            (
+                (f"patch_embed{i + 1}.proj.weight", f"{projection}/kernel", "o c p q -> (p q c) o"),
+                (f"patch_embed{i + 1}.proj.bias", f"{projection}/bias", ""),
+                (f"pos_embed{i + 1}", f"params/{coarser}/positions", "1 n c -> n c"),
+                *norm_rows(f"patch_embed{i + 1}.norm", f"{coarser}/norm"),
+                *block,
+            ),
+            h,
+        )
+
+
+def pvt_block(theirs, ours, linear, reduced):
+    """As everywhere, but for queries apart and what makes the coarser map."""
+    mixer = f"params/{ours}/mixer"
+    rows = [row for row in block_rows(theirs, ours, linear) if "qkv" not in row[0] and "table" not in row[0]]
+    for leaf, layout in (("weight", "(h d) i -> i h d"), ("bias", "(h d) -> h d")):
+        ending = "kernel" if leaf == "weight" else "bias"
+        pair = tuple(f"{mixer}/{name}/{ending}" for name in ("key", "value"))
+        rows += [(f"{theirs}.attn.q.{leaf}", f"{mixer}/query/{ending}", layout)]
+        rows += [(f"{theirs}.attn.kv.{leaf}", pair, layout)]
+    if reduced:
+        rows += [
+            (f"{theirs}.attn.sr.weight", f"{mixer}/reduce/projection/kernel", "o c p q -> (p q c) o"),
+            (f"{theirs}.attn.sr.bias", f"{mixer}/reduce/projection/bias", ""),
+            *norm_rows(f"{theirs}.attn.norm", f"{ours}/mixer/reduced_norm"),
+        ]
+    return rows
+
+
+def cswin_rows(heads):
+    """Linear attention with LePE in the first two stages; the third has stripes, the last sees all."""
+    yield (*norm_rows("norm", "head/norm"), *linear_rows("head", "head/classifier")), 1
+    for i, h in enumerate(heads):
+        coarser = f"stages_{i}/downsample/layers_0" if i else "stem/layers_0"
+        conv, norm = (
+            (f"merge{i}.conv", f"merge{i}.norm") if i else ("stage1_conv_embed.0", "stage1_conv_embed.2")
+        )
+        yield (
+            (
+                (f"{conv}.weight", f"params/{coarser}/conv/kernel", "o i u v -> u v i o"),
+                (f"{conv}.bias", f"params/{coarser}/conv/bias", ""),
+                *norm_rows(norm, f"{coarser}/norm"),
+                *cswin_block(f"stage{i + 1}.{{}}", f"stages_{i}/stack", linear=i < 2, striped=i == 2),
+            ),
+            h,
+        )
+
+
+def cswin_block(theirs, ours, linear, striped):
+    """Their parts of attention are numbered, and its projections are the block's."""
+    rows = []
+    for name, path, layout in block_rows(theirs, ours, linear):
+        for part in ("positional_encoding", "dwc"):
+            name = name.replace(f".attn.{part}", f".attns.0.{part}")
+        name = name.replace(".attn.qkv", ".qkv").replace(".attn.proj", ".proj")
+        if "table" in name:
+            continue
+        # The output of their kind of attention is put together before it is projected.
+        rows.append((name, path, layout if linear else layout.replace("o (h d) -> h d o", "o c -> c o")))
+    names = ("lepe_columns", "lepe_rows") if striped else ("lepe",)
+    for at, ending in enumerate(names):
+        rows += [
+            (
+                f"{theirs}.attns.{at}.get_v.weight",
+                f"params/{ours}/mixer/{ending}/kernel",
+                "c 1 u v -> u v c",
+            ),
+            (f"{theirs}.attns.{at}.get_v.bias", f"params/{ours}/mixer/{ending}/bias", ""),
+        ]
+    return rows
 
 
 def with_counters(model, variables, pictures):
@@ -128,13 +208,35 @@ def swin():
     section = slab_swin(
         8, (2, 2), steps=10, linear=1, drop_path=0.0, classes=5, window=4, patch=2, head_dim=4
     )
-    model = build_kind(KINDS, section, "config.model")
-    rows = swin_rows()
-    sizes = [{"h": 2} if "layers.0" in r[0] else {"h": 4} for r in rows]
-    tree = {}
-    for row, size in zip(rows, sizes, strict=True):
-        used = {k: v for k, v in tensors.items() if matches(row[0], k)}
-        merge(tree, official.translated(used, [row], **size))
+    return made_of(section, tensors, swin_rows(), pictures, expected)
+
+
+def pvt():
+    tensors, pictures, expected = official.recording("slab_pvt")
+    heads = (1, 2, 2, 4)
+    shape = dict(dims=(8, 8, 16, 16), heads=heads, ratios=(4, 4, 2, 2), reductions=(4, 2, 1, 1))
+    section = slab_pvt((2, 1, 2, 1), steps=10, linear=1, drop_path=0.0, classes=5, **shape)
+    return made_of(section, tensors, pvt_rows(heads), pictures, expected)
+
+
+def cswin():
+    tensors, pictures, expected = official.recording("slab_cswin")
+    tensors = {name: tensor for name, tensor in tensors.items() if ".scale" not in name}  # never used
+    heads = (2, 2, 4, 4)
+    shape = dict(width=4, heads=heads, stripes=(None, None, 1, None))
+    section = slab_cswin((1, 1, 2, 1), steps=10, drop_path=0.0, classes=5, **shape)
+    return made_of(section, tensors, cswin_rows(heads), pictures, expected)
+
+
+def made_of(section, tensors, groups, pictures, expected):
+    """A pyramid and its variables; every group of rows has its own number of heads."""
+    model, tree, used = build_kind(KINDS, section, "config.model"), {}, set()
+    for rows, heads in groups:
+        for row in rows:
+            own = {name: tensor for name, tensor in tensors.items() if matches(row[0], name)}
+            used |= own.keys()
+            merge(tree, official.translated(own, [row], h=heads))
+    assert used == tensors.keys()
     return model, with_counters(model, tree, pictures), pictures, expected
 
 
@@ -156,13 +258,13 @@ def merge(tree, more):
             tree[key] = value
 
 
-@pytest.mark.parametrize("made", [deit, swin])
+@pytest.mark.parametrize("made", [deit, swin, pvt, cswin])
 def test_equals_the_published_code(made):
     model, variables, pictures, expected = made()
     official.check(model, variables, pictures, expected)
 
 
-@pytest.mark.parametrize("made", [deit, swin])
+@pytest.mark.parametrize("made", [deit, swin, pvt, cswin])
 def test_folded_it_is_the_same_and_less(made):
     model, variables, pictures, _ = made()
     fast, folded = fold_norms(model, variables)
