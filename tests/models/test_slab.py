@@ -1,6 +1,5 @@
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax.core import meta
 
@@ -8,12 +7,7 @@ from configs.vision.slab import slab_cswin, slab_deit, slab_pvt, slab_swin
 from effjax.compress.slab import fold_norms
 from effjax.config import build_kind
 from effjax.errors import UsageError
-from effjax.layers.norms import norm, norm_size
-from effjax.layers.progressive import Progressive
 from effjax.measure import count, count_parameters
-from effjax.mixers import SimplifiedLinear
-from effjax.mixers.context import Context
-from effjax.mixers.simplified_linear import linear_attention
 from effjax.models import KINDS
 from tests.models import official
 
@@ -287,115 +281,20 @@ def test_only_what_has_such_norms_is_folded():
         fold_norms(model.block, {"params": {}})
 
 
-X = 1 + 2 * jax.random.normal(jax.random.key(0), (4, 5, 6))
-SETTING = Progressive(steps=4)
-
-
-def drawn(kind):
-    module = norm(kind, 1e-6, "norm")
-    held = meta.unbox(module.init(jax.random.key(0), X))
-    draw = np.random.default_rng(1)
-    params = jax.tree.map(lambda p: np.float32(1 + 0.3 * draw.normal(size=p.shape)), held["params"])
-    assert sum(p.size for p in jax.tree.leaves(params)) == norm_size(kind, 6)
-    return {**held, "params": params}
-
-
-def at_pass(variables, passes):
-    stats = {**variables["batch_stats"], "passes": jnp.int32(passes)}
-    return {**variables, "batch_stats": stats}
-
-
-def trained(variables):
-    return norm(SETTING, 1e-6, "norm", train=True).apply(variables, X, mutable=["batch_stats"])
-
-
-def test_it_goes_in_a_line_from_layer_norm_to_repbn():
-    held = drawn(SETTING)
-    first, _ = trained(held)
-    layer = norm("layer", 1e-6, "norm").apply({"params": held["params"]["before"]}, X)
-    np.testing.assert_allclose(first, layer, rtol=1e-5, atol=1e-6)
-    last, _ = trained(at_pass(held, 4))
-    mean, var = X.mean((0, 1), keepdims=True), X.var((0, 1), keepdims=True)
-    p = held["params"]["after"]
-    batch = (X - mean) / jnp.sqrt(var + 1e-5) * p["batch"]["scale"][None, None] + p["batch"]["bias"][
-        None, None
-    ]
-    np.testing.assert_allclose(last, batch + p["eta"] * X, rtol=1e-4, atol=1e-5)
-    for passes in (1, 2, 3):
-        between, _ = trained(at_pass(held, passes))
-        np.testing.assert_allclose(
-            between, (1 - passes / 4) * first + passes / 4 * last, rtol=1e-5, atol=1e-5
-        )
-
-
-def test_training_passes_are_counted_and_evaluation_is_repbn_alone():
-    held = drawn(SETTING)
-    counts = []
-    for _ in range(6):
-        _, changed = trained(held)
-        held = {**held, **changed}
-        counts.append(int(held["batch_stats"]["passes"]))
-    assert counts == [1, 2, 3, 4, 4, 4]
-    evaluated = norm(SETTING, 1e-6, "norm").apply(held, X)
-    alone = norm("rep_batch", 1e-5, "norm").apply(
-        {name: held[name]["after"] for name in ("params", "batch_stats")}, X
-    )
-    np.testing.assert_allclose(evaluated, alone, rtol=1e-6)
-    with pytest.raises(UsageError, match="give at least 1"):
-        Progressive(steps=0)
-
-
-def features(n=10, m=10, d=3):
-    draw = np.random.default_rng(0)
-    q, k, v = (draw.normal(size=(2, length, 2, d)) for length in (n, m, m))
-    return np.maximum(q, 0), np.maximum(k, 0), v
-
-
-@pytest.mark.parametrize("places", [4, 40])
-def test_both_orders_equal_the_matrix_of_all_pairs(places):
-    """With three channels a head, 4 places take the matrix of pairs and 40 the product of keys and values."""
-    q, k, v = features(places, places)
-    pairs = np.einsum("bnhd,bmhd->bhnm", q, k)
-    expected = np.einsum("bhnm,bmhd->bnhd", pairs / (pairs.sum(-1, keepdims=True) + 1e-6), v)
-    got = linear_attention(*map(jnp.float32, (q, k, v)), 1e-6)
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_weights_of_a_query_sum_to_one_unless_it_meets_no_key():
-    q, k, v = features(12, 12)
-    q[:, 0] = 0.0
-    sums = linear_attention(jnp.float32(q), jnp.float32(k), jnp.ones(v.shape), 1e-6)[..., 0]
-    met = np.einsum("bnhd,bmhd->bnh", q, k) > 0
-    np.testing.assert_allclose(sums, met.astype(np.float32), atol=1e-4)
-    assert not met.all()
-    slope = jax.grad(lambda q: linear_attention(q, jnp.float32(k), jnp.float32(v), 1e-6).sum())(
-        jnp.float32(q)
-    )
-    assert jnp.isfinite(slope).all()
-
-
-def test_work_is_linear_in_the_number_of_places():
-    mixer = SimplifiedLinear(heads=2)
-
-    def macs(side):
-        x = jax.ShapeDtypeStruct((1, side, side, 16), jnp.float32)
-        held = meta.unbox(jax.eval_shape(mixer.init, jax.random.key(0), x, Context()))
-        return count(lambda v, x: mixer.apply(v, x, Context()), held, x).macs
-
-    assert macs(32) == 4 * macs(16)
-
-
-def test_tokens_need_their_grid_and_maps_their_size():
-    mixer = SimplifiedLinear(heads=2)
-    x = jax.random.normal(jax.random.key(0), (1, 12, 8))
-    held = meta.unbox(mixer.init(jax.random.key(1), x, Context(grid=(3, 4))))
-    as_map = mixer.apply(held, x.reshape(1, 3, 4, 8), Context())
-    np.testing.assert_allclose(
-        mixer.apply(held, x, Context(grid=(3, 4))), as_map.reshape(1, 12, 8), rtol=1e-6
-    )
-    with pytest.raises(UsageError, match="12 tokens are no grid of None"):
-        mixer.apply(held, x, Context())
-    with pytest.raises(UsageError, match="the code of places holds 12 and this map has 16"):
-        mixer.apply(held, jnp.zeros((1, 4, 4, 8)), Context())
-    with pytest.raises(UsageError, match="heads=3 does not divide"):
-        SimplifiedLinear(heads=3).init(jax.random.key(0), x, Context(grid=(3, 4)))
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (dict(block=dict(order="res_post_norm")), "order of a Block is 'pre_norm', not 'res_post_norm'"),
+        (dict(pool="max"), "pool of a ViT is"),
+        (dict(pre_norm=True), "nothing beside the norm /pre_norm"),
+        (dict(block=dict(mixer=dict(kind="identity"))), "nothing beside the norm /blocks/mixer_norm"),
+    ],
+)
+def test_norms_with_no_place_to_go_are_refused(change, match):
+    section = slab_deit(8, 1, 2, patch=2, classes=5, steps=1)
+    change = change | dict(block=section["block"] | change.get("block", {}))
+    model = build_kind(KINDS, section | change, "config.model")
+    shapes = meta.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4, 4, 1))))
+    variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    with pytest.raises(UsageError, match=match):
+        fold_norms(model, variables)
