@@ -12,10 +12,6 @@ from effjax.mixers.context import Context
 from effjax.mixers.simplified_linear import linear_attention
 
 
-def run(mixer):
-    return jax.jit(mixer.apply)
-
-
 def features(n=10, m=10, d=3):
     draw = np.random.default_rng(0)
     q, k, v = (draw.normal(size=(2, length, 2, d)) for length in (n, m, m))
@@ -75,11 +71,21 @@ def test_tokens_need_their_grid_and_maps_their_size():
 def test_the_convolution_of_cswin_is_added():
     x = jax.random.normal(jax.random.key(0), (1, 4, 4, 4))
     plain, both = SimplifiedLinear(heads=2), SimplifiedLinear(heads=2, lepe=True)
-    held = meta.unbox(jax.jit(both.init)(jax.random.key(1), x, Context()))["params"]
-    held = {**held, "output": {"kernel": jnp.eye(4).reshape(2, 2, 4), "bias": jnp.zeros(4)}}
-    without = {name: value for name, value in held.items() if name != "lepe"}
-    values = jnp.einsum("bhwc,cid->bhwid", x, held["value"]["kernel"]).reshape(x.shape)
-    expected = DepthwiseConv(3).apply({"params": held["lepe"]}, values)
-    added = run(both)({"params": held}, x, Context()) - run(plain)({"params": without}, x, Context())
-    np.testing.assert_allclose(added, expected, rtol=1e-4, atol=1e-5)
-    assert jnp.abs(expected).max() > 0.1
+    shapes = meta.unbox(jax.eval_shape(both.init, jax.random.key(1), x, Context()))["params"]
+    draw = np.random.default_rng(2)
+    held = jax.tree.map(lambda s: np.float32(draw.normal(size=s.shape)), shapes)
+    held["output"] = {"kernel": np.eye(4, dtype=np.float32).reshape(2, 2, 4), "bias": np.zeros(4)}
+
+    @jax.jit
+    def parts(held, x):
+        rest = {name: value for name, value in held.items() if name != "lepe"}
+        values = (
+            jnp.einsum("bhwc,cid->bhwid", x, held["value"]["kernel"])
+            + held["value"]["bias"][None, None, None]
+        )
+        alone = DepthwiseConv(3).apply({"params": held["lepe"]}, values.reshape(x.shape))
+        return *(m.apply({"params": p}, x, Context()) for m, p in ((both, held), (plain, rest))), alone
+
+    whole, without, alone = parts(held, x)
+    np.testing.assert_allclose(whole - without, alone, rtol=1e-4, atol=1e-5)
+    assert jnp.abs(alone).max() > 0.1
