@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -298,3 +300,17 @@ def test_norms_with_no_place_to_go_are_refused(change, match):
     variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     with pytest.raises(UsageError, match=match):
         fold_norms(model, variables)
+
+
+@pytest.mark.parametrize("made", [pvt, cswin])
+def test_every_norm_counts_training_passes(made):
+    model, variables, pictures, _ = made()
+    train = jax.jit(lambda held, x: model.apply(held, x, train=True, mutable=["batch_stats"]))
+    logits, changed = train(variables, pictures)
+    assert bool(jnp.isfinite(logits).all())
+    for path, leaf in jax.tree.leaves_with_path(changed["batch_stats"]):
+        if path[-1].key == "passes":
+            assert (leaf == 1).all(), path
+        else:
+            held = functools.reduce(lambda tree, key: tree[key.key], path, variables["batch_stats"])
+            assert jnp.abs(leaf - held).max() > 1e-3, path
