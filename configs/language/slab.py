@@ -21,8 +21,8 @@ SIZES = {
     "smoke": Size(2, 32, 4, 4, 96, 256, tied=True, rotary_base=1e4, max_length=64),
     "350m": Size(18, 1024, 8, 8, 4096, 32_000, tied=False, rotary_base=1e4, max_length=2048),
 }
-# Passes with the RMS norm alone, and from there on until it is gone. The published code counts one pass in 16;
-# here there is one a step.
+# Passes with the RMS norm alone, and from there on until it is gone. The published code counts one pass in
+# 16; here there is one a step.
 PASSES = {"smoke": (5, 30), "350m": (10_000, 18_000)}
 VARIANTS = tuple(SIZES)
 

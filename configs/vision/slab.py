@@ -195,23 +195,23 @@ def slab(model: dict, steps: int, linear: int, **mixer: object) -> dict:
     """
     norm = progressive(steps)
 
-    def block(block: dict, linear: bool) -> dict:
-        own = block["mixer"]
+    def block(section: dict, linear: bool) -> dict:
+        own = section["mixer"]
         if linear:
             own = dict(kind="simplified_linear", heads=own["heads"], **mixer)
         elif own["kind"] == "spatial_reduction":
             own = own | dict(norm=norm)
-        return block | dict(mixer=own, norm=norm)
+        return section | dict(mixer=own, norm=norm)
 
     def coarser(section: dict) -> dict:
         if section["kind"] == "convs":
             return section | dict(layers=tuple(layer | dict(norm=norm) for layer in section["layers"]))
         return section | dict(norm=norm)
 
-    def stage(i: int, stage: dict) -> dict:
-        kinds = stage["blocks"][:1] if i < linear else stage["blocks"]
-        below = dict(downsample=coarser(stage["downsample"])) if "downsample" in stage else {}
-        return stage | dict(blocks=tuple(block(kind, i < linear) for kind in kinds)) | below
+    def stage(i: int, section: dict) -> dict:
+        kinds = section["blocks"][:1] if i < linear else section["blocks"]
+        before = dict(downsample=coarser(section["downsample"])) if "downsample" in section else {}
+        return section | dict(blocks=tuple(block(kind, i < linear) for kind in kinds)) | before
 
     head = model["head"]
     return model | dict(
