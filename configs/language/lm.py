@@ -51,10 +51,12 @@ VARIANTS = tuple(SIZES)
 
 def get_config(variant: str = "pydocs") -> ConfigDict:
     """Returns the experiment of one variant."""
-    size = SIZES[variant]
-    config = (
-        corpus(size.max_length) if size.vocab > 256 else pydocs(size.max_length, smoke=variant == "smoke")
-    )
+    return experiment(SIZES[variant], smoke=variant == "smoke")
+
+
+def experiment(size: Size, smoke: bool) -> ConfigDict:
+    """A model of this shape, on documents of one's own where it has more tokens than there are bytes."""
+    config = corpus(size.max_length) if size.vocab > 256 else pydocs(size.max_length, smoke=smoke)
     config.model = dict(
         kind="lm",
         block=dict(

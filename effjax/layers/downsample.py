@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from effjax.layers.conv import ConvNorm
 from effjax.layers.dense import Dense
 from effjax.layers.norms import NormKind, norm
-from effjax.layers.patches import PatchEmbed
+from effjax.layers.patches import PatchEmbed, position_table
 
 
 class Patches(nn.Module):
@@ -26,6 +26,7 @@ class Patches(nn.Module):
       epsilon: of the norm.
       edge: what happens where patches do not tile the map: zeros are added below and to the right, what is
         over is cut off, or the map is refused.
+      positions: whether a learned table is added at the end, made for one size of map.
     """
 
     patch: int
@@ -33,6 +34,7 @@ class Patches(nn.Module):
     norm_first: bool = False
     epsilon: float = 1e-6
     edge: Literal["pad", "crop", "refuse"] = "refuse"
+    positions: bool = False
 
     @nn.compact
     def __call__(
@@ -46,6 +48,9 @@ class Patches(nn.Module):
         x = PatchEmbed(self.patch, dim, crop=self.edge == "crop", name="embed")(x)  # [B, H/p, W/p, dim]
         if self.norm is not None and not self.norm_first:
             x = norm(self.norm, self.epsilon, "norm", train=train)(x)
+        if self.positions:
+            table = position_table(self, x.shape[1] * x.shape[2], dim)  # [H/p W/p, dim]
+            x = x + table.astype(x.dtype).reshape(1, *x.shape[1:])
         return x
 
 

@@ -92,7 +92,7 @@ def norm(
 def norm_size(kind: NormKind, channels: int) -> int:
     """How many parameters a norm over so many channels has."""
     if isinstance(kind, Progressive):
-        return 4 * channels + 1
+        return (4 if kind.before == "layer" else 3) * channels + 1
     vectors = {"rms": 1, "rms_offset": 1, "layer_no_bias": 1, "layer_plain": 0, "none": 0}
     return channels * vectors.get(kind, 2) + (kind == "rep_batch")
 

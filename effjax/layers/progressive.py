@@ -1,12 +1,17 @@
 """From layer norm to a batch norm that folds away, while training.
 
     RepBN(x)  = BN(x) + eta x
-    PRepBN(x) = g LN(x) + (1 - g) RepBN(x),    g = max(1 - t / T, 0) at training pass t = 0, 1, ..
+    PRepBN(x) = g LN(x) + (1 - g) RepBN(x),    g = 1 - (t - W) / T within [0, 1] at training pass t = 0, 1, ..
 
-In evaluation PRepBN is RepBN, which is affine a channel, and so becomes part of the layer behind it
-(`effjax.compress.slab`). `eta` is one learned number a norm, 1 at first.
+In language models LN is the RMS norm. In evaluation PRepBN is RepBN, which is affine a channel, and so
+becomes part of the layer behind it (`effjax.compress.slab`). `eta` is one learned number a norm, 1 at first.
 
-Source: SLAB, Guo et al. 2024, equations 2 to 4; initial value and counting as in the published code.
+While training, mean and variance are those of the whole batch: in a language model of tokens to come and of
+padding too. In evaluation they are running averages, and no token sees another.
+
+Source: SLAB, Guo et al. 2024, equations 2 to 4; initial values and counting as in the published code, which
+keeps the running averages still for the first W passes. Here they move from the first one on; of a pass a
+hundred passes ago they hold less than three parts in a hundred thousand.
 """
 
 import dataclasses
@@ -27,18 +32,26 @@ class Progressive:
     """PRepBN in a config: `norm=dict(kind="progressive", steps=300_000)`.
 
     Attributes:
-      steps: training passes T after which the layer norm is gone.
+      steps: training passes T that it takes from the first norm to RepBN.
       kind: says what it is.
-      batch_epsilon: of the batch norm; that of the layer norm is the block's.
+      batch_epsilon: of the batch norm; that of the first norm is the block's.
+      before: the norm that training begins with.
+      warmup: passes W with that norm alone.
+      initial: what the batch norm's scale and `eta` start at.
     """
 
     steps: int
     kind: Literal["progressive"] = "progressive"
     batch_epsilon: float = 1e-5
+    before: Literal["layer", "rms"] = "layer"
+    warmup: int = 0
+    initial: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UsageError(f"steps={self.steps} of a progressive norm: give at least 1.")
+        if self.steps < 1 or self.warmup < 0:
+            raise UsageError(
+                f"a progressive norm with steps={self.steps} and warmup={self.warmup}: give at least 1 and 0."
+            )
 
 
 class RepBatchNorm(nn.Module):
@@ -47,17 +60,20 @@ class RepBatchNorm(nn.Module):
     Attributes:
       epsilon: added to the variance.
       train: whether mean and variance are the batch's, and the running averages move by a tenth.
+      initial: what scale and `eta` start at.
     """
 
     epsilon: float = 1e-5
     train: bool = False
+    initial: float = 1.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "b *places c"]) -> Float[Array, "b *places c"]:
         """Normalises every channel over examples and places."""
-        affine: dict[str, Any] = dict(scale_init=named(_ones, ("norm",)), bias_init=named(zeros, ("norm",)))
+        filled = nn.initializers.constant(self.initial)
+        affine: dict[str, Any] = dict(scale_init=named(filled, ("norm",)), bias_init=named(zeros, ("norm",)))
         norm = nn.BatchNorm(not self.train, momentum=0.9, epsilon=self.epsilon, name="batch", **affine)
-        eta = self.param("eta", named(_ones, ()), (), jnp.float32)
+        eta = self.param("eta", named(filled, ()), (), jnp.float32)
         return norm(x).astype(x.dtype) + eta.astype(x.dtype) * x
 
 
@@ -66,7 +82,7 @@ class ProgressiveNorm(nn.Module):
 
     Attributes:
       setting: how it proceeds.
-      epsilon: of the layer norm.
+      epsilon: of the norm that training begins with.
       train: whether this is a training pass, which counts; micro-batches count one by one.
     """
 
@@ -78,14 +94,19 @@ class ProgressiveNorm(nn.Module):
     def __call__(self, x: Float[Array, "b *places c"]) -> Float[Array, "b *places c"]:
         """Mixes the two norms; what is left in evaluation is RepBN alone."""
         passes = self.variable("batch_stats", "passes", jnp.zeros, (), jnp.int32)
-        after = RepBatchNorm(self.setting.batch_epsilon, self.train, name="after")(x)  # [B, ..., C]
-        affine: dict[str, Any] = dict(scale_init=named(_ones, ("norm",)), bias_init=named(zeros, ("norm",)))
-        before = nn.LayerNorm(epsilon=self.epsilon, name="before", **affine)
+        form = self.setting
+        after = RepBatchNorm(form.batch_epsilon, self.train, form.initial, name="after")(x)  # [B, ..., C]
+        common: dict[str, Any] = dict(epsilon=self.epsilon, scale_init=named(_ones, ("norm",)), name="before")
+        if form.before == "rms":
+            before: nn.Module = nn.RMSNorm(**common)
+        else:
+            before = nn.LayerNorm(**common, bias_init=named(zeros, ("norm",)))
         if not self.train:
             if self.is_initializing():
                 before(x)
             return after
-        g = jnp.maximum(1 - passes.value.astype(jnp.float32) / self.setting.steps, 0).astype(x.dtype)
+        done = passes.value.astype(jnp.float32)
+        g = jnp.clip(1 - (done - form.warmup) / form.steps, 0, 1).astype(x.dtype)
         if not self.is_initializing():
-            passes.value = jnp.minimum(passes.value + 1, self.setting.steps)
+            passes.value = jnp.minimum(passes.value + 1, form.warmup + form.steps)
         return g * before(x).astype(x.dtype) + (1 - g) * after

@@ -17,6 +17,7 @@ from effjax.mixers.reparam_depthwise import ReparamDepthwise
 from effjax.mixers.shifted_window import ShiftedWindow
 from effjax.mixers.simplified_linear import SimplifiedLinear
 from effjax.mixers.spatial import RandomMatrix, SpatialFC
+from effjax.mixers.spatial_reduction import SpatialReduction
 from effjax.mixers.subspace_attention import SubspaceAttention
 from effjax.mixers.vision_mamba import VisionMamba
 
@@ -39,6 +40,7 @@ KINDS = {
     "shifted_window": ShiftedWindow,
     "simplified_linear": SimplifiedLinear,
     "spatial_fc": SpatialFC,
+    "spatial_reduction": SpatialReduction,
     "subspace_attention": SubspaceAttention,
     "vision_mamba": VisionMamba,
 }

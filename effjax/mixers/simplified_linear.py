@@ -1,13 +1,14 @@
 """Simplified linear attention: a ReLU in the place of the softmax, and a depthwise convolution of the values.
 
     phi_q = relu(x W_q + b_q),   phi_k = relu(x W_k + b_k + e)
-    y_n = phi_q,n (sum_m phi_k,m^T v_m) / (phi_q,n sum_m phi_k,m^T + epsilon) + DWC(v)_n
+    y_n = phi_q,n (sum_m phi_k,m^T v_m) / (phi_q,n sum_m phi_k,m^T + epsilon) + DWC(v)_n [+ LePE(v)_n]
     out = y W_o + b_o
 
 a head at a time, with a learned code e for every place, and one depthwise kernel for the channels of a head
 that all heads share. Where there are more places than channels of a head, the product of keys and values
 comes first, and the cost is linear in the number of places; else the matrix of all pairs is cheaper. Weights
-of a query sum to one, or to zero where its features meet none: epsilon keeps that finite.
+of a query sum to one, or to zero where its features meet none: epsilon keeps that finite. In a CSWin
+Transformer that network's own convolution of the values, LePE, stays.
 
 Source: SLAB, Guo et al. 2024, equations 7 and 8; the code of places, the shared kernel and epsilon from the
 published code.
@@ -22,7 +23,7 @@ from jaxtyping import Array, Float
 
 from effjax.errors import UsageError
 from effjax.layers.dense import Dense, named, truncated_normal, zeros
-from effjax.layers.depthwise import depthwise_conv
+from effjax.layers.depthwise import DepthwiseConv, depthwise_conv
 from effjax.mixers.context import Context
 
 
@@ -34,12 +35,14 @@ class SimplifiedLinear(nn.Module):
       kernel: side of the depthwise kernel.
       qkv_bias: biases of the query, key and value projections.
       epsilon: added to the sum of the weights.
+      lepe: whether a second depthwise convolution, 3 x 3 and with a kernel for every channel, is added.
     """
 
     heads: int
     kernel: int = 5
     qkv_bias: bool = True
     epsilon: float = 1e-6
+    lepe: bool = False
 
     @nn.compact
     def __call__(
@@ -67,7 +70,10 @@ class SimplifiedLinear(nn.Module):
         v = Dense(head, axes, use_bias=self.qkv_bias, name="value")(x)  # [B, N, H, D]
         k = k + self._places(k.shape[1:]).astype(k.dtype)[None]
         y = linear_attention(jax.nn.relu(q), jax.nn.relu(k), v, self.epsilon)  # [B, N, H, D]
-        y = y + self._local(v.reshape(shape[0], *grid, channels)).reshape(v.shape)
+        values = v.reshape(shape[0], *grid, channels)  # [B, H', W', C]
+        y = y + self._local(values).reshape(v.shape)
+        if self.lepe:
+            y = y + DepthwiseConv(3, name="lepe")(values).reshape(v.shape)
         y = Dense(channels, ("heads", "head_dim", "embed"), inputs=2, name="output")(y)  # [B, N, C]
         return y.reshape(shape)
 

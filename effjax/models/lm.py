@@ -87,29 +87,29 @@ class DecoderBlock(nn.Module):
         self, x: Float[Array, "b n c"], cache: Any, context: Context, train: bool
     ) -> tuple[Float[Array, "b n c"], Any]:
         """Both branches; without a cache the tokens are whole sequences."""
-        first = self._before(x, "mixer_norm")  # [B, N, C]
+        first = self._before(x, "mixer_norm", train)  # [B, N, C]
         if cache is None:
             h = self.mixer(first, context, train=train)  # [B, N, C]
         else:
             h, cache = self.mixer.step(first, cache, context)  # [B, N, C]
-        mixed = x + self._after(h, "mixer_norm")
+        mixed = x + self._after(h, "mixer_norm", train)
         if self.ffn is None:
             return self._named(mixed), cache
         if self.parallel == "one_norm":
             h = first
         else:
-            h = self._before(mixed if self.parallel == "no" else x, "ffn_norm")
-        x = mixed + self._after(self.ffn(h, train=train), "ffn_norm")  # [B, N, C]
+            h = self._before(mixed if self.parallel == "no" else x, "ffn_norm", train)
+        x = mixed + self._after(self.ffn(h, train=train), "ffn_norm", train)  # [B, N, C]
         return self._named(x), cache
 
     @nn.nowrap
-    def _before(self, x: Float[Array, "b n c"], name: str) -> Float[Array, "b n c"]:
-        return x if self.norm_at == "after" else norm(self.norm, self.epsilon, name)(x)
+    def _before(self, x: Float[Array, "b n c"], name: str, train: bool) -> Float[Array, "b n c"]:
+        return x if self.norm_at == "after" else norm(self.norm, self.epsilon, name, train=train)(x)
 
     @nn.nowrap
-    def _after(self, h: Float[Array, "b n c"], name: str) -> Float[Array, "b n c"]:
+    def _after(self, h: Float[Array, "b n c"], name: str, train: bool) -> Float[Array, "b n c"]:
         if self.norm_at != "before":
-            h = norm(self.norm, self.epsilon, f"{name}_after")(h)
+            h = norm(self.norm, self.epsilon, f"{name}_after", train=train)(h)
         return h if self.residual_scale == 1.0 else h * jnp.asarray(self.residual_scale, h.dtype)
 
     @nn.nowrap
@@ -229,7 +229,7 @@ class LM(nn.Module):
         method = "__call__" if caches is None else "step"
         x, caches = stack(x, context, each=(caches, self.own()), method=method, train=train)  # [B, N, C]
 
-        x = norm(self.block.norm, self.block.epsilon, "norm")(x)  # [B, N, C]
+        x = norm(self.block.norm, self.block.epsilon, "norm", train=train)(x)  # [B, N, C]
         if not self.tied:
             init = named(truncated_normal(0.02), ("vocab", "embed"))
             table = self.param("head", init, (self.vocab, self.dim), jnp.float32)

@@ -97,6 +97,17 @@ def test_patches_at_the_edge(edge, shape):
         Patches(4).apply(held, X, 5)
 
 
+def test_patches_may_have_positions():
+    module, plain = Patches(2, edge="crop", norm=None, positions=True), Patches(2, edge="crop", norm=None)
+    held = made(module, X, 5)
+    x = module.apply(held, X, 5)
+    table = held["params"]["positions"].reshape(1, 3, 3, 5)
+    rest = {"params": {"embed": held["params"]["embed"]}}
+    np.testing.assert_allclose(x, plain.apply(rest, X, 5) + table, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UsageError, match="the position table holds 9 tokens and this picture makes 6"):
+        module.apply(held, X[:, :4], 5)
+
+
 def test_a_picture_smaller_than_a_patch_is_refused_where_patches_are_cut():
     with pytest.raises(UsageError, match="3 x 6 cannot be cut into patches of 4 x 4"):
         made(Patches(4, edge="crop"), X[:, :3], 5)
