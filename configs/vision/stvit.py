@@ -13,7 +13,9 @@
 `deit-s-r`
     The same width with two dumbbells of six layers, whose end has 196 tokens again, for dense tasks.
 `digits-swin`
-    DIGITS
+    0.19M parameters: Swin on 64 places of digits in windows of 4 x 4, with a block and a dumbbell of five
+    layers on 4 semantic tokens a window. 96.9% of the 360 held-out digits after 60 epochs, four minutes of
+    processor time.
 `swin-t`, `swin-s`, `swin-b`
     ImageNet at 224 pixels for 300 epochs with Swin's recipe: behind the first block of the third stage 16
     semantic tokens take the place of the 49 of each window. Not run here.
@@ -21,6 +23,8 @@
     One or three dumbbells in the third stage, with 9 semantic tokens a window, as the published code has
     them. Not run here; the authors report 82.7% top-1 for S and 83.2% for B.
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -51,24 +55,27 @@ DROP = 0.1
 
 def get_config(variant: str = "digits") -> ConfigDict:
     """Returns the config of a variant."""
-    if variant.removesuffix("-r") in SWIN:
-        width, depths, drop_path = SWIN[variant.removesuffix("-r")]
-        kind = dict(side=3, recover=True) if variant.endswith("-r") else dict(side=4, recover=False)
-        model = windowed(width, depths, window=7, reach=10, **kind, classes=1000, drop_path=drop_path)
-        return imagenet(model, warmup="20 epochs", clip=5.0, ema=None)
     if variant == "digits-swin":
-        toy = dict(window=4, side=2, reach=6, head_dim=8, stem=dict(kind="patches", patch=1))
-        return digits(windowed(32, (6, 2), recover=True, classes=10, drop_path=0.0, **toy), smoke=False)
+        toy: dict[str, Any] = dict(window=4, side=2, reach=6, head_dim=8, stem=dict(kind="patches", patch=1))
+        model = windowed(32, (6, 2), recover=True, classes=10, drop_path=0.0, **toy)
+        return digits(model, smoke=False, steps="60 epochs")
+    size, recover = variant.removesuffix("-r"), variant.endswith("-r")
+    if size in SWIN:
+        width, depths, drop_path = SWIN[size]
+        windows: dict[str, Any] = dict(window=7, side=3 if recover else 4, reach=10, recover=recover)
+        model = windowed(width, depths, **windows, classes=1000, drop_path=drop_path)
+        return imagenet(model, warmup="20 epochs", clip=5.0, ema=None)
     deit = dict(patch=16, classes=1000)
     if variant == "deit-s-r":
         return imagenet(dumbbells(**SIZES["deit-s"], units=2, side=4, drop_path=DROP, **deit))
     if variant in SIZES:
-        size = SIZES[variant]
         generator = dict(side=4, drop_path=DROP * 4.5 / 11)
-        return imagenet(semantic(**size, depth=10, at=4, generator=generator, drop_path=DROP, **deit))
+        return imagenet(
+            semantic(**SIZES[variant], depth=10, at=4, generator=generator, drop_path=DROP, **deit)
+        )
     smoke = variant == "smoke"
-    size = dict(dim=16, heads=2, depth=2, at=1) if smoke else dict(dim=64, heads=4, depth=4, at=2)
-    model = semantic(**size, generator=dict(side=2), patch=2, classes=10, unroll=size["depth"])
+    toy = dict(dim=16, heads=2, depth=2, at=1) if smoke else dict(dim=64, heads=4, depth=4, at=2)
+    model = semantic(**toy, generator=dict(side=2), patch=2, classes=10, unroll=toy["depth"])
     return digits(model, smoke=smoke)
 
 

@@ -76,7 +76,8 @@ class SemanticWindows(nn.Module):
         count = -(-x.shape[1] // self.window), -(-x.shape[2] // self.window)
         pooled = max_pool(x, (count[0] * self.side, count[1] * self.side))  # [B, H', W', C]
         tokens, s = _row(x), _row(pooled)  # [B, N, C], [B, M, C]
-        near = functools.partial(in_windows, grid=x.shape[1:3], count=count, side=self.side, reach=self.reach)
+        grid = x.shape[1], x.shape[2]
+        near = functools.partial(in_windows, grid=grid, count=count, side=self.side, reach=self.reach)
         layer = functools.partial(CrossLayer, self.heads, self.ratio, self.epsilon, self.layer_scale)
         first, second = layer(self.shortcut, name="first"), layer(name="second")
         s, _ = first(s, jnp.concatenate([s, tokens], axis=1), drop_rates[0], train, near)  # [B, M, C]
@@ -111,7 +112,8 @@ class Dumbbell(nn.Module):
         """Returns `(x, None)`."""
         s, _ = self.generate(x, drop_rates[:2], context, train=train)  # [B, H', W', C]
         for block, rate in zip(self.process, drop_rates[2:-1], strict=True):
-            s, _ = block(s, rate, context, train=train)  # [B, H', W', C]
+            # A map stays a map: only bags of tokens come out as bags.
+            s, _ = block(s, rate, context, train=train)  # type: ignore[assignment]  # [B, H', W', C]
         like = self.generate
         recover = CrossLayer(like.heads, like.ratio, like.epsilon, like.layer_scale, name="recover")
         y, _ = recover(_row(x), _row(s), drop_rates[-1], train)  # [B, N, C]
