@@ -38,7 +38,8 @@ class ShiftedWindow(nn.Module):
       qkv_bias: biases of the query, key and value projections.
       key_bias: whether the key projection has its bias among them.
       similarity: of queries and keys: `dot`, scaled by 1 / sqrt(d), or `cosine`, scaled by 1 / tau.
-      bias: what relative positions add to the logits, a kind in `effjax.mixers.position_bias`.
+      bias: what relative positions add to the logits, a kind in `effjax.mixers.position_bias`; None adds
+        nothing.
       pad: whether zeros are added before or after the map is rolled. Swin's own code for detection does the
         first, timm the second; the two differ at the edge, and nowhere where windows tile the map.
     """
@@ -49,7 +50,7 @@ class ShiftedWindow(nn.Module):
     qkv_bias: bool = True
     key_bias: bool = True
     similarity: Literal["dot", "cosine"] = "dot"
-    bias: nn.Module = part(position_bias.KINDS, default=RelativeTable)
+    bias: nn.Module | None = part(position_bias.KINDS, default=RelativeTable)
     pad: Literal["before_shift", "after_shift"] = "before_shift"
 
     @nn.compact
@@ -93,7 +94,9 @@ class ShiftedWindow(nn.Module):
         scale: float | Float[Array, " h"] = head[1] ** -0.5
         if self.similarity == "cosine":
             q, k, scale = unit(q), unit(k), self._inverse_temperature()
-        bias = self.bias(size, windows.sides(self.window), self.heads)  # [H, M M, M M]
+        bias = None
+        if self.bias is not None:
+            bias = self.bias(size, windows.sides(self.window), self.heads)  # [H, M M, M M]
         allowed = windows.allowed_after_shift(grid, size, shift)  # [w, M M, M M]
         y = windows.window_attention(q, k, v, scale=scale, bias=bias, allowed=allowed)
         return Dense(x.shape[-1], ("heads", "head_dim", "embed"), inputs=2, name="output")(y)

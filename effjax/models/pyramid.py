@@ -6,13 +6,15 @@
 
 A backbone is a config of this skeleton: Swin, ConvNeXt, PoolFormer and most that follow them differ in what
 stands at these places. Depth is a scan over cycles of a stage's blocks: `blocks=(a, b)` with a depth of 6 is
-a, b, a, b, a, b with three-fold parameters; what is left of an odd depth stands behind the scan.
+a, b, a, b, a, b with three-fold parameters; what is left of an odd depth stands behind the scan. A block may
+be several layers: it then says so in `layers`, counts for as many, and gets a drop rate for each.
 """
 
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 from effjax.compress.merge import Fold, at, plan
@@ -32,24 +34,41 @@ class Cycle(nn.Module):
 
     members: tuple[nn.Module, ...]
 
+    @property
+    def layers(self) -> int:
+        """Those of all members."""
+        return sum(map(layers, self.members))
+
     def __call__(
         self,
         x: Float[Array, "b h w c"],
         drop_rates: Float[Array, " k"],
         context: Context,
         train: bool = False,
-    ) -> tuple[Float[Array, "b h w c"], None]:
-        """Runs every member with its own drop rate."""
-        for member, rate in zip(self.members, drop_rates, strict=True):
-            x, _ = member(x, rate, context, train=train)
+    ) -> tuple[Float[Array, "b h2 w2 c2"], None]:
+        """Runs every member with its own drop rates."""
+        begun = 0
+        for member in self.members:
+            x, _ = member(x, own_rates(member, drop_rates[begun:]), context, train=train)
+            begun += layers(member)
         return x, None
+
+
+def layers(block: nn.Module) -> int:
+    """How many layers of a stage's depth a block is."""
+    return getattr(block, "layers", 1)
+
+
+def own_rates(block: nn.Module, rates: Float[Array, " k"]) -> Float[Array, "..."]:
+    """The first of the rates: one, or as many as the block has layers."""
+    return rates[0] if layers(block) == 1 else rates[: layers(block)]
 
 
 class Stage(nn.Module):
     """Blocks at one resolution.
 
     Attributes:
-      depth: number of blocks, `first` among them.
+      depth: number of layers, those of `first` among them; most blocks are one.
       dim: channels with which a cycle of blocks begins and ends.
       blocks: the blocks to repeat in turn. Within a cycle they may differ in width, and where a stage ends
         in the middle of one, so does its output.
@@ -65,9 +84,12 @@ class Stage(nn.Module):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rest = self.depth - (self.first is not None)
-        if rest < 0 or (rest > 0 and not self.blocks):
-            raise UsageError(f"depth={self.depth} and {len(self.blocks)} kinds of blocks make no stage.")
+        first = 0 if self.first is None else layers(self.first)
+        rest, ends = self.depth - first, np.cumsum([0, *map(layers, self.blocks)])
+        if rest < 0 or (rest and (not self.blocks or rest % ends[-1] not in ends)):
+            raise UsageError(
+                f"depth={self.depth} and {len(self.blocks)} kinds of blocks make no stage of whole blocks."
+            )
 
     @nn.compact
     def __call__(
@@ -83,8 +105,8 @@ class Stage(nn.Module):
         if self.downsample is not None:
             x = self.downsample(x, self.dim, train=train)  # [B, H', W', C']
         if self.first is not None:
-            x, _ = self.first(x, drop_rates[0], context, train=train)
-            drop_rates = drop_rates[1:]
+            x, _ = self.first(x, own_rates(self.first, drop_rates), context, train=train)
+            drop_rates = drop_rates[layers(self.first) :]
         if x.shape[-1] != self.dim:
             raise UsageError(
                 f"a stage of dim={self.dim} gets {x.shape[-1]} channels: give it a downsample, or that dim."
@@ -92,18 +114,20 @@ class Stage(nn.Module):
         x = constrain(x)
         if not len(drop_rates):
             return x
-        cycles, rest = divmod(len(drop_rates), len(self.blocks))
-        whole = cycles * len(self.blocks)
-        if cycles and len(self.blocks) == 1:
-            stack = Stack(self.blocks[0], cycles, remat=remat, unroll=unroll, name="stack")
-            x, _ = stack(x, context, each=drop_rates, train=train)
-        elif cycles:
-            each = drop_rates[:whole].reshape(cycles, len(self.blocks))
-            stack = Stack(Cycle(self.blocks), cycles, remat=remat, unroll=unroll, name="stack")
+        cycle = self.blocks[0] if len(self.blocks) == 1 else Cycle(self.blocks)
+        cycles, rest = divmod(len(drop_rates), layers(cycle))
+        if cycles:
+            each = drop_rates[: cycles * layers(cycle)]
+            each = each if layers(cycle) == 1 else each.reshape(cycles, -1)
+            stack = Stack(cycle, cycles, remat=remat, unroll=unroll, name="stack")
             x, _ = stack(x, context, each=each, train=train)
-        for i in range(rest):
-            stack = Stack(self.blocks[i], 1, remat=remat, name=f"rest_{i}")
-            x, _ = stack(x, context, each=drop_rates[whole + i : whole + i + 1], train=train)
+        drop_rates = drop_rates[len(drop_rates) - rest :]
+        for i, block in enumerate(self.blocks):
+            if not len(drop_rates):
+                break
+            stack = Stack(block, 1, remat=remat, name=f"rest_{i}")
+            x, _ = stack(x, context, each=own_rates(block, drop_rates)[None], train=train)
+            drop_rates = drop_rates[layers(block) :]
         return x
 
     @nn.nowrap

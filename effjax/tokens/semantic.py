@@ -12,10 +12,11 @@ a dumbbell of generating, processing and recovering, of which a network may have
 Source: Chang et al., "Making Vision Transformers Efficient from A Token Sparsification View", CVPR 2023,
 arXiv:2303.08685. The largest value is pooled, keys count the queries themselves, one norm serves queries and
 keys, and G is part of the residual stream, as in the published code (models/layers.py). That has Swin alone,
-and its runs had no P in S_1: `shortcut=False`.
+which `effjax.models.blocks.dumbbell` is, and its runs had no P in S_1: `shortcut=False`.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -32,6 +33,17 @@ from effjax.mixers.dot_product import attention_weights, weighted_sum
 from effjax.tokens.assignment import Mixture, apply, between
 from effjax.tokens.tokens import Tokens
 
+# From queries [B, M, H, D], keys and values [B, N, H, D] to [B, M, H, D], and weights [B, H, M, N] or None.
+Attend = Callable[[Array, Array, Array], tuple[Array, Array | None]]
+
+
+def everywhere(
+    q: Float[Array, "b m h d"], k: Float[Array, "b n h d"], v: Float[Array, "b n h d"]
+) -> tuple[Float[Array, "b m h d"], Float[Array, "b h m n"]]:
+    """Attention of every query to every key, and its weights."""
+    weights = attention_weights(q, k, mask=None, causal=False)
+    return weighted_sum(weights.astype(v.dtype), v), weights
+
 
 class CrossLayer(nn.Module):
     """A transformer layer whose queries are not its keys.
@@ -41,8 +53,7 @@ class CrossLayer(nn.Module):
       ratio: hidden width of the perceptron, as a multiple of the width.
       epsilon: of the norms.
       layer_scale: initial value of the channel scales; None leaves them out.
-      shortcut: whether queries are added to what they found.
-      drop_path: stochastic depth of both branches.
+      shortcut: whether queries are added to what they found; where not, this branch is never dropped.
     """
 
     heads: int
@@ -50,13 +61,28 @@ class CrossLayer(nn.Module):
     epsilon: float = 1e-6
     layer_scale: float | None = None
     shortcut: bool = True
-    drop_path: float = 0.0
 
     @nn.compact
     def __call__(
-        self, queries: Float[Array, "b m c"], tokens: Float[Array, "b n c"], train: bool = False
-    ) -> tuple[Float[Array, "b m c"], Float[Array, "b m n"]]:
-        """Returns the new queries, and how much each took of every token, a mean over the heads."""
+        self,
+        queries: Float[Array, "b m c"],
+        tokens: Float[Array, "b n c"],
+        drop_rate: Float[Array, ""] | float = 0.0,
+        train: bool = False,
+        attend: Attend = everywhere,
+    ) -> tuple[Float[Array, "b m c"], Float[Array, "b m n"] | None]:
+        """Returns the new queries, and how much each took of every token, a mean over the heads.
+
+        Args:
+          queries: who looks.
+          tokens: who is looked at.
+          drop_rate: stochastic depth of both branches.
+          train: whether this is training.
+          attend: which tokens a query sees; where it tells no weights, neither does this.
+
+        Raises:
+          UsageError: where the heads do not divide the width.
+        """
         width = queries.shape[-1]
         if width % self.heads:
             raise UsageError(f"heads={self.heads} does not divide the width {width}.")
@@ -65,20 +91,21 @@ class CrossLayer(nn.Module):
         head, axes = (self.heads, width // self.heads), ("embed", "heads", "head_dim")
         q = Dense(head, axes, name="query")(inner)  # [B, M, H, D]
         k, v = Dense(head, axes, name="key")(outer), Dense(head, axes, name="value")(outer)  # [B, N, H, D]
-        weights = attention_weights(q, k, mask=None, causal=False)  # [B, H, M, N]
-        h = weighted_sum(weights.astype(v.dtype), v)  # [B, M, H, D]
+        h, weights = attend(q, k, v)  # [B, M, H, D], [B, H, M, N]
         h = Dense(width, ("heads", "head_dim", "embed"), inputs=2, name="output")(h)  # [B, M, C]
-        h = self._branch(h, "mixer_scale", train)
-        x = queries + h if self.shortcut else h  # [B, M, C]
+        x = self._scaled(h, "mixer_scale")  # [B, M, C]
+        if self.shortcut:
+            x = queries + stochastic_depth(self, x, drop_rate, train)
         h = ffn.MLP(ratio=self.ratio, name="ffn")(norm("layer", self.epsilon, "ffn_norm")(x))
-        return constrain(x + self._branch(h, "ffn_scale", train)), jnp.mean(weights, axis=1)
+        h = stochastic_depth(self, self._scaled(h, "ffn_scale"), drop_rate, train)
+        return constrain(x + h), None if weights is None else jnp.mean(weights, axis=1)
 
     @nn.nowrap
-    def _branch(self, h: Float[Array, "b m c"], name: str, train: bool) -> Float[Array, "b m c"]:
-        if self.layer_scale is not None:
-            init = named(nn.initializers.constant(self.layer_scale), ("norm",))
-            h = h * self.param(name, init, (h.shape[-1],), jnp.float32).astype(h.dtype)[None, None]
-        return stochastic_depth(self, h, self.drop_path, train) if self.drop_path else h
+    def _scaled(self, h: Float[Array, "b m c"], name: str) -> Float[Array, "b m c"]:
+        if self.layer_scale is None:
+            return h
+        init = named(nn.initializers.constant(self.layer_scale), ("norm",))
+        return h * self.param(name, init, (h.shape[-1],), jnp.float32).astype(h.dtype)[None, None]
 
 
 class Semantic(nn.Module):
@@ -118,7 +145,9 @@ class Semantic(nn.Module):
                 "semantic tokens are pooled from a whole grid: put them before other reductions."
             )
         x = tokens.inner(tokens.x)  # [B, N, C]
-        pooled = max_pool(x.reshape(x.shape[0], *tokens.grid, -1), self.side)  # [B, side, side, C]
+        pooled = max_pool(
+            x.reshape(x.shape[0], *tokens.grid, -1), (self.side, self.side)
+        )  # [B, side, side, C]
         s = pooled.reshape(x.shape[0], -1, x.shape[-1])  # [B, M, C]
         s, _ = self._layer("first", s, x, s, train)
         keys = s
@@ -134,10 +163,9 @@ class Semantic(nn.Module):
         self, name: str, s: Float[Array, "b m c"], x: Float[Array, "b n c"], own: Array, train: bool
     ) -> tuple[Float[Array, "b m c"], Float[Array, "b m n"]]:
         shortcut = self.shortcut or name != "first"
-        layer = CrossLayer(
-            self.heads, self.ratio, self.epsilon, self.layer_scale, shortcut, self.drop_path, name=name
-        )
-        s, weights = layer(s, jnp.concatenate([own, x], axis=1), train)
+        layer = CrossLayer(self.heads, self.ratio, self.epsilon, self.layer_scale, shortcut, name=name)
+        s, weights = layer(s, jnp.concatenate([own, x], axis=1), self.drop_path, train)
+        assert weights is not None  # `everywhere` tells them
         return s, weights[:, :, own.shape[1] :]
 
 
@@ -167,10 +195,8 @@ class Recover(nn.Module):
         """
         if tokens.carried is None:
             raise UsageError("no image tokens were kept to recover: generate with recoverable=True.")
-        layer = CrossLayer(
-            self.heads, self.ratio, self.epsilon, self.layer_scale, drop_path=self.drop_path, name="layer"
-        )
-        x, _ = layer(tokens.carried, tokens.inner(tokens.x), train)  # [B, N, C]
+        layer = CrossLayer(self.heads, self.ratio, self.epsilon, self.layer_scale, name="layer")
+        x, _ = layer(tokens.carried, tokens.inner(tokens.x), self.drop_path, train)  # [B, N, C]
         return Tokens.of(between(tokens, x, tokens.x), tokens.ends, tokens.held, tokens.grid)
 
 
@@ -188,15 +214,17 @@ def became(tokens: Tokens, x: Float[Array, "b m c"], weights: Float[Array, "b m 
     return dataclasses.replace(made, x=between(tokens, x, tokens.x))
 
 
-def max_pool(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b s s c"]:
-    """The largest value in each of `side x side` windows, which overlap where they do not tile the map.
+def max_pool(x: Float[Array, "b h w c"], sides: tuple[int, int]) -> Float[Array, "b s t c"]:
+    """The largest value in each of a grid of windows, which overlap where they do not tile the map.
 
-    window i of n places:  floor(i n / side) up to ceil((i + 1) n / side)
+    window i of s on n places:  floor(i n / s) up to ceil((i + 1) n / s)
     """
-    for axis in (1, 2):
+    if x.shape[1] < sides[0] or x.shape[2] < sides[1]:
+        raise UsageError(
+            f"a grid of {x.shape[1]} x {x.shape[2]} tokens has no {sides[0]} x {sides[1]} windows."
+        )
+    for axis, side in enumerate(sides, start=1):
         n = x.shape[axis]
-        if n < side:
-            raise UsageError(f"a grid of {x.shape[1]} x {x.shape[2]} tokens has no {side} x {side} windows.")
         windows = [
             jnp.max(jax.lax.slice_in_dim(x, i * n // side, -(-(i + 1) * n // side), axis=axis), axis=axis)
             for i in range(side)

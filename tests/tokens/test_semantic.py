@@ -66,12 +66,12 @@ def test_the_layer_is_the_published_one(recorded):
 @pytest.mark.parametrize("name", ["even", "odd"])
 def test_pooling_is_torchs_adaptive_one(recorded, name):
     pooled = recorded[f"pooled_{name}"]
-    np.testing.assert_array_equal(max_pool(jnp.asarray(recorded[f"map_{name}"]), pooled.shape[1]), pooled)
+    np.testing.assert_array_equal(max_pool(jnp.asarray(recorded[f"map_{name}"]), pooled.shape[1:3]), pooled)
 
 
 def test_as_many_windows_as_places_pool_nothing():
     grid = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
-    np.testing.assert_array_equal(max_pool(grid, 4), grid)
+    np.testing.assert_array_equal(max_pool(grid, (4, 4)), grid)
 
 
 def test_generator_of_silent_layers_returns_pooled_tokens_and_centres():
@@ -79,7 +79,7 @@ def test_generator_of_silent_layers_returns_pooled_tokens_and_centres():
     bag = Tokens.of(jax.random.normal(jax.random.key(0), (2, 17, 8)), (1, 0), grid=(4, 4))
     params = meta.unbox(jax.jit(functools.partial(model.init, train=False))(jax.random.key(1), bag))["params"]
     made = jax.jit(lambda p, bag: model.apply({"params": p}, bag, False))(params, bag)
-    pooled = max_pool(bag.x[:, 1:].reshape(2, 4, 4, 8), 2).reshape(2, 4, 8) + params["centres"][None]
+    pooled = max_pool(bag.x[:, 1:].reshape(2, 4, 4, 8), (2, 2)).reshape(2, 4, 8) + params["centres"][None]
     np.testing.assert_allclose(made.x[:, 1:], pooled, atol=1e-6)
     np.testing.assert_array_equal(made.x[:, :1], bag.x[:, :1])
     np.testing.assert_allclose(made.size.sum(1), 17, rtol=1e-6)

@@ -1,5 +1,6 @@
 """The residual blocks that a stage repeats. Each maps `(x, drop_rate, context, train)` to `(x, None)`."""
 
+from effjax.models.blocks.dumbbell import Dumbbell, SemanticWindows
 from effjax.models.blocks.large_kernel import LargeKernel
 from effjax.models.blocks.lean import Lean
 from effjax.models.blocks.lowformer import LowFormer
@@ -9,6 +10,7 @@ from effjax.models.blocks.moat import MOAT
 from effjax.models.blocks.nextvit import NextConv, NextTransformer
 
 KINDS = {
+    "dumbbell": Dumbbell,
     "large_kernel": LargeKernel,
     "lean": Lean,
     "lowformer": LowFormer,
@@ -17,4 +19,5 @@ KINDS = {
     "moat": MOAT,
     "next_conv": NextConv,
     "next_transformer": NextTransformer,
+    "semantic_windows": SemanticWindows,
 }
