@@ -145,9 +145,8 @@ class Semantic(nn.Module):
                 "semantic tokens are pooled from a whole grid: put them before other reductions."
             )
         x = tokens.inner(tokens.x)  # [B, N, C]
-        pooled = max_pool(
-            x.reshape(x.shape[0], *tokens.grid, -1), (self.side, self.side)
-        )  # [B, side, side, C]
+        grid = x.reshape(x.shape[0], *tokens.grid, -1)  # [B, h, w, C]
+        pooled = max_pool(grid, (self.side, self.side))  # [B, side, side, C]
         s = pooled.reshape(x.shape[0], -1, x.shape[-1])  # [B, M, C]
         s, _ = self._layer("first", s, x, s, train)
         keys = s

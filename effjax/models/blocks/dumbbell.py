@@ -164,9 +164,8 @@ def squares(
 
     place of window i of k, n places:  floor((i + 1/2) n / k - reach / 2), at least 0 and at most n - reach
     """
-    for axis, k in zip(
-        (1, 3), count, strict=True
-    ):  # [B, H, W, ...] -> [B, i, r, W, ...] -> [B, i, r, j, r, ...]
+    # [B, H, W, ...] -> [B, i, r, W, ...] -> [B, i, r, j, r, ...]
+    for axis, k in zip((1, 3), count, strict=True):
         n = x.shape[axis]
         r = min(reach, n)
         starts = [min(max(((2 * i + 1) * n - r * k) // (2 * k), 0), n - r) for i in range(k)]
