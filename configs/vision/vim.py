@@ -21,11 +21,13 @@ from configs.vision.recipes import digits, imagenet
 
 # Width, stochastic depth and weight decay of the published sizes; all have 24 blocks.
 SIZES = {"tiny": (192, 0.0, 0.1), "small": (384, 0.05, 0.05), "base": (768, 0.05, 0.05)}
-VARIANTS = ("smoke", "digits", *SIZES, "tiny-plus", "small-plus")
+VARIANTS = ("smoke", "digits", "digits-long", *SIZES, "tiny-plus", "small-plus")
 
 
 def get_config(variant: str = "digits") -> ConfigDict:
     """Returns the config of a variant."""
+    if variant == "digits-long":
+        return digits(vim(48, 4, patch=2, stride=1, classes=10, state=4, unroll=4), smoke=False, steps="40 epochs")
     if variant in ("smoke", "digits"):
         smoke = variant == "smoke"
         dim, depth = (16, 2) if smoke else (48, 3)
