@@ -90,7 +90,7 @@ class Alignment:
             variables, images, train=True, rngs={"dropout": key}, mutable=others
         )
         held = jax.tree.map(lambda leaf: leaf.astype(z.dtype), variables["teacher"]["params"])
-        goal = self.teacher.clone(classes=0).apply(
+        goal: Array = self.teacher.clone(classes=0).apply(  # type: ignore[assignment]
             {**variables["teacher"], "params": held}, self._seen(images)
         )
         goal = jax.lax.stop_gradient(goal).astype(jnp.float32)  # [B, C]
