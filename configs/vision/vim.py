@@ -7,6 +7,9 @@
 `digits`
     80 epochs of 1,437 digits of 8 x 8 pixels: under three minutes on 2 CPU cores, and an accuracy of 99.2%
     on the 360 held-out digits.
+`digits-long`
+    Four blocks on 49 overlapping patches and a class token, to try pruning on: 98.3% after 40 epochs, 277
+    seconds of CPU time.
 `tiny`, `small`, `base`
     ImageNet-1k at 224 pixels for 300 epochs. Not run here; the authors report 76.1%, 80.5% and
     81.9% top-1. For `base` they publish no training script: it has that of `small`.
@@ -21,11 +24,15 @@ from configs.vision.recipes import digits, imagenet
 
 # Width, stochastic depth and weight decay of the published sizes; all have 24 blocks.
 SIZES = {"tiny": (192, 0.0, 0.1), "small": (384, 0.05, 0.05), "base": (768, 0.05, 0.05)}
-VARIANTS = ("smoke", "digits", *SIZES, "tiny-plus", "small-plus")
+VARIANTS = ("smoke", "digits", "digits-long", *SIZES, "tiny-plus", "small-plus")
 
 
 def get_config(variant: str = "digits") -> ConfigDict:
     """Returns the config of a variant."""
+    if variant == "digits-long":
+        return digits(
+            vim(48, 4, patch=2, stride=1, classes=10, state=4, unroll=4), smoke=False, steps="40 epochs"
+        )
     if variant in ("smoke", "digits"):
         smoke = variant == "smoke"
         dim, depth = (16, 2) if smoke else (48, 3)

@@ -46,6 +46,8 @@ class VisionMamba(nn.Module):
       width: taps of the convolution.
       rank: channels that the step size is made of; None means a sixteenth of the width, rounded up.
       chunk: tokens that one associative scan covers; it changes time and memory and not the result.
+      aligned: whether the state decays over tokens that were left out; False runs over those that are left as
+        if they were neighbours, which Zhan et al. 2024 find to be worse.
     """
 
     expand: float = 2.0
@@ -53,6 +55,7 @@ class VisionMamba(nn.Module):
     width: int = 4
     rank: int | None = None
     chunk: int = 64
+    aligned: bool = True
 
     def __call__(
         self, x: Float[Array, "b n c"], context: Context, train: bool = False
@@ -97,7 +100,7 @@ class VisionMamba(nn.Module):
         u = Dense(inner, ("embed", "mlp"), use_bias=False, name="input")(x)  # [B, N, I]
         z = Dense(inner, ("embed", "mlp"), use_bias=False, name="gate")(x)  # [B, N, I]
         before = behind = None
-        if context.positions is not None:
+        if context.positions is not None and self.aligned:
             missing = jnp.diff(context.positions, axis=1) - 1  # [B, N - 1], between neighbours
             before = jnp.pad(missing, ((0, 0), (1, 0)))  # [B, N]
             behind = jnp.pad(missing[:, ::-1], ((0, 0), (1, 0)))  # [B, N]

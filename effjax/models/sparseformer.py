@@ -11,8 +11,8 @@
 
 The points of a token are mixed by matrices that the token makes: `gelu(S F M)`, M over channels, S over
 points. The cortex has the names and shapes of the last blocks of a ViT, from whose weights a network starts
-(`bootstrapped`): what is new, the focusing part, learns to make its class token what the ViT's is, while most
-of the cortex stays as it was.
+(`inherited`): what is new, the focusing part, learns to make its class token what the ViT's is (the task
+`alignment`), together with the first blocks (`tuned`), while most of the cortex stays as it was.
 
 Source: Gao et al., "Bootstrapping SparseFormers from Vision Foundation Models", CVPR 2024, section 3; details
 of the published code, which mixes without biases, and without an activation between M and S.
@@ -159,6 +159,8 @@ class SparseFormer(nn.Module):
       points: that a token looks at.
       hidden: channels between a token and the matrices that it mixes its points by.
       turns: of the focusing part.
+      tuned: first blocks of the cortex that stand apart from the others, as `tuned_blocks`, so that a rule of
+        the optimiser can freeze `blocks` and leave these.
       early_stride: of the early convolution.
       early_pool: whether a pool follows it.
       drop_path: stochastic depth of the last block of the cortex, growing linearly from 0.
@@ -176,11 +178,17 @@ class SparseFormer(nn.Module):
     points: int = 16
     hidden: int = 128
     turns: int = 4
+    tuned: int = 0
     early_stride: int = 2
     early_pool: bool = True
     drop_path: float = 0.0
     remat: str = "none"
     unroll: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.tuned < self.depth:
+            raise UsageError(f"tuned={self.tuned} must leave some of the {self.depth} blocks of the cortex.")
 
     @nn.compact
     def __call__(self, images: Float[Array, "b height width channels"], train: bool = False) -> Array:
@@ -213,34 +221,46 @@ class SparseFormer(nn.Module):
         token = self.param("class_token", named(_normal, (None, "embed")), (1, self.dim), jnp.float32)
         token = jnp.broadcast_to(token.astype(dtype)[None], (b, 1, self.dim))
         x = jnp.concatenate([token, x], axis=1)  # [B, 1 + N, C]
-        stack = Stack(self.block, self.depth, remat=self.remat, unroll=self.unroll, name="blocks")
-        x, _ = stack(x, Context(), each=linear_rates(self.drop_path, self.depth), train=train)
+        rates = linear_rates(self.drop_path, self.depth)
+        for name, each in (("tuned_blocks", rates[: self.tuned]), ("blocks", rates[self.tuned :])):
+            if each.size:
+                stack = Stack(self.block, each.size, remat=self.remat, unroll=self.unroll, name=name)
+                x, _ = stack(x, Context(), each=each, train=train)  # [B, 1 + N, C]
         x = norm(self.block.norm, self.block.epsilon, "norm")(x[:, 0])  # [B, C]
         if not self.classes:
             return x
         return Dense(self.classes, ("embed", "classes"), kernel_init=zeros, name="head")(x)
 
 
-def bootstrapped(params: Mapping[str, Any], teacher: Mapping[str, Any], depth: int) -> dict[str, Any]:
-    """Parameters of a SparseFormer whose cortex, class token, norm and head are those of a ViT.
+def inherited(shapes: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """What a SparseFormer takes from a ViT: the last blocks, the class token, the norm and the head.
 
     Args:
-      params: fresh parameters of the SparseFormer.
-      teacher: parameters of the ViT, of the same width, with a class token; its last blocks are taken.
-      depth: of the cortex.
+      shapes: parameters of the SparseFormer, or their shapes.
+      teacher: parameters of the ViT, of the same width. Where it has no class token, none is taken.
 
     Raises:
       UsageError: where the ViT is shallower or of other shapes.
     """
-    blocks = jax.tree.map(lambda leaf: leaf[-depth:], teacher["blocks"])
-    taken = {"blocks": blocks, **{name: teacher[name] for name in ("class_token", "norm") if name in teacher}}
-    if "head" in params and "head" in teacher:
-        taken["head"] = teacher["head"]
+    tuned, kept = (_depth(shapes[name]) if name in shapes else 0 for name in ("tuned_blocks", "blocks"))
+    whole = _depth(teacher["blocks"])
+    if whole < tuned + kept:
+        raise UsageError(f"the cortex wants {tuned + kept} blocks and the ViT has {whole}.")
+    first = whole - kept
+    taken = {"blocks": jax.tree.map(lambda leaf: leaf[first:], teacher["blocks"])}
+    if tuned:
+        taken["tuned_blocks"] = jax.tree.map(lambda leaf: leaf[first - tuned : first], teacher["blocks"])
+    others = ("class_token", "norm", "head")
+    taken |= {name: teacher[name] for name in others if name in teacher and name in shapes}
     for name, tree in taken.items():
-        shapes = jax.tree.map(jnp.shape, (tree, params[name]))
-        if shapes[0] != shapes[1]:
-            raise UsageError(f"{name} of the ViT does not fit: {shapes[0]} where {shapes[1]} is wanted.")
-    return {**params, **taken}
+        given, wanted = (jax.tree.map(lambda leaf: leaf.shape, held) for held in (tree, shapes[name]))
+        if given != wanted:
+            raise UsageError(f"{name} of the ViT does not fit: {given} where {wanted} is wanted.")
+    return taken
+
+
+def _depth(blocks: Any) -> int:
+    return len(jax.tree.leaves(blocks)[0])
 
 
 _small, _normal = truncated_normal(0.02), nn.initializers.normal(1.0)

@@ -86,6 +86,8 @@ def _start(program: Program, checkpoints: Checkpoints, stop: StopFlag) -> TrainS
 def first_state(program: Program) -> TrainState:
     """The state before the first step: fresh, or from weights where the config names a folder.
 
+    Where only a frozen part of the task comes from a folder, the model begins with what it inherits of it.
+
     Raises:
       UsageError: where the weights are not those of the config's model, naming every path that differs.
     """
@@ -99,6 +101,8 @@ def first_state(program: Program) -> TrainState:
         if folder is None:
             raise UsageError(f"config.task.weights is missing: the folder with the weights of the {name}.")
         given[name] = read_weights(folder, program.shapes.collections[name], f"config.task.{name}")
+    if train.start is None and hasattr(task, "inherit"):
+        given["params"] = task.inherit(program.shapes.params, given)
     return program.init(given or None)
 
 

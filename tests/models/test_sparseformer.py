@@ -10,12 +10,14 @@ import pytest
 import scipy.ndimage
 from flax.core import meta
 
+from configs.vision import sparseformer
 from effjax.config import build_kind
 from effjax.errors import UsageError
+from effjax.experiment import resolve
 from effjax.layers.point_sampling import adjusted, box_encoding, initial_boxes, points_in, sampled
 from effjax.measure.cost import count
 from effjax.models import KINDS
-from effjax.models.sparseformer import bootstrapped
+from effjax.models.sparseformer import inherited
 
 
 def model_of(**changes):
@@ -210,6 +212,20 @@ def test_a_larger_picture_costs_the_early_map_alone(params):
     assert cost(64) - cost(32) == (32 * 32 - 16 * 16) * 49 * 3 * 6
 
 
+@pytest.mark.slow
+def test_the_large_one_costs_less_than_a_tenth_of_its_teacher():
+    """49 tokens for 577: ViT-L/16 on 384 pixels."""
+    task = resolve(sparseformer.get_config("augreg-large")).task
+    macs = []
+    for model, side in ((task.model, 224), (task.teacher, task.teacher_size)):
+        images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+        held = meta.unbox(jax.eval_shape(model.init, jax.random.key(0), images))
+        macs.append(count(model.apply, held, images).macs)
+    assert task.model.tokens + 1 == 49
+    assert task.teacher.patch_grid((384, 384)) == (24, 24)
+    assert macs[0] < macs[1] / 10
+
+
 def test_gradients_reach_every_parameter(params):
     model = model_of()
     keys = jax.random.split(jax.random.key(3), len(jax.tree.leaves(params)))
@@ -244,18 +260,38 @@ def test_it_starts_from_the_last_blocks_of_a_vit(params):
         KINDS, dict(kind="vit", patch=4, dim=16, depth=3, classes=5, block=block), "config.model"
     )
     teacher = meta.unbox(jax.jit(vit.init)(jax.random.key(5), IMAGES[:, :20]))["params"]
-    made = bootstrapped(params["params"], teacher, 2)
-    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, dict(params["params"]))
-    for got, wanted in zip(jax.tree.leaves(made["blocks"]), jax.tree.leaves(teacher["blocks"]), strict=True):
+    fresh = params["params"]
+    taken = inherited(fresh, teacher)
+    assert set(taken) == {"blocks", "class_token", "norm", "head"}
+    for got, wanted in zip(jax.tree.leaves(taken["blocks"]), jax.tree.leaves(teacher["blocks"]), strict=True):
         np.testing.assert_array_equal(got, wanted[1:])
-    np.testing.assert_array_equal(made["class_token"], teacher["class_token"])
-    np.testing.assert_array_equal(
-        made["focus"]["place"]["kernel"], params["params"]["focus"]["place"]["kernel"]
-    )
-    with pytest.raises(UsageError, match="blocks of the ViT does not fit"):
-        bootstrapped(
-            params["params"], teacher | {"blocks": jax.tree.map(lambda x: x[..., :1], teacher["blocks"])}, 2
-        )
+    np.testing.assert_array_equal(taken["class_token"], teacher["class_token"])
+    assert "class_token" not in inherited(fresh, {n: teacher[n] for n in ("blocks", "norm")})
+    narrow = teacher | {"norm": jax.tree.map(lambda x: x[..., :1], teacher["norm"])}
+    with pytest.raises(UsageError, match="norm of the ViT does not fit"):
+        inherited(fresh, narrow)
+    with pytest.raises(UsageError, match="wants 2 blocks and the ViT has 1"):
+        inherited(fresh, teacher | {"blocks": jax.tree.map(lambda x: x[:1], teacher["blocks"])})
+
+
+@pytest.mark.slow
+def test_tuned_blocks_are_the_first_of_the_cortex(params):
+    """The same network as in one piece, and inherited in the same order."""
+    whole, split = params["params"], model_of(tuned=1)
+    shapes = meta.unbox(jax.eval_shape(split.init, jax.random.key(0), IMAGES)["params"])
+    one = inherited(shapes, whole)
+    held = whole | one
+    for name, at in (("tuned_blocks", slice(0, 1)), ("blocks", slice(1, 2))):
+        for got, wanted in zip(jax.tree.leaves(held[name]), jax.tree.leaves(whole["blocks"]), strict=True):
+            np.testing.assert_array_equal(got, wanted[at])
+    features = [
+        jax.jit(model.clone(classes=0).apply)({"params": p}, IMAGES)
+        for model, p in ((model_of(), whole), (split, held))
+    ]
+    np.testing.assert_allclose(*features, atol=1e-5)
+    for tuned in (-1, 2):
+        with pytest.raises(UsageError, match="must leave some of the 2 blocks"):
+            model_of(tuned=tuned)
 
 
 def test_widths_without_places_for_boxes_are_refused():

@@ -62,6 +62,8 @@ def test_both_directions_decay_over_the_same_places():
     plain = mixer.apply(params, x, Context())
     close = apply(params, x, jnp.broadcast_to(jnp.arange(3, 9)[None], (2, 6)))
     np.testing.assert_allclose(close, plain, rtol=1e-5, atol=1e-6)
+    naive = mixer.clone(aligned=False).apply(params, x, Context(positions=places))
+    np.testing.assert_array_equal(naive, plain)
 
 
 def test_the_score_counts_what_is_above_zero():

@@ -20,6 +20,8 @@ and where not all variables are the model's own
         names at the top of the parameters, and collections, that the trained model works without
     frozen
         collections that start from a folder and stay as they are: `{name: folder}`
+    inherit(shapes, collections) -> params
+        parameters that start from what these collections hold, of those with such shapes
 
 `means` are `Mean(total, count)` pairs, so that accumulated micro-batches and evaluation batches add up to
 the figures of one large batch.
@@ -28,6 +30,7 @@ the figures of one large batch.
 from collections.abc import Mapping
 from typing import Any
 
+from effjax.train.tasks.alignment import Alignment
 from effjax.train.tasks.classification import Classification
 from effjax.train.tasks.diffusion import Diffusion
 from effjax.train.tasks.distillation import Distillation
@@ -35,6 +38,7 @@ from effjax.train.tasks.language import Language
 from effjax.train.tasks.pose import Pose
 
 KINDS = {
+    "alignment": Alignment,
     "classification": Classification,
     "diffusion": Diffusion,
     "distillation": Distillation,
