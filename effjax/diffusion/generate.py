@@ -4,9 +4,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from effjax.diffusion.caches import StepCache
+from effjax.diffusion.caches import BlockwiseCache, StepCache
+from effjax.diffusion.caches.blockwise import everything
 from effjax.diffusion.guidance import guided
 from effjax.diffusion.samplers import Sampler, walk
 from effjax.diffusion.samplers.state import State
@@ -79,6 +82,36 @@ def sample_classes(
       keys: one for each picture; a picture depends on its key alone, not on its batch.
     """
     return walk_classes(task, variables, label, shape, sampling, keys)[0].x
+
+
+def calibrated(
+    task: Diffusion,
+    variables: Any,
+    label: Int[Array, " b"],
+    shape: Sequence[int],
+    sampling: Sampling,
+    keys: Key[Array, " b"],
+) -> Sampling:
+    """The same sampling, with a plan for a cache that needs one: made from these pictures, all computed.
+
+    The outputs of all branches at all steps stand in memory at once, so a few pictures must do.
+    """
+    cache, sampler = sampling.cache, sampling.sampler
+    if not isinstance(cache, BlockwiseCache) or cache.plan is not None:
+        return sampling
+    whole = everything(sampler.steps * sampler.evaluations, task.stages(variables))
+    if sampler.evaluations > 1:
+        raise UsageError(
+            "bac watches one call a step: take a sampler with one, as ddim, dpm_solver or euler."
+        )
+
+    @jax.jit
+    def watch(variables: Any, keys: Any) -> Any:
+        observed = dataclasses.replace(sampling, cache=whole)
+        return walk_classes(task, variables, label, shape, observed, keys, lambda state: state.memory.kept)[1]
+
+    outputs = np.asarray(watch(variables, keys), np.float32)  # [calls, layers, branches, B, N, C]
+    return dataclasses.replace(sampling, cache=cache.calibrated(outputs))
 
 
 def walk_classes(

@@ -13,14 +13,16 @@ The official code draws query, key and value as one Xavier matrix of three times
 three matrices, whose Xavier bound is sqrt(2) larger.
 """
 
+import dataclasses
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from effjax import ffn, mixers, tokens
 from effjax.config import part
@@ -120,6 +122,28 @@ class Condition(nn.Module):
         return time_embed + label_embed.astype(time_embed.dtype)
 
 
+@flax.struct.dataclass
+class Layer:
+    """What is one block's own.
+
+    Attributes:
+      c: `[B, C]`, its condition; None where all share one.
+      fresh: `[branches]`, which of its branches are computed.
+      kept: `[branches, B, N, C]`, what they gave before; None computes all and keeps nothing.
+    """
+
+    c: Any = None
+    fresh: Any = None
+    kept: Any = None
+
+    def branch(self, number: int, compute: Callable[..., Array], block: nn.Module, h: Array) -> Array:
+        """What a branch gives: computed, or what was kept of it."""
+        if self.kept is None:
+            return compute(block, h)
+        again: Array = nn.cond(self.fresh[number], compute, lambda block, h: self.kept[number], block, h)
+        return again
+
+
 class DiTBlock(nn.Module):
     """The adaLN-Zero block: mixer and FFN, each behind a modulated norm and a gate.
 
@@ -144,26 +168,35 @@ class DiTBlock(nn.Module):
     def __call__(
         self,
         x: Float[Array, "b n c"],
-        each: Float[Array, "b c"] | None,
+        each: Layer,
         c: Float[Array, "b c"] | None,
         context: Context,
         train: bool = False,
-    ) -> tuple[Float[Array, "b n c"], None]:
-        """Returns `(x, None)`; conditioned by `c` like every block, or by `each`, this block's own."""
-        c = c if each is None else each
+    ) -> tuple[Float[Array, "b n c"], Float[Array, "2 b n c"] | None]:
+        """Returns `(x, kept)`; conditioned by `c` like every block, or by `each.c`, this block's own.
+
+        Where `each.kept` holds what the branches gave before, one that is not fresh gives that again, and
+        `kept` is what they gave now.
+        """
+        c = c if each.c is None else each.c
         assert c is not None
         b_1, a_1, g_1, b_2, a_2, g_2 = Modulation(6, x.shape[-1], name="modulation")(c)  # 6 x [B, C]
         h = modulate(norm("layer_plain", self.epsilon, "mixer_norm")(x), b_1, a_1)  # [B, N, C]
-        if self.reduce is None:
-            h = self.mixer(h, context, train=train)  # [B, N, C]
-        else:
-            h = around(self.reduce, h, lambda h, context: self.mixer(h, context, train=train), context)
-        x = x + g_1[:, None] * h  # [B, N, C]
+        mixed = each.branch(0, lambda block, h: block._mixed(h, context, train), self, h)  # [B, N, C]
+        x = x + g_1[:, None] * mixed  # [B, N, C]
         epsilon = self.epsilon if self.ffn_epsilon is None else self.ffn_epsilon
         h = norm("layer" if self.ffn_affine else "layer_plain", epsilon, "ffn_norm")(x)  # [B, N, C]
         h = modulate(h, b_2, a_2)
-        x = x + g_2[:, None] * self.ffn(h, train=train)  # [B, N, C]
-        return nn.with_logical_constraint(x, ("batch", "length", "features")), None
+        fed = each.branch(1, lambda block, h: block.ffn(h, train=train), self, h)  # [B, N, C]
+        x = x + g_2[:, None] * fed  # [B, N, C]
+        kept = None if each.kept is None else jnp.stack([mixed, fed])  # [2, B, N, C]
+        return nn.with_logical_constraint(x, ("batch", "length", "features")), kept
+
+    @nn.nowrap
+    def _mixed(self, h: Float[Array, "b n c"], context: Context, train: bool) -> Float[Array, "b n c"]:
+        if self.reduce is None:
+            return self.mixer(h, context, train=train)
+        return around(self.reduce, h, lambda h, context: self.mixer(h, context, train=train), context)
 
 
 @flax.struct.dataclass
@@ -224,6 +257,8 @@ class DiT(nn.Module):
     position_span: int | None = None
     reduce: Any = part(tokens.METHODS, default=None)
 
+    branches: ClassVar[int] = 2
+
     def setup(self) -> None:
         """Names the parts that stand in front of the last modulation."""
         self.embed = PatchEmbed(self.patch, self.dim)
@@ -282,8 +317,20 @@ class DiT(nn.Module):
     def layers(self, stream: Stream, part: tuple[int, int] | None = None, train: bool = False) -> Stream:
         """Runs the layers of `part`, from the first to before the second; None means all."""
         c = stream.c if stream.each is None else None
-        x, _ = self.blocks(stream.x, c, Context(), each=stream.each, train=train, part=part)  # [B, h w, C]
-        return Stream(x, stream.c, stream.each, stream.grid, stream.channels)
+        each = Layer(stream.each)
+        x, _ = self.blocks(stream.x, c, Context(), each=each, train=train, part=part)  # [B, h w, C]
+        return dataclasses.replace(stream, x=x)
+
+    def recall(
+        self,
+        stream: Stream,
+        fresh: Bool[Array, "depth 2"],
+        kept: Float[Array, "depth 2 b n c"],
+    ) -> tuple[Stream, Float[Array, "depth 2 b n c"]]:
+        """Runs all layers, where mixers and FFNs that are not fresh give what was kept of them."""
+        c = stream.c if stream.each is None else None
+        x, kept = self.blocks(stream.x, c, Context(), each=Layer(stream.each, fresh, kept))
+        return dataclasses.replace(stream, x=x), kept
 
     @nn.compact
     def finish(self, stream: Stream) -> Float[Array, "b height width out"]:

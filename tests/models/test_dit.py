@@ -16,7 +16,7 @@ from effjax.ffn.mlp import MLP
 from effjax.layers.patches import sincos_table
 from effjax.mixers.attention import Attention
 from effjax.mixers.context import Context
-from effjax.models.dit import DiT, DiTBlock, time_frequencies
+from effjax.models.dit import DiT, DiTBlock, Layer, time_frequencies
 
 
 def tiny(**changes):
@@ -67,7 +67,7 @@ def test_output_is_zero_and_blocks_are_the_identity_at_first():
     np.testing.assert_array_equal(out, 0.0)
 
     tokens, c = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8))), jnp.ones((2, 8))
-    got = jax.jit(lambda key: model.block.init_with_output(key, tokens, None, c, Context())[0][0])
+    got = jax.jit(lambda key: model.block.init_with_output(key, tokens, Layer(), c, Context())[0][0])
     np.testing.assert_array_equal(got(jax.random.key(3)), tokens)
 
 

@@ -4,11 +4,12 @@ A cache is a frozen dataclass whose `wrap(stages, calls)` gives a denoiser with 
 zero it computes everything, bit for bit.
 """
 
+from effjax.diffusion.caches.blockwise import BlockwiseCache
 from effjax.diffusion.caches.stages import Stages
 from effjax.diffusion.caches.taylor import ConfidenceTaylor
 
-StepCache = ConfidenceTaylor
+StepCache = ConfidenceTaylor | BlockwiseCache
 
-KINDS = {"cg_taylor": ConfidenceTaylor}
+KINDS = {"bac": BlockwiseCache, "cg_taylor": ConfidenceTaylor}
 
-__all__ = ["KINDS", "ConfidenceTaylor", "Stages", "StepCache"]
+__all__ = ["KINDS", "BlockwiseCache", "ConfidenceTaylor", "Stages", "StepCache"]

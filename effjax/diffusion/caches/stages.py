@@ -17,11 +17,16 @@ class Stages:
     Attributes:
       begin: `(x_t, t, condition) -> stream`, what enters the first layer; `t [B]` is the process's own time.
       layers: `(stream, (first, last)) -> stream`, the layers from the first to before the last; None is all.
+      recall: `(stream, fresh [depth, branches], kept) -> (stream, kept)`, all layers, where a branch that is
+        not fresh gives what was kept of it, `kept [depth, branches, B, N, C]`.
       finish: `stream -> prediction`, in float32.
       depth: number of layers.
+      branches: of a layer: what it adds to the stream one after the other.
     """
 
     begin: Callable[[Array, Array, Any], Stream]
     layers: Callable[[Stream, tuple[int, int] | None], Stream]
+    recall: Callable[[Stream, Array, Array], tuple[Stream, Array]]
     finish: Callable[[Stream], Array]
     depth: int
+    branches: int

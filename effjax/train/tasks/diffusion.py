@@ -146,11 +146,14 @@ class Diffusion:
         def layers(stream: Any, part: tuple[int, int] | None) -> Any:
             return self.model.apply(variables, stream, part, method="layers")
 
+        def recall(stream: Any, fresh: Array, kept: Array) -> Any:
+            return self.model.apply(variables, stream, fresh, kept, method="recall")
+
         def finish(stream: Any) -> Array:
             prediction: Any = self.model.apply(variables, stream, method="finish")
             return jnp.asarray(prediction, jnp.float32)
 
-        return Stages(begin, layers, finish, self.model.depth)
+        return Stages(begin, layers, recall, finish, self.model.depth, self.model.branches)
 
     def _predict(self, variables: Any, x_t: Array, t: Array, label: Array, **options: Any) -> Any:
         """Runs the network in the dtype of its parameters."""
