@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Float
 
 from effjax.diffusion.caches import StepCache
-from effjax.diffusion.caches.blockwise import Memory as Branches
 from effjax.diffusion.examples import example_keys
 from effjax.diffusion.generate import Sampling, calibrated, walk_classes
 from effjax.measure.latency import compare
@@ -135,11 +134,7 @@ def _drawing(task: Any, variables: Any, labels: Any, shape: Any, how: Sampling, 
 
 
 def _computed(calls: int, memory: Any) -> float:
-    if memory is None:
-        return float(calls)
-    if isinstance(memory, Branches):
-        return float(memory.branches) / (memory.kept.shape[0] * memory.kept.shape[1])
-    return float(memory.computed)
+    return float(calls if memory is None else memory.whole_calls)
 
 
 def _distance(pictures: Float[np.ndarray, "n *shape"], whole: Float[np.ndarray, "n *shape"]) -> float:

@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from effjax.diffusion import samplers
-from effjax.diffusion.caches import StepCache
 from effjax.diffusion.ddpm import DDPM
 from effjax.diffusion.examples import example_keys
 from effjax.diffusion.generate import Sampling, sample_classes
@@ -38,7 +37,6 @@ class Request:
       sampler: a name in `effjax.diffusion.samplers.KINDS`; None means the usual one for the process.
       steps: of the sampler; None means its own number.
       seed: decides all noise.
-      cache: what is not computed again at every step; None computes everything.
       batch: pictures at a time.
     """
 
@@ -49,7 +47,6 @@ class Request:
     sampler: str | None = None
     steps: int | None = None
     seed: int = 0
-    cache: StepCache | None = None
     batch: int = 64
 
     def __post_init__(self) -> None:
@@ -114,7 +111,7 @@ def prepared(program: Program, request: Request) -> tuple[Sampling, Sequence[int
     task = program.task
     sampler = build_sampler(task, request.sampler, request.steps)
     classes = request.classes if request.classes is not None else range(min(task.model.classes, 10))
-    how = Sampling(sampler, request.guidance, request.interval, request.cache)
+    how = Sampling(sampler, request.guidance, request.interval)
     how.check(task, classes)
     shape = program.data.example_batch(1)["image"].shape[1:]
     if shape[-1] not in (1, 3):

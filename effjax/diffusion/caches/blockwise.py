@@ -36,13 +36,16 @@ class Memory:
       kept: `[layers, branches, B, N, C]`, the branches' outputs when they were last computed.
       call: calls so far.
       branches: computed so far, over all layers.
-      computed: calls at which every branch was computed.
     """
 
     kept: Any
     call: Any
     branches: Any
-    computed: Any
+
+    @property
+    def whole_calls(self) -> Any:
+        """How many calls of the whole network the computed branches are worth."""
+        return self.branches / (self.kept.shape[0] * self.kept.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +113,12 @@ class BlockwiseCache:
             tokens = jax.eval_shape(lambda: stages.begin(x, t, condition).x)
             kept = jnp.zeros((stages.depth, stages.branches, *tokens.shape), tokens.dtype)
             zero = jnp.zeros((), jnp.int32)
-            return Memory(kept, zero, zero, zero)
+            return Memory(kept, zero, zero)
 
         def predict(x_t: Array, t: Array, condition: Condition, memory: Memory) -> tuple[Array, Memory]:
             fresh = table[memory.call]  # [layers, branches]
             stream, kept = stages.recall(stages.begin(x_t, t, condition), fresh, memory.kept)
-            whole = jnp.all(fresh).astype(jnp.int32)
-            memory = Memory(kept, memory.call + 1, memory.branches + jnp.sum(fresh), memory.computed + whole)
-            return stages.finish(stream), memory
+            return stages.finish(stream), Memory(kept, memory.call + 1, memory.branches + jnp.sum(fresh))
 
         return Denoiser(predict, start)
 

@@ -92,6 +92,11 @@ class Memory:
     call: Int[Array, ""] | Any
     computed: Int[Array, ""] | Any
 
+    @property
+    def whole_calls(self) -> Any:
+        """At how many calls the whole network was computed."""
+        return self.computed
+
 
 @dataclasses.dataclass(frozen=True)
 class ConfidenceTaylor:

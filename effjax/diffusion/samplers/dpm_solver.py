@@ -82,9 +82,7 @@ def _weights(
 ) -> Float[np.ndarray, " order"]:
     """What step `i` takes of the estimates at `i`, `i - 1`, ...: those it does not read have weight 0."""
     steps = len(alpha) - 1
-    depth = min(order, i + 1, steps - i)
-    if sigma[i + 1] == 0.0 or alpha[i] == 0.0:  # h is infinite: all of the estimate at once
-        depth = 1
+    depth = min(order, i + 1, steps - i)  # 1 where h is infinite, which the first and last step may be
     ratio = sigma[i + 1] * alpha[i] / (alpha[i + 1] * sigma[i])  # e^-h
     first = alpha[i + 1] * (1 - ratio)  # alpha' times the integral of e^-h
     weights = np.zeros(order)
