@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, Num, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, Num, PRNGKeyArray, Shaped
 
 
-def across(values: Num[Array, " b"], like: Num[Array, "b *rest"]) -> Num[Array, "b *ones"]:
+def across(values: Shaped[Array, " b"], like: Shaped[Array, "b *rest"]) -> Shaped[Array, "b *ones"]:
     """Reshapes one number an example to `[B, 1, ..., 1]`, so that it multiplies `like`."""
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 

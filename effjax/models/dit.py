@@ -299,6 +299,10 @@ class DiT(nn.Module):
         """
         return self.finish(self.layers(self.begin(x_t, t, label), train=train))
 
+    def null(self, label: Int[Array, " b"]) -> Int[Array, " b"]:
+        """The label that means "no label", for each example."""
+        return jnp.full_like(label, self.classes)
+
     def begin(
         self, x_t: Float[Array, "b height width channels"], t: Float[Array, " b"], label: Int[Array, " b"]
     ) -> Stream:

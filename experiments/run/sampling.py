@@ -113,7 +113,7 @@ def prepared(program: Program, request: Request) -> tuple[Sampling, Sequence[int
     classes = request.classes if request.classes is not None else range(min(task.model.classes, 10))
     how = Sampling(sampler, request.guidance, request.interval)
     how.check(task, classes)
-    shape = program.data.example_batch(1)["image"].shape[1:]
+    shape = program.data.example_batch(1)[task.content].shape[1:]
     if shape[-1] not in (1, 3):
         raise UsageError(
             f"the run makes latents of {shape[-1]} channels, and a picture has 1 or 3: decode them first."

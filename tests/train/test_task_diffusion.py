@@ -25,6 +25,9 @@ class Linear(nn.Module):
     null_class: bool = True
     learned_sigma: bool = False
 
+    def null(self, label):
+        return jnp.full_like(label, self.classes)
+
     @nn.compact
     def __call__(self, x_t, t, label, train=False):
         steer = nn.Embed(self.classes + self.null_class, 1)(label) + 1e-3 * t[:, None]  # [B, 1]
@@ -168,3 +171,39 @@ def test_what_does_not_fit_together():
     with pytest.raises(UsageError, match="below 1"):
         task(label_dropout=1.0)
     task(model=Linear(null_class=False), label_dropout=0.0)
+
+
+class Talkative(nn.Module):
+    """Noises videos, listens to text, and has losses of its own."""
+
+    null_class: bool = True
+    learned_sigma: bool = False
+
+    def null(self, text):
+        return jnp.zeros_like(text)
+
+    @nn.compact
+    def __call__(self, x_t, t, text, train=False):
+        steer = nn.Dense(1)(text).mean(1) + 1e-3 * t[:, None]  # [B, 1]
+        self.sow("losses", "balance", jnp.asarray(0.25))
+        self.sow("losses", "balance", jnp.asarray(0.5))
+        self.sow("losses", "prior", jnp.asarray([0.125, 0.125]))
+        return nn.Dense(x_t.shape[-1])(x_t) + steer[:, None, None, None]
+
+
+def test_content_and_condition_are_fields_of_the_batch_and_the_models_losses_count():
+    task = Diffusion(Talkative(), RectifiedFlow(), 0.5, content="video", condition="text")
+    given = {"video": jnp.ones((64, 2, 4, 4, 1)), "text": jnp.ones((64, 3, 5)), "mask": jnp.ones(64)}
+    variables = task.init(jax.random.key(0), given)
+    assert set(variables) == {"params"}
+    ready = task.prepare(given, jax.random.key(1))
+    silent = np.asarray((ready["text"] == 0).all((1, 2)))
+    assert 10 < silent.sum() < 54  # each is dropped whole or not at all
+    assert np.asarray(ready["text"])[~silent].min() == 1
+    means, collections = task.loss(variables, ready, jax.random.key(2))
+    assert not collections
+    assert means["balance"].value() == 0.75
+    assert means["prior"].value() == 0.25
+    np.testing.assert_allclose(means["loss"].value(), means["mse"].value() + 1, rtol=1e-6)
+    plain = task.metrics(variables, given)
+    assert set(plain) == {"loss", "mse"}

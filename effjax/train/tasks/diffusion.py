@@ -1,7 +1,9 @@
-"""Class-conditional diffusion: predict what a process mixed into a picture.
+"""Conditional diffusion: predict what a process mixed into a picture.
 
 loss = E_{x_0, t, eps} L(model(x_t, t, label), x_0, eps, t),   x_t and L from the process;
 label -> "no label" with probability `label_dropout`, for classifier-free guidance (Ho and Salimans 2022).
+
+What is shown may be a picture, a latent or a video, and what it is told a label or the features of a text.
 """
 
 import dataclasses
@@ -11,14 +13,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray, Shaped
 
 from effjax.config import part
 from effjax.diffusion.caches import Stages
 from effjax.diffusion.denoiser import Condition, Denoiser, memoryless
+from effjax.diffusion.examples import across
 from effjax.diffusion.process import KINDS as PROCESSES
 from effjax.diffusion.process import Process
 from effjax.errors import UsageError
+from effjax.train.tasks.auxiliary import LOSSES, with_auxiliary
 from effjax.train.tasks.mean import Mean, Means
 
 Batch = Mapping[str, Array]
@@ -32,17 +36,24 @@ class Diffusion:
     """Trains `model(x_t, t, label, train)` to undo the noise of a process.
 
     Pictures are float `[B, H, W, C]`, in [-1, 1] or the autoencoder's latents; labels are int `[B]`. The
-    process computes in float32 and the network in the dtype of its parameters.
+    process computes in float32 and the network in the dtype of its parameters. What the model sows as
+    `losses` is added to the loss.
 
     Attributes:
-      model: a denoiser with `classes`, `null_class` and `learned_sigma`, such as `effjax.models.dit.DiT`.
+      model: a denoiser with `null_class`, `learned_sigma` and `null(condition)`, the condition that says
+        nothing, such as `effjax.models.dit.DiT`.
       process: what the noise is and what of it is predicted.
       label_dropout: probability that an example is shown without its label.
+      content: the field of a batch that is noised, `[B, ..., C]`.
+      condition: the field of a batch that the model is told: labels `[B]`, or an array `[B, ...]` of a model
+        that takes one.
     """
 
     model: nn.Module
     process: Process = part(PROCESSES)
     label_dropout: float = 0.1
+    content: str = "image"
+    condition: str = "label"
 
     unit = "images"
 
@@ -61,58 +72,62 @@ class Diffusion:
                 f"another sigma in the process."
             )
 
-    def null(self, label: Int[Array, " b"]) -> Int[Array, " b"]:
-        """The label that means "no label", for each example; trained only where labels are dropped."""
-        return jnp.full_like(label, self.model.classes)
+    def null(self, condition: Shaped[Array, "b *rest"]) -> Shaped[Array, "b *rest"]:
+        """What means "no label", for each example; trained only where labels are dropped."""
+        empty: Array = self.model.null(condition)
+        return empty
 
     def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
         """Makes the variables from a batch of which only shapes matter."""
-        count = batch["image"].shape[0]
-        return self.model.init(key, batch["image"], jnp.zeros((count,), jnp.float32), batch["label"])
+        content = batch[self.content]
+        t = jnp.zeros((content.shape[0],), jnp.float32)
+        variables = self.model.init(key, content, t, batch[self.condition])
+        return {name: value for name, value in variables.items() if name != LOSSES}
 
     def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
         """Draws time, noise and dropped labels, independently for each example."""
         k_time, k_noise, k_label = jax.random.split(key, 3)
-        image, label = batch["image"], batch["label"]
+        content, condition = batch[self.content], batch[self.condition]
+        count = content.shape[:1]
         if self.label_dropout:
-            dropped = jax.random.bernoulli(k_label, self.label_dropout, label.shape)
-            label = jnp.where(dropped, self.null(label), label)
+            dropped = jax.random.bernoulli(k_label, self.label_dropout, count)
+            condition = jnp.where(across(dropped, condition), self.null(condition), condition)
         return {
-            "image": image,
-            "label": label,
-            "time": self.process.times(jax.random.uniform(k_time, label.shape)),
-            "noise": jax.random.normal(k_noise, image.shape),
+            self.content: content,
+            self.condition: condition,
+            "time": self.process.times(jax.random.uniform(k_time, count)),
+            "noise": jax.random.normal(k_noise, content.shape),
         }
 
     def loss(self, variables: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Means, Any]:
         """The process's losses at the times and with the noise that `prepare` drew."""
-        mutable = [name for name in variables if name != "params"]
-        image, noise, t = (
-            batch["image"].astype(jnp.float32),
+        mutable = [LOSSES, *(name for name in variables if name != "params")]
+        content, noise, t = (
+            batch[self.content].astype(jnp.float32),
             batch["noise"].astype(jnp.float32),
             batch["time"],
         )
         prediction, collections = self._predict(
             variables,
-            self.process.noise(image, noise, t),
+            self.process.noise(content, noise, t),
             t,
-            batch["label"],
+            batch[self.condition],
             train=True,
             rngs={"dropout": key},
             mutable=mutable,
         )
-        losses = self.process.loss(prediction.astype(jnp.float32), image, noise, t)  # each [B]
-        return {name: Mean.of(value) for name, value in losses.items()}, collections
+        losses = self.process.loss(prediction.astype(jnp.float32), content, noise, t)  # each [B]
+        return with_auxiliary({name: Mean.of(value) for name, value in losses.items()}, collections)
 
     def metrics(self, variables: Any, batch: Batch) -> Means:
         """The same losses with labels kept, at times and noise fixed by the place in the batch."""
-        image = batch["image"].astype(jnp.float32)
-        place = jnp.arange(image.shape[0])
+        content = batch[self.content].astype(jnp.float32)
+        place = jnp.arange(content.shape[0])
         t = self.process.times(jnp.mod((place + 0.5) * _GOLDEN, 1.0))  # [B]
-        noise = jax.random.normal(jax.random.key(0), image.shape)
-        prediction = self._predict(variables, self.process.noise(image, noise, t), t, batch["label"])
-        prediction = prediction.astype(jnp.float32)
-        losses = self.process.loss(prediction, image, noise, t)  # each [B]
+        noise = jax.random.normal(jax.random.key(0), content.shape)
+        x_t = self.process.noise(content, noise, t)
+        prediction = self._predict(variables, x_t, t, batch[self.condition]).astype(jnp.float32)
+        losses = self.process.loss(prediction, content, noise, t)  # each [B]
         return {name: Mean.of(value, batch["mask"]) for name, value in losses.items()}
 
     def finish(self, values: dict[str, float]) -> dict[str, float]:
