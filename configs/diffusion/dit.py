@@ -139,6 +139,7 @@ def model(size: str, learned_sigma: bool) -> ConfigDict:
             "classes": classes,
             "learned_sigma": learned_sigma,
             "block": {
+                "kind": "adaln_zero",
                 "mixer": {"kind": "attention", "heads": heads},
                 "ffn": {"kind": "mlp", "ratio": 4.0, "activation": "gelu_tanh"},
             },

@@ -14,8 +14,6 @@ three matrices, whose Xavier bound is sqrt(2) larger.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
@@ -24,77 +22,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from effjax import ffn, mixers, tokens
+from effjax import tokens
 from effjax.config import part
 from effjax.layers.dense import Dense, named, zeros
+from effjax.layers.modulation import Modulation, TimeEmbed, modulate
 from effjax.layers.norms import norm
 from effjax.layers.patches import PatchEmbed, add_positions, sincos_table, unpatch
 from effjax.layers.stack import Stack
 from effjax.mixers.context import Context
-from effjax.tokens.around import around
+from effjax.models.blocks import denoising
+from effjax.models.blocks.adaln import Layer
 
 _normal = nn.initializers.normal(0.02)
-
-
-def modulate(
-    x: Float[Array, "b n c"], shift: Float[Array, "b c"], scale: Float[Array, "b c"]
-) -> Float[Array, "b n c"]:
-    """Scales by `1 + scale` and shifts every token of an example alike."""
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
-def time_frequencies(
-    t: Float[Array, " b"], count: int, longest: float = 10_000.0, inclusive: bool = False
-) -> Float[Array, "b count"]:
-    """Cosines, then sines, of `t` times `count / 2` frequencies that fall from 1 towards `1 / longest`.
-
-    `inclusive` spaces them so that the last one is `1 / longest`, as diffusers does. Computed in float32,
-    whatever the network computes in: at `t = 999` half precision would lose the phase.
-    """
-    half = count // 2
-    frequencies = jnp.exp(-math.log(longest) * jnp.arange(half, dtype=jnp.float32) / (half - inclusive))
-    angle = t.astype(jnp.float32)[:, None] * frequencies[None]  # [B, count / 2]
-    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-
-
-class Modulation(nn.Module):
-    """`parts` vectors of `dim` channels from the conditioning: silu(c) W + b, zero at the start.
-
-    Attributes:
-      parts: how many vectors.
-      dim: channels of each.
-    """
-
-    parts: int
-    dim: int
-
-    @nn.compact
-    def __call__(self, c: Float[Array, "b cond"]) -> tuple[Float[Array, "b dim"], ...]:
-        """Returns the vectors in the order they are used."""
-        axes = ("embed", None, "mlp")
-        out = Dense((self.parts, self.dim), axes, kernel_init=zeros, name="projection")(nn.silu(c))
-        return tuple(out[:, i] for i in range(self.parts))  # parts x [B, C]
-
-
-class TimeEmbed(nn.Module):
-    """Turns a time into a vector: frequencies, then two layers with SiLU between them.
-
-    Attributes:
-      dim: channels of the vector.
-      frequencies: sines and cosines together.
-      inclusive: whether the last frequency is the lowest itself, see `time_frequencies`.
-    """
-
-    dim: int
-    frequencies: int = 256
-    inclusive: bool = False
-
-    @nn.compact
-    def __call__(self, t: Float[Array, " b"], dtype: jax.typing.DTypeLike) -> Float[Array, "b dim"]:
-        """Embeds times in the unit of training steps, 0 to 1000; `dtype` is what the network computes in."""
-        h = time_frequencies(t, self.frequencies, inclusive=self.inclusive).astype(dtype)  # [B, frequencies]
-        h = Dense(self.dim, (None, "mlp"), kernel_init=_normal, name="expand")(h)  # [B, C]
-        return Dense(self.dim, ("mlp", "embed"), kernel_init=_normal, name="contract")(nn.silu(h))  # [B, C]
 
 
 class Condition(nn.Module):
@@ -123,83 +62,6 @@ class Condition(nn.Module):
 
 
 @flax.struct.dataclass
-class Layer:
-    """What is one block's own.
-
-    Attributes:
-      c: `[B, C]`, its condition; None where all share one.
-      fresh: `[branches]`, which of its branches are computed.
-      kept: `[branches, B, N, C]`, what they gave before; None computes all and keeps nothing.
-    """
-
-    c: Any = None
-    fresh: Any = None
-    kept: Any = None
-
-    def branch(self, number: int, compute: Callable[..., Array], block: nn.Module, h: Array) -> Array:
-        """What a branch gives: computed, or what was kept of it."""
-        if self.kept is None:
-            return compute(block, h)
-        again: Array = nn.cond(self.fresh[number], compute, lambda block, h: self.kept[number], block, h)
-        return again
-
-
-class DiTBlock(nn.Module):
-    """The adaLN-Zero block: mixer and FFN, each behind a modulated norm and a gate.
-
-    Attributes:
-      mixer: how tokens mix.
-      ffn: how channels mix.
-      epsilon: of the layer norms.
-      ffn_epsilon: of the second one; None means `epsilon`.
-      ffn_affine: whether the second one has a scale and a bias of its own besides the modulation.
-      reduce: how tokens are merged before the mixer and restored behind it, a kind in `effjax.tokens` that
-        reads features alone.
-    """
-
-    mixer: nn.Module = part(mixers.KINDS)
-    ffn: nn.Module = part(ffn.KINDS)
-    epsilon: float = 1e-6
-    ffn_epsilon: float | None = None
-    ffn_affine: bool = False
-    reduce: Any = part(tokens.METHODS, default=None)
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b n c"],
-        each: Layer,
-        c: Float[Array, "b c"] | None,
-        context: Context,
-        train: bool = False,
-    ) -> tuple[Float[Array, "b n c"], Float[Array, "2 b n c"] | None]:
-        """Returns `(x, kept)`; conditioned by `c` like every block, or by `each.c`, this block's own.
-
-        Where `each.kept` holds what the branches gave before, one that is not fresh gives that again, and
-        `kept` is what they gave now.
-        """
-        c = c if each.c is None else each.c
-        assert c is not None
-        b_1, a_1, g_1, b_2, a_2, g_2 = Modulation(6, x.shape[-1], name="modulation")(c)  # 6 x [B, C]
-        h = modulate(norm("layer_plain", self.epsilon, "mixer_norm")(x), b_1, a_1)  # [B, N, C]
-        mixed = each.branch(0, lambda block, h: block._mixed(h, context, train), self, h)  # [B, N, C]
-        x = x + g_1[:, None] * mixed  # [B, N, C]
-        epsilon = self.epsilon if self.ffn_epsilon is None else self.ffn_epsilon
-        h = norm("layer" if self.ffn_affine else "layer_plain", epsilon, "ffn_norm")(x)  # [B, N, C]
-        h = modulate(h, b_2, a_2)
-        fed = each.branch(1, lambda block, h: block.ffn(h, train=train), self, h)  # [B, N, C]
-        x = x + g_2[:, None] * fed  # [B, N, C]
-        kept = None if each.kept is None else jnp.stack([mixed, fed])  # [2, B, N, C]
-        return nn.with_logical_constraint(x, ("batch", "length", "features")), kept
-
-    @nn.nowrap
-    def _mixed(self, h: Float[Array, "b n c"], context: Context, train: bool) -> Float[Array, "b n c"]:
-        if self.reduce is None:
-            return self.mixer(h, context, train=train)
-        return around(self.reduce, h, lambda h, context: self.mixer(h, context, train=train), context)
-
-
-@flax.struct.dataclass
 class Stream:
     """What runs through the layers of a denoiser, between `begin`, `layers` and `finish`.
 
@@ -224,11 +86,11 @@ class DiT(nn.Module):
     The network is `begin`, `layers` and `finish` one behind the other, which step caches call by themselves.
 
     Attributes:
-      block: the block that the stack repeats.
       patch: side of a patch in pixels (of the latent, where there is one).
       dim: channels of a token.
       depth: number of blocks.
       classes: number of labels; the label `classes` means "no label" where there is a null class.
+      block: what the stack repeats, with an `epsilon` that the last norm shares.
       null_class: whether the label table has a row for "no label", which classifier-free guidance needs.
       learned_sigma: whether the network also predicts variances, in as many channels again.
       frequencies: sines and cosines in the time embedding.
@@ -242,11 +104,11 @@ class DiT(nn.Module):
         that reads features alone; it has no part in the parameters.
     """
 
-    block: DiTBlock
     patch: int
     dim: int
     depth: int
     classes: int
+    block: nn.Module = part(denoising.KINDS)
     null_class: bool = True
     learned_sigma: bool = True
     frequencies: int = 256

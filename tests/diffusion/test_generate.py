@@ -15,7 +15,8 @@ from effjax.diffusion.samplers import DDIMSampler, DDPMSampler, EulerSampler
 from effjax.errors import UsageError
 from effjax.ffn.mlp import MLP
 from effjax.mixers.attention import Attention
-from effjax.models.dit import DiT, DiTBlock
+from effjax.models.blocks.adaln import DiTBlock
+from effjax.models.dit import DiT
 from effjax.train.tasks.diffusion import Diffusion
 
 SHAPE = (4, 4, 1)
@@ -23,7 +24,7 @@ SHAPE = (4, 4, 1)
 
 def task(label_dropout=0.1):
     block = DiTBlock(mixer=Attention(heads=2), ffn=MLP(activation="gelu_tanh"))
-    model = DiT(block, patch=2, dim=8, depth=1, classes=3, frequencies=8)
+    model = DiT(block=block, patch=2, dim=8, depth=1, classes=3, frequencies=8)
     return Diffusion(model=model, process=DDPM(), label_dropout=label_dropout)
 
 

@@ -11,7 +11,8 @@ from effjax.diffusion.generate import Sampling, sample_classes
 from effjax.diffusion.samplers import DDPMSampler
 from effjax.ffn.mlp import MLP
 from effjax.mixers.attention import Attention
-from effjax.models.dit import DiT, DiTBlock
+from effjax.models.blocks.adaln import DiTBlock
+from effjax.models.dit import DiT
 from effjax.parallel.mesh import MeshShape, make_mesh
 from effjax.parallel.sharding import activate, batch_sharding, merge_rules
 from effjax.train.tasks.diffusion import Diffusion
@@ -21,7 +22,7 @@ SHAPE = (4, 4, 1)
 
 def test_sampling_does_not_depend_on_devices():
     block = DiTBlock(mixer=Attention(heads=2), ffn=MLP(activation="gelu_tanh"))
-    model = DiT(block, patch=2, dim=8, depth=1, classes=3, frequencies=8)
+    model = DiT(block=block, patch=2, dim=8, depth=1, classes=3, frequencies=8)
     task = Diffusion(model=model, process=DDPM())
     batch = {"image": jnp.zeros((1, *SHAPE)), "label": jnp.zeros(1, jnp.int32)}
     shapes = meta.unbox(jax.eval_shape(task.init, jax.random.key(0), batch))

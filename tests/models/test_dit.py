@@ -13,10 +13,12 @@ from effjax import models
 from effjax.config import build_kind
 from effjax.errors import UsageError
 from effjax.ffn.mlp import MLP
+from effjax.layers.modulation import time_frequencies
 from effjax.layers.patches import sincos_table
 from effjax.mixers.attention import Attention
 from effjax.mixers.context import Context
-from effjax.models.dit import DiT, DiTBlock, Layer, time_frequencies
+from effjax.models.blocks.adaln import DiTBlock, Layer
+from effjax.models.dit import DiT
 
 
 def tiny(**changes):

@@ -24,7 +24,8 @@ from effjax.interop import names as n
 from effjax.interop.families.vit import fused, halves, linear, norm_rows
 from effjax.interop.family import Family
 from effjax.mixers.attention import Attention
-from effjax.models.dit import DiT, DiTBlock
+from effjax.models.blocks.adaln import DiTBlock
+from effjax.models.dit import DiT
 
 # The FFNs of diffusers: the activation, and whether it is that of a gate.
 _FFNS = {

@@ -15,7 +15,7 @@ from effjax.diffusion.rectified_flow import RectifiedFlow
 from effjax.diffusion.samplers import DDIMSampler, EulerSampler, HeunSampler
 from effjax.errors import UsageError
 from effjax.mixers.context import Context
-from effjax.models.dit import Layer
+from effjax.models.blocks.adaln import Layer
 from tests.diffusion.caches.test_taylor import LABEL, SHAPE, STEPS, task, variables
 
 KEYS = example_keys(jax.random.key(1), jnp.arange(4))

@@ -19,7 +19,8 @@ from effjax.diffusion.samplers import DDIMSampler, EulerSampler, HeunSampler
 from effjax.errors import UsageError
 from effjax.ffn.mlp import MLP
 from effjax.mixers.attention import Attention
-from effjax.models.dit import DiT, DiTBlock
+from effjax.models.blocks.adaln import DiTBlock
+from effjax.models.dit import DiT
 from effjax.train.tasks.diffusion import Diffusion
 
 SHAPE = (4, 4, 1)
@@ -30,7 +31,7 @@ LABEL = jnp.arange(4) % 3
 def task(process=None, depth=3):
     process = process or DDPM(sigma="small", prediction="v")
     block = DiTBlock(mixer=Attention(heads=2), ffn=MLP(activation="gelu_tanh"))
-    model = DiT(block, patch=2, dim=8, depth=depth, classes=3, frequencies=8, learned_sigma=False)
+    model = DiT(block=block, patch=2, dim=8, depth=depth, classes=3, frequencies=8, learned_sigma=False)
     return Diffusion(model=model, process=process)
 
 

@@ -96,7 +96,9 @@ def test_a_pool_with_parameters_has_no_closed_form():
 
 
 def test_dit_with_a_condition_a_block_is_counted_exactly():
-    block = dict(mixer=dict(kind="attention", heads=2), ffn=dict(kind="mlp"), ffn_affine=True)
+    block = dict(
+        kind="adaln_zero", mixer=dict(kind="attention", heads=2), ffn=dict(kind="mlp"), ffn_affine=True
+    )
     section = dict(kind="dit", patch=2, dim=12, depth=3, classes=5, condition="per_block", block=block)
     model = build_kind(KINDS, section, "config.model")
     cost = counted(model, array(1, 4, 4, 4), array(1), array(1, dtype=jnp.int32))
