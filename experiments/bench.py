@@ -71,6 +71,7 @@ def bench_loop(loaded: cli.LoadedConfig, steps: int, rounds: int) -> dict[str, f
     from effjax.parallel.sharding import to_global
     from effjax.train.loop import fit
     from effjax.train.program import build_program
+    from experiments.run.restore import read_weights
 
     experiment = resolve(loaded.config)
     # Log as often as the config says; evaluation and checkpoints are not the loop's own time.
@@ -93,7 +94,14 @@ def bench_loop(loaded: cli.LoadedConfig, steps: int, rounds: int) -> dict[str, f
     def loop() -> float:
         state = jax.block_until_ready(program.init())
         began = time.perf_counter()
-        fit(program, state, checkpoints=Silent(), observer=Silent(), stop_requested=lambda: False)
+        fit(
+            program,
+            state,
+            checkpoints=Silent(),
+            observer=Silent(),
+            stop_requested=lambda: False,
+            read=read_weights,
+        )
         return (time.perf_counter() - began) / steps
 
     def inputs() -> float:

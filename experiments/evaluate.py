@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     from effjax.errors import UsageError
     from experiments.run.closing import closing_table
     from experiments.run.formatting import measurement
-    from experiments.run.restore import load_state
+    from experiments.run.restore import load_state, read_weights
 
     if WORKDIR.value is None:
         raise UsageError("--workdir is missing. Name a run: --workdir=runs/NAME.")
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     shown: dict[str, str] = {}
     for name, evaluator in program.experiment.evaluators.items():
         variables = program.variables(state, evaluator.ema if EMA.value is None else EMA.value)
-        values = evaluator.run(program, evaluator.data.open(), variables, lambda: None)
+        values = evaluator.open(read_weights)(program, variables, lambda: None)
         shown |= {f"{name} {metric}": measurement(value) for metric, value in values.items()}
     closing_table(f"{WORKDIR.value}, step {int(state.step)}", shown)
 

@@ -38,7 +38,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
     size, _, process = variant.partition("-")
     flow, small = process == "flow", size in ("smoke", "digits")
 
-    config = latents() if size in ("s2", "b2", "l2", "xl2") else digits(smoke=size == "smoke")
+    config = latents() if size in ("s2", "b2", "l2", "xl2") else digits(size == "smoke", flow)
     config.model = model(size, learned_sigma=not flow)
     config.task = ConfigDict(
         {
@@ -57,7 +57,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
     return config
 
 
-def digits(smoke: bool) -> ConfigDict:
+def digits(smoke: bool, flow: bool) -> ConfigDict:
     """The embedded digits as 8 x 8 pictures in [-1, 1]; the pixels are their own latents."""
     source = dict(kind="tfds", name="digits")
     scale = (dict(kind="to_float"),)
@@ -87,9 +87,42 @@ def digits(smoke: bool) -> ConfigDict:
                     ),
                     every="10 steps" if smoke else "20%",
                     ema=True,
-                )
+                ),
+                samples=samples(smoke, flow),
             ),
         )
+    )
+
+
+def samples(smoke: bool, flow: bool) -> dict:
+    """Pictures of the classes of the held-out digits, drawn from the averaged weights and judged by a small
+    ViT that is trained on the same pictures first.
+    """
+    mixing = dict(mixer=dict(kind="attention", heads=3), ffn=dict(kind="mlp", ratio=2.0))
+    return dict(
+        kind="samples",
+        data=dict(
+            source=dict(kind="tfds", name="digits", split="test"),
+            transforms=(dict(kind="to_float"),),
+            batch_size=120,
+            cache=True,
+        ),
+        every="20 steps" if smoke else "50%",
+        extractor=dict(
+            kind="classifier",
+            model=dict(
+                kind="vit",
+                patch=2,
+                dim=24 if smoke else 48,
+                depth=2 if smoke else 4,
+                classes=10,
+                pool="mean",
+                block=mixing,
+            ),
+            fit="5 steps" if smoke else "40 epochs",
+        ),
+        sampler=dict(kind="euler" if flow else "ddim", steps=2 if smoke else 25),
+        guidance=2.0,
     )
 
 

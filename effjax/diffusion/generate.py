@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from effjax.diffusion.caches import BlockwiseCache, StepCache
 from effjax.diffusion.caches.blockwise import everything
+from effjax.diffusion.denoiser import Condition
 from effjax.diffusion.guidance import guided
 from effjax.diffusion.samplers import Sampler, walk
 from effjax.diffusion.samplers.state import State
@@ -41,8 +42,8 @@ class Sampling:
             without labels, an interval that is none, a sampler that does not fit the process, or too many
             steps.
         """
-        known = task.model.classes
         for number in classes:
+            known = task.model.classes
             if not 0 <= number < known:
                 raise UsageError(f"class {number} does not exist: the model knows classes 0 to {known - 1}.")
         if self.guidance < 0:
@@ -66,28 +67,28 @@ class Sampling:
 def sample_classes(
     task: Diffusion,
     variables: Any,
-    label: Int[Array, " b"],
+    condition: Condition,
     shape: Sequence[int],
     sampling: Sampling,
     keys: Key[Array, " b"],
 ) -> Float[Array, "b *shape"]:
-    """Draws one picture for each label; `Sampling.check` says what is refused.
+    """Draws one picture for each condition; `Sampling.check` says what is refused.
 
     Args:
       task: holds the model and the process it was trained on.
       variables: the model's, or their moving average.
-      label: class of each picture.
+      condition: what each picture should show: its class, or whatever the model is told.
       shape: of one picture, `(H, W, C)`.
       sampling: sampler and guidance.
       keys: one for each picture; a picture depends on its key alone, not on its batch.
     """
-    return walk_classes(task, variables, label, shape, sampling, keys)[0].x
+    return walk_classes(task, variables, condition, shape, sampling, keys)[0].x
 
 
 def calibrated(
     task: Diffusion,
     variables: Any,
-    label: Int[Array, " b"],
+    condition: Condition,
     shape: Sequence[int],
     sampling: Sampling,
     keys: Key[Array, " b"],
@@ -108,7 +109,9 @@ def calibrated(
     @jax.jit
     def watch(variables: Any, keys: Any) -> Any:
         observed = dataclasses.replace(sampling, cache=whole)
-        return walk_classes(task, variables, label, shape, observed, keys, lambda state: state.memory.kept)[1]
+        return walk_classes(
+            task, variables, condition, shape, observed, keys, lambda state: state.memory.kept
+        )[1]
 
     outputs = np.asarray(watch(variables, keys), np.float32)  # [calls, layers, branches, B, N, C]
     return dataclasses.replace(sampling, cache=cache.calibrated(outputs))
@@ -117,7 +120,7 @@ def calibrated(
 def walk_classes(
     task: Diffusion,
     variables: Any,
-    label: Int[Array, " b"],
+    condition: Condition,
     shape: Sequence[int],
     sampling: Sampling,
     keys: Key[Array, " b"],
@@ -133,4 +136,4 @@ def walk_classes(
         least, greatest = (share * task.process.latest for share in sampling.interval)
         interval = None if sampling.interval == (0.0, 1.0) else (least, greatest)
         denoiser = guided(denoiser, sampling.guidance, task.null, interval=interval)
-    return walk(sampler, denoiser, task.process, label, shape, keys, keep)
+    return walk(sampler, denoiser, task.process, condition, shape, keys, keep)

@@ -1,5 +1,6 @@
 """The skeletons that compose parts into networks."""
 
+from effjax.models.autoencoder import Autoencoder
 from effjax.models.dit import DiT
 from effjax.models.lm import LM
 from effjax.models.lookup import LookupViT
@@ -9,6 +10,7 @@ from effjax.models.sparseformer import SparseFormer
 from effjax.models.vit import ViT
 
 KINDS = {
+    "autoencoder": Autoencoder,
     "dit": DiT,
     "lm": LM,
     "lookup_vit": LookupViT,

@@ -19,6 +19,7 @@ import numpy as np
 
 from effjax.errors import EffjaxError, Preempted, RunError
 from effjax.parallel.sharding import to_global
+from effjax.train.evaluators.evaluation import ReadWeights
 from effjax.train.nonfinite import Diagnosis, diagnose
 from effjax.train.program import Program
 from effjax.train.state import TrainState, examples_seen
@@ -100,14 +101,15 @@ def fit(
     checkpoints: Checkpoints,
     observer: Observer,
     stop_requested: Callable[[], bool],
+    read: ReadWeights,
 ) -> Outcome:
-    """Trains from `state` to the end of the budget.
+    """Trains from `state` to the end of the budget; `read` gives evaluators the weights they need.
 
     Raises:
       Preempted: after saving, where `stop_requested` turned true.
       RunError: where a loss or gradient is not finite; the last good state is saved and the evidence kept.
     """
-    return _Loop(program, checkpoints, observer, stop_requested).run(state)
+    return _Loop(program, checkpoints, observer, stop_requested, read).run(state)
 
 
 class _Loop:
@@ -119,6 +121,7 @@ class _Loop:
         checkpoints: Checkpoints,
         observer: Observer,
         stop_requested: Callable[[], bool],
+        read: ReadWeights,
     ) -> None:
         self.program, self.checkpoints, self.observer = program, checkpoints, observer
         self.stop_requested = stop_requested
@@ -127,7 +130,7 @@ class _Loop:
         self.save_every = budget.steps(experiment.train.checkpoint_every)
         self.evaluate_every = {name: budget.steps(e.every) for name, e in experiment.evaluators.items()}
         # Opened now, so that a missing data set stops the run before it compiles.
-        self.evaluation_data = {name: e.data.open() for name, e in experiment.evaluators.items()}
+        self.evaluators = {name: e.open(read) for name, e in experiment.evaluators.items()}
         self.clock = _Clock()
         self.evaluations: dict[str, dict[str, float]] = {}
         self.failures: dict[str, str] = {}
@@ -224,7 +227,7 @@ class _Loop:
 
             try:
                 variables = self.program.variables(state, evaluator.ema)
-                values = evaluator.run(self.program, self.evaluation_data[name], variables, check_stop)
+                values = self.evaluators[name](self.program, variables, check_stop)
             except Preempted:
                 raise
             except Exception as error:

@@ -24,7 +24,7 @@ from experiments.run.formatting import count, duration, measurement
 from experiments.run.method_spec import Asked
 from experiments.run.plots import pareto
 from experiments.run.report import Figure, Section, Table, with_section
-from experiments.run.restore import load_run
+from experiments.run.restore import load_run, read_weights
 from experiments.run.token_pictures import sheet, visible
 from experiments.run.training import first_state
 
@@ -182,7 +182,8 @@ def measure(
     programs = {WHOLE: program}
     for asked in methods:
         programs[asked.label] = with_method(program, solved(program, asked))
-    data = evaluator.data.open()
+    evaluation = evaluator.open(read_weights)
+    data = evaluation.data
     costs = {label: forward_cost(made) for label, made in programs.items()}
     answers = {label: _answers(made, variables, data) for label, made in programs.items()}
     timed, timed_batch = _timed(programs, variables, data, costs, batch_size, rounds)
@@ -195,7 +196,7 @@ def measure(
         Measured(
             label=label,
             settings="" if label == WHOLE else repr(made.experiment.model.reduce),
-            metrics=evaluator.run(made, data, variables, lambda: None),
+            metrics=evaluation(made, variables, lambda: None),
             agreement=_agreement(answers[label], answers[WHOLE]),
             macs=costs[label].macs,
             tokens=shown[label],

@@ -66,7 +66,12 @@ def run(loaded: cli.LoadedConfig, workdir: str, *, stop: StopFlag, profile_steps
             observer = RunObserver(folder.path, writer, progress)
             stack.enter_context(_profile(folder.path, observer, profile_steps))
             outcome = fit(
-                program, state, checkpoints=saved, observer=observer, stop_requested=lambda: stop.requested
+                program,
+                state,
+                checkpoints=saved,
+                observer=observer,
+                stop_requested=lambda: stop.requested,
+                read=read_weights,
             )
         return _finish(folder.path, program, outcome, data.bad_records)
 

@@ -137,6 +137,29 @@ def _diffusers(changes, side=8, channels=4, classes=7, **options):
     )
 
 
+def _autoencoder(changes, fixture=False):
+    """Pictures there and back, through the mean of their code."""
+    stages = len(changes["block_out_channels"])
+    blocks = dict(
+        down_block_types=("DownEncoderBlock2D",) * stages, up_block_types=("UpDecoderBlock2D",) * stages
+    )
+    config = {**blocks, **changes}
+
+    def call(module, pictures):
+        code = module.encode(pictures.permute(0, 3, 1, 2)).latent_dist.mode()
+        return module.decode(code).sample.permute(0, 2, 3, 1)
+
+    return Case(
+        "diffusers:AutoencoderKL",
+        config,
+        lambda: diffusers.AutoencoderKL(**config),
+        images(16),
+        call,
+        gradient=fixture,
+        fixture=fixture,
+    )
+
+
 CASES = {
     **{f"timm_vit_{name}": _timm("vit_base_patch16_224", changes) for name, changes in _VARIANTS.items()},
     "timm_deit_distilled": _timm("deit_base_distilled_patch16_224", {}, gradient=True, fixture=True),
@@ -184,6 +207,20 @@ CASES = {
     "diffusers_dit_patch": _diffusers(dict(patch_size=4, in_channels=3), channels=3),
     "diffusers_dit_larger": _diffusers({}, side=12),
     "diffusers_dit_xl": _diffusers(None, side=32, classes=1000),
+    "diffusers_autoencoder": _autoencoder(
+        dict(block_out_channels=(4, 8, 8), norm_num_groups=2, layers_per_block=2), fixture=True
+    ),
+    "diffusers_autoencoder_bare": _autoencoder(
+        dict(
+            block_out_channels=(4, 8),
+            norm_num_groups=4,
+            latent_channels=16,
+            shift_factor=0.1,
+            scaling_factor=0.36,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+    ),
     "official_dit": Case(
         "official:DiT",
         _OFFICIAL,

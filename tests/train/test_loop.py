@@ -9,7 +9,7 @@ from effjax.data import OpenData
 from effjax.errors import Preempted, RunError, UsageError
 from effjax.train.loop import fit
 from effjax.train.state import examples_seen
-from tests.train.toy import FAMILIES, Memory, Recorder, program_of
+from tests.train.toy import FAMILIES, Memory, Recorder, no_weights, program_of
 
 # One family shows the loop's own mechanics quickly; that the others keep them too takes longer.
 EACH_FAMILY = [pytest.param(f, marks=[pytest.mark.slow] if f != "vision" else []) for f in FAMILIES]
@@ -23,6 +23,7 @@ def train(program, state=None, stop=lambda: False):
         checkpoints=memory,
         observer=recorder,
         stop_requested=stop,
+        read=no_weights,
     )
     return outcome, recorder, memory
 
@@ -45,6 +46,7 @@ def test_stopping_and_going_on_is_the_straight_run_bit_by_bit(family):
             checkpoints=memory,
             observer=Recorder(),
             stop_requested=lambda: next(calls) >= 3,
+            read=no_weights,
         )
     state, extra = memory.saved[3]
     assert extra["examples"] == 3 * program.experiment.data.batch_size == examples_seen(state)
@@ -104,7 +106,14 @@ def test_a_bad_number_stops_with_the_state_before_it_and_the_evidence():
     program = dataclasses.replace(program, data=Poison(program.data))
     recorder, memory = Recorder(), Memory()
     with pytest.raises(RunError, match=r"step 3: batch/image is not finite \(1 NaN, 0 infinite\)") as error:
-        fit(program, program.init(), checkpoints=memory, observer=recorder, stop_requested=lambda: False)
+        fit(
+            program,
+            program.init(),
+            checkpoints=memory,
+            observer=recorder,
+            stop_requested=lambda: False,
+            read=no_weights,
+        )
     assert "checkpoint 2" in str(error.value)
     assert "replay it" in str(error.value)
     (diagnosis, batch) = recorder.kept[0]

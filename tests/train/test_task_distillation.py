@@ -22,7 +22,7 @@ from effjax.train.tasks.mean import values
 from experiments.run.cost import forward_cost
 from experiments.run.training import first_state
 from tests.tokens.tiny import images, vit
-from tests.train.toy import Memory, Recorder, smoke
+from tests.train.toy import Memory, Recorder, no_weights, smoke
 
 STUDENT = vit(reduce=Schedule({2: Slimming(4)}))
 BATCH = {"image": images(3), "label": jnp.array([0, 3, 1]), "mask": jnp.ones(3)}
@@ -144,7 +144,12 @@ def test_a_run_starts_from_another_and_is_taught_by_it(tmp_path):
     recorder = Recorder()
     before = jax.tree.map(np.asarray, state.collections["teacher"])
     outcome = fit(
-        program, state, checkpoints=(memory := Memory()), observer=recorder, stop_requested=lambda: False
+        program,
+        state,
+        checkpoints=(memory := Memory()),
+        observer=recorder,
+        stop_requested=lambda: False,
+        read=no_weights,
     )
     last = memory.saved[max(memory.saved)][0]
     jax.tree.map(np.testing.assert_array_equal, last.collections["teacher"], before)

@@ -5,6 +5,7 @@ checkpoints that authors publish beside their papers.
 """
 
 from effjax.interop.families import (
+    autoencoder,
     cswin,
     decoder,
     dit,
@@ -36,6 +37,7 @@ _TRANSFORMERS = (
     transformers_swin,
     transformers_vit,
 )
+_DIFFUSERS = autoencoder, dit
 _OFFICIAL = cswin, dit
 
 FAMILIES: dict[str, Family] = {
@@ -45,6 +47,6 @@ FAMILIES: dict[str, Family] = {
         for module in _TRANSFORMERS
         for name, family in module.TRANSFORMERS.items()
     },
-    **{f"diffusers:{name}": family for name, family in dit.DIFFUSERS.items()},
+    **{f"diffusers:{name}": family for module in _DIFFUSERS for name, family in module.DIFFUSERS.items()},
     **{f"official:{name}": family for module in _OFFICIAL for name, family in module.OFFICIAL.items()},
 }

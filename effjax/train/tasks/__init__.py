@@ -31,6 +31,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from effjax.train.tasks.alignment import Alignment
+from effjax.train.tasks.autoencoding import Autoencoding
 from effjax.train.tasks.classification import Classification
 from effjax.train.tasks.diffusion import Diffusion
 from effjax.train.tasks.distillation import Distillation
@@ -39,6 +40,7 @@ from effjax.train.tasks.pose import Pose
 
 KINDS = {
     "alignment": Alignment,
+    "autoencoding": Autoencoding,
     "classification": Classification,
     "diffusion": Diffusion,
     "distillation": Distillation,

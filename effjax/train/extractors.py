@@ -1,0 +1,129 @@
+"""What turns pictures into the features that they are compared in.
+
+An extractor gives for pictures in [-1, 1] the vector that a classifier's last layer reads, and its logits.
+Any image classifier of `effjax.models` will do: one trained here, or imported weights. Figures of different
+extractors cannot be compared.
+"""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from jaxtyping import Array, Float
+
+from effjax import models
+from effjax.config import part
+from effjax.errors import UsageError
+from effjax.parallel.sharding import activate, to_global
+from effjax.train import optimizers
+from effjax.train.durations import Budget
+from effjax.train.evaluators.evaluation import ReadWeights
+from effjax.train.schedules import Cosine
+from effjax.train.state import TrainState
+from effjax.train.step import Precision, make_step
+from effjax.train.tasks.classification import Classification
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """An image classifier.
+
+    Attributes:
+      model: maps pictures to logits.
+      weights: folder of its weights: of a training run, or of what `experiments.convert` wrote.
+      fit: where there are no weights, how long it is trained on the run's own training data, which takes
+        pictures small enough for that; None where there are.
+      optimizer: for that.
+      size: side to which pictures are resized; None leaves them.
+      mean, std: of the pixels it was trained on, in [0, 1], a number a channel or one for all.
+    """
+
+    model: nn.Module = part(models.KINDS)
+    weights: str | None = None
+    fit: str | None = None
+    optimizer: Any = part(
+        optimizers.KINDS, default=optimizers.Muon(lr=3e-3, schedule=Cosine(warmup="10%"), weight_decay=0.05)
+    )
+    size: int | None = None
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
+
+    def __post_init__(self) -> None:
+        if (self.weights is None) == (self.fit is None):
+            raise UsageError(
+                "a classifier needs either weights='FOLDER', of a run or of what experiments.convert wrote, "
+                "or fit='30 epochs', for which it is trained on the run's own data."
+            )
+
+    def variables(self, program: Any, content: str, read: ReadWeights) -> Any:
+        """Its variables, read or trained.
+
+        Args:
+          program: of the run.
+          content: the field of a batch that holds pictures.
+          read: gives the weights in a folder.
+        """
+        pictures = jnp.asarray(program.data.example_batch(1)[content])
+        if self.weights is not None:
+            shapes = jax.eval_shape(lambda: meta.unbox(self._init(pictures)))
+            return jax.tree.map(jnp.asarray, read(self.weights, shapes, "the extractor's model"))
+        assert self.fit is not None
+        return self._fitted(program, content, pictures, self.fit)
+
+    def __call__(
+        self, variables: Any, pictures: Float[Array, "b h w c"]
+    ) -> tuple[Float[Array, "b features"], Float[Array, "b classes"]]:
+        """Features and logits of pictures in [-1, 1]."""
+        seen = self._seen(pictures)
+        features: Array = self.model.clone(classes=0).apply(variables, seen)  # type: ignore[assignment]
+        logits: Array = self.model.apply(variables, seen)  # type: ignore[assignment]
+        return features.astype(jnp.float32), logits.astype(jnp.float32)
+
+    def _init(self, pictures: Array) -> Any:
+        return self.model.init(jax.random.key(0), self._seen(pictures))
+
+    def _seen(self, pictures: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        """The pictures as it was trained to see them."""
+        if self.size is not None:
+            shape = pictures.shape[0], self.size, self.size, pictures.shape[3]
+            pictures = jax.image.resize(pictures, shape, "bicubic")
+        mean, std = (jnp.asarray(value, pictures.dtype)[None, None, None] for value in (self.mean, self.std))
+        return ((pictures + 1) / 2 - mean) / std
+
+    def _fitted(self, program: Any, content: str, pictures: Array, length: str) -> Any:
+        """Trained from its first weights, on every device alike."""
+        task = Classification(self.model, smoothing=0.1)
+        data = program.data
+        budget = Budget.of(length, data.definition.batch_size, data.num_examples)
+        variables = meta.unbox(self._init(pictures))
+        optimizer = self.optimizer.transformation(variables["params"], budget)
+        state = TrainState.create(
+            params=variables["params"],
+            opt_state=optimizer.init(variables["params"]),
+            key=jax.random.key(1),
+            collections={name: value for name, value in variables.items() if name != "params"},
+        )
+        step = make_step(task, optimizer, precision=Precision(), accumulate=1, ema=None)
+
+        @jax.jit
+        def improve(state: TrainState, batch: Any) -> TrainState:
+            seen = self._seen(batch[content].astype(jnp.float32))
+            return step(state, {"image": seen, "label": batch["label"]})[0]
+
+        rows = data.train(process_index=jax.process_index(), process_count=jax.process_count())
+        with activate(program.mesh, program.rules):
+            for batch in itertools.islice(rows, budget.total_steps):
+                state = improve(state, to_global(batch, program.batch_sharding))
+        if bool(state.halted):
+            raise UsageError(
+                "the extractor's training met a number that is not finite: take a smaller learning rate in "
+                "its optimizer."
+            )
+        return {"params": state.params, **state.collections}
+
+
+KINDS = {"classifier": Classifier}
