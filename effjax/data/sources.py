@@ -1,4 +1,4 @@
-"""Where examples come from: prepared TFDS data sets, folders of images, JSON lines.
+"""Where examples come from: prepared TFDS data sets, folders of images or arrays, JSON lines.
 
 A definition (a frozen dataclass, what a config names) is opened into a reader (random access by number).
 """
@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from tensorflow_datasets.core import read_only_builder
 
 from effjax.data import builders
+from effjax.data.arrays import Arrays
 from effjax.data.kept import kept
 from effjax.data.records import BadRecord, Example, Examples, Metadata
 from effjax.errors import UsageError, did_you_mean
@@ -296,4 +297,4 @@ class JsonLinesReader:
         return {"text": text.encode(errors="replace")}
 
 
-KINDS = {"tfds": Tfds, "image_folder": ImageFolder, "jsonl": JsonLines}
+KINDS = {"arrays": Arrays, "image_folder": ImageFolder, "jsonl": JsonLines, "tfds": Tfds}

@@ -27,12 +27,13 @@ class RectifiedFlow:
     """A straight coupling of pictures and noise.
 
     Attributes:
-      density: how training times are drawn: uniform, or the sigmoid of a normal, which prefers the middle.
+      density: how training times are drawn: uniform, or the sigmoid of a normal, which prefers the middle;
+        `latest` takes noise alone, which teaches a network its one step to the picture.
       mean: of that normal; above 0 prefers noise.
       deviation: of that normal.
     """
 
-    density: Literal["uniform", "logit_normal"] = "uniform"
+    density: Literal["uniform", "logit_normal", "latest"] = "uniform"
     mean: float = 0.0
     deviation: float = 1.0
 
@@ -47,6 +48,8 @@ class RectifiedFlow:
         """Training times from uniform numbers in [0, 1), by the inverse of their distribution."""
         if self.density == "uniform":
             return uniform
+        if self.density == "latest":
+            return jnp.full_like(uniform, self.latest)
         return jax.nn.sigmoid(self.mean + self.deviation * jax.scipy.special.ndtri(uniform))
 
     def network_time(self, t: Float[Array, " b"]) -> Float[Array, " b"]:
