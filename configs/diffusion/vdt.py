@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 #            dim, depth, heads, patch, frames
 SIZES = {
     "smoke": (32, 2, 2, 4, 4),
-    "scenes": (128, 4, 4, 2, 8),
+    "scenes": (128, 4, 4, 4, 8),
     "s2": (384, 12, 6, 2, 16),
     "l2": (1152, 28, 16, 2, 16),
 }
@@ -67,7 +67,7 @@ def scenes(smoke: bool) -> ConfigDict:
             data=dict(
                 source=source | dict(split="train"),
                 transforms=(clip, flip),
-                batch_size=8 if smoke else 32,
+                batch_size=8 if smoke else 16,
                 threads=1,
                 cache=True,
             ),
@@ -75,7 +75,7 @@ def scenes(smoke: bool) -> ConfigDict:
                 kind="adamw", lr=1e-3, clip=1.0, schedule=dict(kind="cosine", warmup="2%", end=0.01)
             ),
             train=dict(
-                steps="20 steps" if smoke else "2000 steps",
+                steps="20 steps" if smoke else "900 steps",
                 log_every="5 steps" if smoke else "50 steps",
                 checkpoint_every="10 steps" if smoke else "20%",
                 ema=dict(decay=0.999),
