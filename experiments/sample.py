@@ -6,7 +6,8 @@
     python -m experiments.sample --workdir=runs/vdt --out=next.gif --given=forward:given=2
 
 With `--given` parts of held-out clips are given and the rest is drawn; a row of the real clips stands above.
-Kinds: unconditional, forward, backward, interpolation, image_to_video, random_frames, completion. The same seed gives the same picture in every place of the grid, whatever the batch and the devices.
+What may be given: forward, backward, interpolation, image_to_video, random_frames, completion, unconditional.
+The same seed gives the same picture in every place of the grid, whatever the batch and the devices.
 """
 
 from absl import flags

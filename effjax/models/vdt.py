@@ -13,8 +13,8 @@ and the published code (RERV/VDT), which modulates every block by a projection o
 1001 rows, of which it reads the first (and, in training, the null class in its place); here an unconditional
 model has one class.
 
-The paper's table gives 28.5M parameters for S and 595.9M for L. The published code makes 41.7M and 860.9M. What
-the table holds are the matrices of both attentions and the FFN, 16 C^2 a block (28.3M and 594.5M), and about
+The paper's table gives 28.5M parameters for S and 595.9M for L, the published code makes 41.7M and 860.9M.
+What the table gives are the matrices of both attentions and the FFN, 16 C^2 a block (28.3M and 594.5M), and
 one C^2 more; the modulations (6 C^2 a block) and the second temporal projections (C^2) are not in it.
 """
 

@@ -122,10 +122,9 @@ def run(workdir: str, out: str, request: Request, step: int | None = None, ema: 
         clips = held_out(program, request.given, request.per_class, request.seed)
         videos, columns = draw(program, variables, request, clips)
         write_atomic(out, moving_grid(np.concatenate([to_bytes(clips.content), videos]), columns))
-        print(
-            f"{out}: {columns} clips, mean squared error of what was drawn {clips.error(from_bytes(videos)):.4g}, "
-            f"of what was given repeated {clips.error(clips.copied()):.4g}"
-        )
+        print(f"{out}: {columns} clips; mean squared error of what was not given, in [-1, 1]:")
+        print(f"  drawn                        {clips.error(from_bytes(videos)):.4g}")
+        print(f"  the last given value copied  {clips.error(clips.copied()):.4g}")
     return 0
 
 

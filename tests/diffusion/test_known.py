@@ -11,8 +11,15 @@ from effjax.diffusion.examples import example_keys
 from effjax.diffusion.guidance import guided
 from effjax.diffusion.known import Known, given
 from effjax.diffusion.rectified_flow import RectifiedFlow
-from effjax.diffusion.samplers import DDIMSampler, DDPMSampler, DPMSolverSampler, EulerSampler, HeunSampler
-from effjax.diffusion.samplers import sample, walk
+from effjax.diffusion.samplers import (
+    DDIMSampler,
+    DDPMSampler,
+    DPMSolverSampler,
+    EulerSampler,
+    HeunSampler,
+    sample,
+    walk,
+)
 
 SHAPE = (4, 3, 3, 2)
 CHAIN, LEARNED, FLOW = DDPM(sigma="small", prediction="v"), DDPM(), RectifiedFlow()
@@ -44,7 +51,7 @@ def walked(sampler, process, known, denoiser=None):
 
     @jax.jit
     def run(known):
-        keep = lambda state: (state.x, state.x0)  # noqa: E731
+        keep = lambda state: (state.x, state.x0)
         return walk(sampler, denoiser, process, label, SHAPE, keys, keep, known)
 
     return run(known)

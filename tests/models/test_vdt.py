@@ -1,6 +1,5 @@
 """VDT against its published code and sizes, and what its factorised attention is."""
 
-import dataclasses
 import functools
 import math
 
@@ -211,6 +210,7 @@ def test_attention_in_parts_is_dense_attention_under_a_mask():
     assert np.max(np.abs(both(x, flat)[0][0] - both(x, flat)[0][1])) > 1e-2
 
 
+@pytest.mark.slow
 def test_frames_are_told_apart_by_their_positions_alone():
     x, c = block_inputs()
     block, params = block_params(x, c)
@@ -224,6 +224,7 @@ def test_frames_are_told_apart_by_their_positions_alone():
     assert np.max(np.abs(moved - whole(variables, *args)[:, order])) > 1e-2
 
 
+@pytest.mark.slow
 def test_output_is_zero_at_first_and_every_parameter_has_a_gradient():
     model = tiny(remat="full")
     variables = meta.unbox(jax.jit(model.init)(jax.random.key(0), *inputs()))
@@ -238,6 +239,7 @@ def test_output_is_zero_at_first_and_every_parameter_has_a_gradient():
         assert np.any(leaf != 0) or path.endswith("key/bias"), path  # a bias of all keys cancels
 
 
+@pytest.mark.slow
 def test_bfloat16_follows_the_parameters():
     model = tiny()
     variables = randomised(model)
@@ -262,14 +264,14 @@ def test_what_is_no_such_video_is_refused(shape, message):
         jax.eval_shape(tiny().init, jax.random.key(0), *inputs(shape=shape))
 
 
+def task_of_videos():
+    process = DDPM(sigma="small", prediction="v")
+    return Diffusion(model=tiny(learned_sigma=False), process=process, label_dropout=0.0, content="video")
+
+
 @functools.cache
 def drawn(cache):
-    task = Diffusion(
-        model=tiny(learned_sigma=False),
-        process=DDPM(sigma="small", prediction="v"),
-        label_dropout=0.0,
-        content="video",
-    )
+    task = task_of_videos()
     how = Sampling(DDIMSampler(8), cache=cache)
     variables = randomised(task.model)
 
@@ -283,7 +285,8 @@ def drawn(cache):
 
 @pytest.mark.slow
 def test_step_caches_that_skip_nothing_draw_the_same_videos():
-    stages = dataclasses.make_dataclass("Stages", ["depth", "branches"])(2, 3)
+    task = task_of_videos()
+    stages = task.stages(randomised(task.model))
     for cache in (ConfidenceTaylor(threshold=0.0), everything(8, stages)):
         np.testing.assert_array_equal(drawn(cache), drawn(None))
     assert np.any(drawn(ConfidenceTaylor(threshold=math.inf, warmup=2)) != drawn(None))

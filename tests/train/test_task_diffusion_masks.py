@@ -66,6 +66,10 @@ def loss_of(built):
     return jax.jit(lambda variables, prepared: built.loss(variables, prepared, jax.random.key(2))[0])
 
 
+def _total(means, prepared, params):
+    return means({"params": params}, prepared)["loss"].total
+
+
 def test_masks_are_drawn_for_each_example_and_change_no_other_draw():
     _, prepared = ready(task(*MIXED))
     assert prepared["known"].shape == (6, *SHAPE[:3], 1)
@@ -109,9 +113,7 @@ def test_all_given_costs_nothing_and_teaches_nothing():
         variables, prepared = ready(built)
         prepared = {**prepared, "known": jnp.ones_like(prepared["known"])}
 
-        def loss(params, loss=loss_of(built), prepared=prepared):
-            return loss({"params": params}, prepared)["loss"].total
-
+        loss = functools.partial(_total, loss_of(built), prepared)
         value, grads = jax.jit(jax.value_and_grad(loss))(variables["params"])
         assert float(value) == 0
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
