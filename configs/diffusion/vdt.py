@@ -16,14 +16,27 @@ SIZES = {
     "l2": (1152, 28, 16, 2, 16),
 }
 
-VARIANTS = tuple(SIZES)
+# data set, side of its latents, and which parts are given
+DATA = {
+    "": ("sky_latents", 32, "all"),
+    "ucf101": ("ucf101_latents", 32, "none"),
+    "cityscapes": ("cityscapes_latents", 16, "forward"),
+}
+
+VARIANTS = (
+    "smoke",
+    "scenes",
+    *(size + ending for size in ("s2", "l2") for ending in ("", "-ucf101", "-cityscapes")),
+)
 
 
 def get_config(variant: str = "scenes") -> ConfigDict:
-    """Returns the experiment of one variant."""
-    small = variant in ("smoke", "scenes")
-    config = scenes(smoke=variant == "smoke") if small else latents()
-    config.model = model(variant)
+    """Returns the experiment of one variant, with a data set behind its name other than Sky Time-lapse."""
+    size, _, name = variant.partition("-")
+    small = size in ("smoke", "scenes")
+    data, side, given = DATA[name]
+    config = scenes(smoke=size == "smoke") if small else latents(data, side)
+    config.model = model(size)
     config.task = ConfigDict(
         dict(
             kind="diffusion",
@@ -37,9 +50,12 @@ def get_config(variant: str = "scenes") -> ConfigDict:
             label_dropout=0.0,
             content="video",
             condition=None,
-            masks=masks(given=2, every=4, ends=1) if small else masks(given=8, every=4, ends=3),
         )
     )
+    if given == "all":
+        config.task.masks = masks(given=2, every=4, ends=1) if small else masks(given=8, every=4, ends=3)
+    elif given == "forward":
+        config.task.masks = (dict(kind="forward", given=8),)
     return config
 
 
@@ -94,16 +110,16 @@ def scenes(smoke: bool) -> ConfigDict:
     )
 
 
-def latents() -> ConfigDict:
+def latents(name: str, side: int) -> ConfigDict:
     """DiT's recipe, on whose code the published one is built: AdamW at a constant 1e-4, EMA 0.9999."""
-    source = dict(kind="tfds", name="ucf101_latents")
+    source = dict(kind="tfds", name=name)
     return ConfigDict(
         dict(
             data=dict(
                 source=source | dict(split="train"),
                 batch_size=256,
                 threads=8,
-                expected=dict(examples=9537, fields=dict(video=dict(shape=(16, 32, 32, 4)))),
+                expected=dict(fields=dict(video=dict(shape=(16, side, side, 4)))),
             ),
             optimizer=dict(kind="adamw", lr=1e-4, weight_decay=0.0, schedule=dict(kind="constant")),
             train=dict(

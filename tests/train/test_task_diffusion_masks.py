@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.diffusion.vdt import VARIANTS, get_config
 from effjax.diffusion import masks
 from effjax.diffusion.ddpm import DDPM
 from effjax.diffusion.examples import mean_of_each
 from effjax.diffusion.rectified_flow import RectifiedFlow
 from effjax.errors import UsageError
+from effjax.experiment import resolve
 from effjax.train.tasks.diffusion import Diffusion
 from effjax.train.tasks.mean import add, values
 
@@ -68,6 +70,20 @@ def loss_of(built):
 
 def _total(means, prepared, params):
     return means({"params": params}, prepared)["loss"].total
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_resolves(variant):
+    experiment = resolve(get_config(variant))
+    kinds = [type(mask) for mask in experiment.task.masks]
+    if "-" not in variant:
+        assert kinds == list(masks.KINDS.values())
+    else:
+        assert kinds == ([masks.Forward] if variant.endswith("cityscapes") else [])
+    assert experiment.model.learned_sigma == experiment.task.process.learned_sigma
+    if experiment.data.expected:
+        batch = experiment.data.described().example_batch(1)
+        assert batch["video"].shape[1] == experiment.model.frames
 
 
 def test_masks_are_drawn_for_each_example_and_change_no_other_draw():
