@@ -1,8 +1,12 @@
-"""Draws pictures of asked-for classes from a trained diffusion run, as a PNG grid with one row a class.
+"""Draws from a trained diffusion run: pictures as a PNG grid with one row a class, videos as a GIF.
 
     python -m experiments.sample --workdir=runs/dit --out=digits.png --guidance=2
     python -m experiments.sample --workdir=runs/dit --out=threes.png --classes=3 --sampler=ddpm --steps=250
+    python -m experiments.sample --workdir=runs/vdt --out=clips.gif
+    python -m experiments.sample --workdir=runs/vdt --out=next.gif --given=forward:given=2
 
+With `--given` parts of held-out clips are given and the rest is drawn; a row of the real clips stands above.
+What may be given: forward, backward, interpolation, image_to_video, random_frames, completion, unconditional.
 The same seed gives the same picture in every place of the grid, whatever the batch and the devices.
 """
 
@@ -11,12 +15,15 @@ from absl import flags
 from experiments import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
-OUT = flags.DEFINE_string("out", None, "PNG to write")
+OUT = flags.DEFINE_string("out", None, "PNG to write, or GIF for videos")
 CLASSES = flags.DEFINE_list("classes", None, "class numbers, one row each; by default the first ten")
 PER_CLASS = flags.DEFINE_integer("per_class", 8, "pictures in a row")
 GUIDANCE = flags.DEFINE_float("guidance", 1.0, "scale of classifier-free guidance; 1 is none")
 INTERVAL = flags.DEFINE_list(
     "interval", None, "share of the way that is guided, as in 0.2,0.8: 0 is the picture and 1 noise"
+)
+GIVEN = flags.DEFINE_string(
+    "given", None, "of a video run: what of held-out clips is given, as in forward:given=2"
 )
 SAMPLER = flags.DEFINE_string(
     "sampler",
@@ -34,7 +41,7 @@ def main(argv: list[str]) -> int:
     del argv
     # Imported here, so that --help and a wrong flag answer at once.
     from effjax.errors import UsageError
-    from experiments.run import sampling
+    from experiments.run import clips, sampling
 
     if WORKDIR.value is None or OUT.value is None:
         missing = "workdir" if WORKDIR.value is None else "out"
@@ -50,6 +57,7 @@ def main(argv: list[str]) -> int:
             sampler=SAMPLER.value,
             steps=STEPS.value,
             seed=SEED.value,
+            given=None if GIVEN.value is None else clips.parse(GIVEN.value),
         ),
         step=STEP.value,
         ema=USE_EMA.value,

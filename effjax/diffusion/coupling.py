@@ -22,7 +22,7 @@ from effjax.diffusion.examples import across, example_noise, mean_of_each
 from effjax.diffusion.generate import Sampling, sample_classes
 from effjax.diffusion.rectified_flow import RectifiedFlow
 from effjax.diffusion.samplers import Sampler
-from effjax.diffusion.samplers.chain import DDPMSampler
+from effjax.diffusion.samplers.chain import DDIMSampler, DDPMSampler
 from effjax.errors import UsageError
 from effjax.train.tasks.diffusion import Diffusion
 
@@ -47,7 +47,7 @@ def pairs(
 
 def check_deterministic(sampler: Sampler) -> None:
     """Refuses samplers that add noise on their way."""
-    if isinstance(sampler, DDPMSampler) or getattr(sampler, "eta", 0.0):
+    if isinstance(sampler, DDPMSampler) or (isinstance(sampler, DDIMSampler) and sampler.eta):
         raise UsageError("pairs need a sampler without noise of its own: euler, heun, dpm_solver or ddim.")
 
 

@@ -119,7 +119,7 @@ def sample(program: Program, serving: Serving) -> Step:
         raise UsageError(f"--step=sample needs a diffusion config, and this one is {_kind(task)}.")
     sampling = Sampling(serving.sampler, serving.guidance)
     sampling.check(task, (0,))
-    batch, shape = _batch(program, serving), program.data.example_batch(1)["image"].shape[1:]
+    batch, shape = _batch(program, serving), task.shape(program.data.example_batch(1)[task.content].shape[1:])
     numbers = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=program.batch_sharding)
 
     def pictures(variables: Any, label: Any, index: Any) -> Any:

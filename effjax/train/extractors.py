@@ -7,6 +7,7 @@ extractors cannot be compared.
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -59,20 +60,21 @@ class Classifier:
                 "or fit='30 epochs', for which it is trained on the run's own data."
             )
 
-    def variables(self, program: Any, content: str, read: ReadWeights) -> Any:
+    def variables(self, program: Any, show: Callable[[Mapping[str, Array]], Array], read: ReadWeights) -> Any:
         """Its variables, read or trained.
 
         Args:
           program: of the run.
-          content: the field of a batch that holds pictures.
+          show: the pictures of a batch, in [-1, 1].
           read: gives the weights in a folder.
         """
-        pictures = jnp.asarray(program.data.example_batch(1)[content])
+        example = jax.tree.map(jnp.asarray, dict(program.data.example_batch(1)))
+        pictures = jnp.zeros(jax.eval_shape(show, example).shape, jnp.float32)
         if self.weights is not None:
             shapes = jax.eval_shape(lambda: meta.unbox(self._init(pictures)))
             return jax.tree.map(jnp.asarray, read(self.weights, shapes, "the extractor's model"))
         assert self.fit is not None
-        return self._fitted(program, content, pictures, self.fit)
+        return self._fitted(program, show, pictures, self.fit)
 
     def __call__(
         self, variables: Any, pictures: Float[Array, "b h w c"]
@@ -94,7 +96,7 @@ class Classifier:
         mean, std = (jnp.asarray(value, pictures.dtype)[None, None, None] for value in (self.mean, self.std))
         return ((pictures + 1) / 2 - mean) / std
 
-    def _fitted(self, program: Any, content: str, pictures: Array, length: str) -> Any:
+    def _fitted(self, program: Any, show: Any, pictures: Array, length: str) -> Any:
         """Trained from its first weights, on every device alike."""
         task = Classification(self.model, smoothing=0.1)
         data = program.data
@@ -111,8 +113,7 @@ class Classifier:
 
         @jax.jit
         def improve(state: TrainState, batch: Any) -> TrainState:
-            seen = self._seen(batch[content].astype(jnp.float32))
-            return step(state, {"image": seen, "label": batch["label"]})[0]
+            return step(state, {"image": self._seen(show(batch)), "label": batch["label"]})[0]
 
         rows = data.train(process_index=jax.process_index(), process_count=jax.process_count())
         with activate(program.mesh, program.rules):

@@ -22,7 +22,7 @@ from experiments.run.closing import print_table
 from experiments.run.files import to_json, write_atomic
 from experiments.run.formatting import duration
 from experiments.run.method_spec import Asked
-from experiments.run.plots import image_grid, pareto
+from experiments.run.plots import film_strips, image_grid, pareto
 from experiments.run.report import Figure, Section, Table, with_section
 
 # Pictures that a cache which plans ahead is calibrated on.
@@ -119,7 +119,8 @@ def measure(
     ]
     each = slice(0, None, request.per_class)  # the first picture of every class
     grid = np.concatenate([pictures[each] for pictures, _ in drawn.values()])
-    return rows, image_grid(sampling.to_bytes(grid), len(classes))
+    shown = sampling.to_bytes(np.asarray(program.task.pictures(variables, grid)))
+    return rows, image_grid(film_strips(shown) if shown.ndim == 5 else shown, len(classes))
 
 
 def _drawing(task: Any, variables: Any, labels: Any, shape: Any, how: Sampling, keys: Any) -> Any:

@@ -1,6 +1,5 @@
 """`--method=pitome:keep=0.925,layers=(2,5,8)`: a method that makes a trained model cheaper, as typed."""
 
-import ast
 import dataclasses
 from typing import Any
 
@@ -8,6 +7,7 @@ from effjax import tokens
 from effjax.config import build_kind
 from effjax.diffusion import caches
 from effjax.errors import UsageError
+from experiments.run import kind_spec
 
 # What reduces tokens, and what skips work between the steps of a sampler.
 KINDS = {**tokens.KINDS, **caches.KINDS}
@@ -36,8 +36,7 @@ def parse(spec: str) -> Asked:
     Raises:
       UsageError: for what cannot be read, an unknown kind or field, or a value that the method refuses.
     """
-    kind, _, given = spec.partition(":")
-    fields = _fields(spec, given)
+    kind, fields = kind_spec.read("method", spec, "pitome:keep=0.925")
     macs = fields.pop("macs", None)
     if macs is not None:
         if not isinstance(macs, int | float):
@@ -45,22 +44,3 @@ def parse(spec: str) -> Asked:
         fields["keep"] = 0.5
     method = build_kind(KINDS, {"kind": kind, **fields}, f"--method={spec}")
     return Asked(spec, method, None if macs is None else float(macs))
-
-
-def _fields(spec: str, given: str) -> dict[str, Any]:
-    try:
-        call = ast.parse(f"f({given})", mode="eval").body
-    except SyntaxError:
-        call = None
-    if not isinstance(call, ast.Call) or call.args or any(word.arg is None for word in call.keywords):
-        raise UsageError(f"--method={spec} cannot be read. Example: --method=pitome:keep=0.925.")
-    return {str(word.arg): _value(spec, word.value) for word in call.keywords}
-
-
-def _value(spec: str, node: ast.expr) -> Any:
-    if isinstance(node, ast.Name):
-        return node.id
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        raise UsageError(f"--method={spec}: '{ast.unparse(node)}' is no value.") from None

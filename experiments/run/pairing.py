@@ -53,7 +53,7 @@ def write(program: Program, variables: Any, request: Request, writer: ArrayWrite
     how = Sampling(build_sampler(task, request.sampler, request.steps), request.guidance)
     how.check(task, ())
     variables = program.experiment.train.precision.cast(variables)
-    shape = program.data.example_batch(1)[task.content].shape[1:]
+    shape = task.shape(program.data.example_batch(1)[task.content].shape[1:])
     everywhere = NamedSharding(program.mesh, PartitionSpec())
 
     def draw(variables: Any, condition: Any, first: Any) -> Any:

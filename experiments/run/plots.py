@@ -92,6 +92,38 @@ def image_grid(images: UInt8[np.ndarray, "n h w c"], columns: int, *, least_pixe
     Returns:
       A PNG; places left over in the last row are white.
     """
+    return _file([_sheet(images, columns, least_pixels)], "PNG", optimize=True)
+
+
+def moving_grid(
+    videos: UInt8[np.ndarray, "n f h w c"],
+    columns: int,
+    *,
+    least_pixels: int = 64,
+    milliseconds: int = 160,
+) -> bytes:
+    """Puts videos side by side like `image_grid`, all running together, over and over.
+
+    Args:
+      videos: grey (c = 1) or coloured (c = 3).
+      columns: videos in a row.
+      least_pixels: smaller ones are enlarged to at least this height.
+      milliseconds: how long a frame is shown.
+
+    Returns:
+      A GIF, which holds 256 colours a frame.
+    """
+    sheets = [_sheet(videos[:, i], columns, least_pixels) for i in range(videos.shape[1])]
+    return _file(sheets, "GIF", save_all=True, duration=milliseconds, loop=0)
+
+
+def film_strips(videos: UInt8[np.ndarray, "n f h w c"]) -> UInt8[np.ndarray, "n h fw c"]:
+    """Every video as one picture, its frames from left to right."""
+    return np.concatenate(np.moveaxis(videos, 1, 0), axis=2)
+
+
+def _sheet(images: UInt8[np.ndarray, "n h w c"], columns: int, least_pixels: int) -> np.ndarray:
+    """Pictures side by side, with white between them."""
     number, height, width, channels = images.shape
     if channels not in (1, 3):
         raise ValueError(f"A picture has 1 or 3 channels, not {channels}.")
@@ -102,8 +134,14 @@ def image_grid(images: UInt8[np.ndarray, "n h w c"], columns: int, *, least_pixe
     for index, picture in enumerate(images.repeat(factor, axis=1).repeat(factor, axis=2)):
         top, left = index // columns * cell_height + gap, index % columns * cell_width + gap
         sheet[top : top + height * factor, left : left + width * factor] = picture
+    return sheet if channels == 3 else sheet[..., 0]
+
+
+def _file(sheets: Sequence[np.ndarray], kind: str, **options: Any) -> bytes:
+    """Frames as the bytes of a picture file."""
+    first, *more = (Image.fromarray(sheet) for sheet in sheets)
     buffer = io.BytesIO()
-    Image.fromarray(sheet if channels == 3 else sheet[..., 0]).save(buffer, "PNG", optimize=True)
+    first.save(buffer, kind, **(options | {"append_images": more} if more else options))
     return buffer.getvalue()
 
 

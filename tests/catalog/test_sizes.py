@@ -20,9 +20,9 @@ SIZES = [
     for i, size in enumerate(entry.sizes)
 ]
 
-# Variants made here, and processes and pre-training that share the networks of others.
-OWN = ("smoke", "digits", "motion", "pydocs")
-SHARED = ("-flow", "-22k")
+# Variants made here, and processes, pre-training and data that share the networks of others.
+OWN = ("smoke", "digits", "motion", "pydocs", "scenes")
+SHARED = ("-flow", "-22k", "-ucf101", "-cityscapes")
 
 
 def module_of(path):

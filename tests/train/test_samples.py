@@ -92,7 +92,7 @@ def test_weights_come_from_a_folder_or_by_training(program):
         return jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, leaf.dtype), shapes)
 
     model = definition().extractor.model
-    held = Classifier(model, weights="runs/judge").variables(program, "image", read)
+    held = Classifier(model, weights="runs/judge").variables(program, lambda batch: batch["image"], read)
     assert asked == ["runs/judge"]
     assert all((np.asarray(leaf) == 0.5).all() for leaf in jax.tree.leaves(held))
     with pytest.raises(UsageError, match=r"either weights='FOLDER'.*or fit="):

@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,10 @@ from configs.diffusion.dit import SIZES, get_config
 from effjax import models
 from effjax.config import build_kind
 from effjax.diffusion.ddpm import DDPM
+from effjax.diffusion.latents import Latents
 from effjax.diffusion.rectified_flow import RectifiedFlow
 from effjax.errors import UsageError
+from effjax.models.autoencoder import Autoencoder
 from effjax.train import tasks
 from effjax.train.tasks.diffusion import Diffusion
 from effjax.train.tasks.mean import add, values
@@ -207,3 +211,66 @@ def test_content_and_condition_are_fields_of_the_batch_and_the_models_losses_cou
     np.testing.assert_allclose(means["loss"].value(), means["mse"].value() + 1, rtol=1e-6)
     plain = task.metrics(variables, given)
     assert set(plain) == {"loss", "mse"}
+
+
+class Bright(nn.Module):
+    """Predicts the noisy picture itself, times a weight."""
+
+    null_class: bool = False
+    learned_sigma: bool = False
+
+    @nn.compact
+    def __call__(self, x_t, t, label, train=False):
+        return self.param("weight", nn.initializers.ones, ()) * x_t
+
+
+def test_noise_may_come_with_the_examples():
+    task = Diffusion(Bright(), RectifiedFlow(), 0.0, coupling="start")
+    given = batch() | {"start": jnp.full((6, 4, 4, 1), 0.5)}
+    variables = meta.unbox(task.init(jax.random.key(0), given))
+    ready = task.prepare(given, jax.random.key(1))
+    np.testing.assert_array_equal(ready["noise"], given["start"])
+    means, _ = task.loss(variables, ready, jax.random.key(2))
+    t = np.asarray(ready["time"])[:, None, None, None]
+    image = np.asarray(given["image"])
+    expected = np.mean(((1 - t) * image + t * 0.5 - (0.5 - image)) ** 2)
+    np.testing.assert_allclose(means["loss"].value(), expected, rtol=1e-5)
+
+
+def coded(**changes):
+    model = Autoencoder(widths=(4, 4), latent=3, channels=1, blocks=1, groups=2, scale=2.0)
+    return Latents(**{"model": model, "weights": "runs/vae", **changes})
+
+
+def test_an_autoencoder_makes_what_is_noised_and_stays_as_it_is():
+    task = Diffusion(Bright(), RectifiedFlow(), 0.0, latents=coded())
+    assert task.frozen == {"autoencoder": "runs/vae"}
+    variables = meta.unbox(jax.jit(task.init)(jax.random.key(0), batch()))
+    ready = task.prepare(batch(), jax.random.key(1))
+    assert ready["noise"].shape == (6, 2, 2, 3) == (6, *task.shape((4, 4, 1)))
+    means, collections = jax.jit(task.loss)(variables, ready, jax.random.key(2))
+    jax.tree.map(np.testing.assert_array_equal, collections["autoencoder"], variables["autoencoder"])
+    latents = jax.jit(functools.partial(task.latents.model.apply, method="latents"))(
+        variables["autoencoder"], ready["image"], ready["code"]
+    )
+    t = np.asarray(ready["time"])[:, None, None, None]
+    noise = np.asarray(ready["noise"])
+    expected = np.mean(((1 - t) * latents + t * noise - (noise - latents)) ** 2)
+    np.testing.assert_allclose(means["loss"].value(), expected, rtol=1e-4)
+    drawn = jax.jit(task.pictures)(variables, latents)
+    assert drawn.shape == (6, 4, 4, 1)
+    np.testing.assert_array_equal(task.shown(variables, batch()["image"]), batch()["image"])
+    gradient = jax.jit(jax.grad(lambda v: task.loss(v, ready, jax.random.key(2))[0]["loss"].total))(variables)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient["autoencoder"]))
+
+
+def test_data_may_hold_latents_already():
+    task = Diffusion(Bright(), RectifiedFlow(), 0.0, latents=coded(encoded=True))
+    given = batch() | {"image": jnp.ones((6, 2, 2, 3))}
+    variables = meta.unbox(jax.jit(task.init)(jax.random.key(0), given))
+    assert task.prepare(given, jax.random.key(1))["noise"].shape == (6, 2, 2, 3)
+    assert jax.jit(task.shown)(variables, given["image"]).shape == (6, 4, 4, 1)
+    video = jnp.ones((2, 5, 2, 2, 3))
+    frames = jax.jit(task.pictures)(variables, video)
+    assert frames.shape == (2, 5, 4, 4, 1)
+    np.testing.assert_allclose(frames[1, 3], task.pictures(variables, video[1])[3], atol=1e-5)

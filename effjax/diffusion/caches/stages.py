@@ -18,7 +18,7 @@ class Stages:
       begin: `(x_t, t, condition) -> stream`, what enters the first layer; `t [B]` is the process's own time.
       layers: `(stream, (first, last)) -> stream`, the layers from the first to before the last; None is all.
       recall: `(stream, fresh [depth, branches], kept) -> (stream, kept)`, all layers, where a branch that is
-        not fresh gives what was kept of it, `kept [depth, branches, B, N, C]`.
+        not fresh gives what was kept of it, `kept [depth, branches, *tokens]`.
       finish: `stream -> prediction`, in float32.
       depth: number of layers.
       branches: of a layer: what it adds to the stream one after the other.

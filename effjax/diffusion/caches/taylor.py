@@ -52,7 +52,7 @@ class Record:
         zeros = jnp.zeros((order + 1, *like.shape), like.dtype)
         return cls(zeros, jnp.zeros(order + 1, jnp.float32), jnp.zeros((), jnp.int32))
 
-    def renewed(self, feature: Float[Array, "b n c"], call: Float[Array, ""], form: Form) -> "Record":
+    def renewed(self, feature: Float[Array, "b *places c"], call: Float[Array, ""], form: Form) -> "Record":
         """The record with one more computed call."""
         orders = self.differences.shape[0]
         differences = [feature]
@@ -65,7 +65,7 @@ class Record:
         at = jnp.concatenate([call[None], self.at[: orders - 1]])
         return Record(jnp.stack(differences), at, self.count + 1)
 
-    def forecast(self, call: Float[Array, ""], form: Form) -> Float[Array, "b n c"]:
+    def forecast(self, call: Float[Array, ""], form: Form) -> Float[Array, "b *places c"]:
         """What the feature would be at a call."""
         orders = self.differences.shape[0]
         if form == "taylor":
@@ -171,7 +171,7 @@ class ConfidenceTaylor:
         return Denoiser(predict, start)
 
 
-def _relative(forecast: Float[Array, "b n c"], truth: Float[Array, "b n c"]) -> Float[Array, ""]:
+def _relative(forecast: Float[Array, "b *places c"], truth: Float[Array, "b *places c"]) -> Float[Array, ""]:
     """Relative L1 error, summed in float32."""
     forecast, truth = forecast.astype(jnp.float32), truth.astype(jnp.float32)
     return jnp.sum(jnp.abs(forecast - truth)) / jnp.sum(jnp.abs(truth))

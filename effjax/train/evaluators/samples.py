@@ -12,6 +12,7 @@ With an Inception network as extractor the first is the FID.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +79,7 @@ class _Open:
         self.data: OpenData = definition.data.open()
         self._weights: Any = None
         self._real: _Seen | None = None
-        self._compiled: tuple[Any, Any, Any] | None = None
+        self._compiled: tuple[Any, Any, Any, Any] | None = None
 
     def __call__(self, program: Any, variables: Any, check_stop: Callable[[], None]) -> dict[str, float]:
         """Draws, and compares.
@@ -93,35 +94,40 @@ class _Open:
         definition.sampling.check(task, ())
         variables = program.experiment.train.precision.cast(variables)
         everywhere = NamedSharding(program.mesh, PartitionSpec())
-        look, draw = self._functions(program)
+        look, draw, show = self._functions(program)
         with activate(program.mesh, program.rules):
             if self._weights is None:
-                self._weights = definition.extractor.variables(program, task.content, self.read)
+                shown = functools.partial(show, variables)
+                self._weights = definition.extractor.variables(program, shown, self.read)
             if self._real is None:
                 self._real = _Seen.gathered(
-                    (look(self._weights, batch[task.content].astype(jnp.float32)), batch, everywhere)
+                    (look(self._weights, show(variables, batch)), batch, everywhere)
                     for batch in batches(self.data, program, check_stop)
                 )
             first, seen = 0, []
             for batch in batches(self.data, program, check_stop):
-                pictures = draw(variables, batch[task.condition], jnp.asarray(first))
+                pictures = draw(variables, task.told(batch), jnp.asarray(first))
                 seen.append((look(self._weights, pictures), batch, everywhere))
                 first += len(pictures)
         return _compared(_Seen.gathered(iter(seen)), self._real, definition.neighbours)
 
-    def _functions(self, program: Any) -> tuple[Any, Any]:
-        """What looks at pictures and what draws them, compiled once for a program."""
+    def _functions(self, program: Any) -> tuple[Any, Any, Any]:
+        """What looks at pictures, draws them, and shows real ones, compiled once for a program."""
         if self._compiled is None or self._compiled[0] is not program:
             task, definition = program.task, self.definition
-            shape = self.data.example_batch(1)[task.content].shape[1:]
+            shape = task.shape(self.data.example_batch(1)[task.content].shape[1:])
 
             def draw(variables: Any, condition: Array, first: Array) -> Array:
                 keys = example_keys(jax.random.key(definition.seed), first + jnp.arange(len(condition)))
-                return sample_classes(task, variables, condition, shape, definition.sampling, keys)
+                drawn = sample_classes(task, variables, condition, shape, definition.sampling, keys)
+                return task.pictures(variables, drawn)
+
+            def show(variables: Any, batch: Any) -> Array:
+                return task.shown(variables, batch[task.content].astype(jnp.float32))
 
             everywhere = NamedSharding(program.mesh, PartitionSpec())
             look = jax.jit(definition.extractor.__call__, out_shardings=everywhere)
-            self._compiled = program, look, jax.jit(draw)
+            self._compiled = program, look, jax.jit(draw), jax.jit(show)
         return self._compiled[1:]
 
 
