@@ -41,7 +41,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
     if size == "digits":
         config.train.steps = "1000 steps"
         config.optimizer.lr = 5e-4
-        config.evaluators.pop("test")  # of other couplings than those that are learned
+        del config.evaluators["test"]  # of other couplings than those that are learned
         config.evaluators.samples.guidance = 1.0
         config.evaluators.samples.sampler.steps = 1
     else:

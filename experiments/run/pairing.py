@@ -32,16 +32,26 @@ def run(workdir: str, out: str, request: Request, count: int | None, step: int |
         folder that exists.
     """
     program, variables = load_run(workdir, step)
-    if not isinstance(program.task, Diffusion):
-        kind = type(program.task).__name__.lower()
-        raise UsageError(f"--workdir='{workdir}' holds a {kind} run, and pairs need a diffusion run.")
-    rows = program.data.num_examples if count is None else count
-    if rows < 1:
-        raise UsageError(f"--count={rows} must be at least 1.")
+    rows = checked(program, workdir, count)
     with ArrayWriter(out, rows) as writer:
         straight = write(program, variables, request, writer)
     print(f"{out}: {rows} pairs" + ("" if straight is None else f", straightness {measurement(straight)}"))
     return 0
+
+
+def checked(program: Program, workdir: str, count: int | None) -> int:
+    """How many pairs to draw of a run.
+
+    Raises:
+      UsageError: for a run of something else than diffusion, or no pairs.
+    """
+    if not isinstance(program.task, Diffusion):
+        kind = type(program.task).__name__.lower()
+        raise UsageError(f"--workdir='{workdir}' holds a {kind} run, and pairs need a diffusion run.")
+    rows: int = program.data.num_examples if count is None else count
+    if rows < 1:
+        raise UsageError(f"--count={rows} must be at least 1.")
+    return rows
 
 
 def write(program: Program, variables: Any, request: Request, writer: ArrayWriter) -> float | None:
