@@ -214,9 +214,15 @@ class Autoencoder(nn.Module):
         return self.decoder(self.from_code(z) if self.projected else z)
 
     def __call__(
-        self, x: Float[Array, "b h w c"], noise: Float[Array, "b h2 w2 l"] | None = None
+        self,
+        x: Float[Array, "b h w c"],
+        noise: Float[Array, "b h2 w2 l"] | None = None,
+        train: bool = False,
     ) -> Float[Array, "b h w c"]:
-        """The pictures again, from the mean of their code or, with noise, from a draw of it."""
+        """The pictures again, from the mean of their code or, with noise, from a draw of it.
+
+        `train` changes nothing: there is no dropout and no batch norm.
+        """
         return self.decode(self.latents(x, noise))
 
 

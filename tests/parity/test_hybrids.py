@@ -26,7 +26,7 @@ from tests.parity.case import Case, original, state
 def loaded(monkeypatch, block, rows, inputs, module):
     """Variables of a block of ours with the weights of theirs."""
     shapes = tuple(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), x) for x in inputs)
-    family = Family(lambda config: block, lambda model: rows, lambda model, config: shapes)
+    family = Family(lambda config: block, lambda model: tuple(rows), lambda model, config: shapes)
     monkeypatch.setitem(FAMILIES, "timm:part", family)
     return load_variables("timm:part", state(module), {})[1]
 
@@ -37,8 +37,12 @@ def drawn(make):
 
 
 @pytest.mark.parametrize("squeeze", [False, True])
-@pytest.mark.parametrize("side", [8, 9])
-@pytest.mark.parametrize(("into", "out", "stride"), [(8, 8, 1), (8, 12, 2), (8, 8, 2)])
+# At the edge of an odd map the means of timm's shortcut count zeros beyond it. TensorFlow's, in which MOAT is
+# written, do not, so that strides are compared on even maps.
+@pytest.mark.parametrize(
+    ("into", "out", "stride", "side"),
+    [(8, 8, 1, 8), (8, 8, 1, 9), (8, 12, 2, 8), (8, 8, 2, 8), (8, 8, 2, 10)],
+)
 def test_the_mobile_convolution_is_timm_s(monkeypatch, into, out, stride, side, squeeze):
     cfg = MaxxVitConvCfg(
         padding="same", attn_layer="se" if squeeze else "", norm_eps=1e-3, attn_act_layer="silu"
