@@ -34,6 +34,7 @@ from effjax.train.tasks.alignment import Alignment
 from effjax.train.tasks.classification import Classification
 from effjax.train.tasks.diffusion import Diffusion
 from effjax.train.tasks.distillation import Distillation
+from effjax.train.tasks.grafting import Grafting
 from effjax.train.tasks.language import Language
 from effjax.train.tasks.pose import Pose
 
@@ -42,6 +43,7 @@ KINDS = {
     "classification": Classification,
     "diffusion": Diffusion,
     "distillation": Distillation,
+    "grafting": Grafting,
     "language": Language,
     "pose": Pose,
 }
