@@ -20,9 +20,9 @@ SIZES = [
     for i, size in enumerate(entry.sizes)
 ]
 
-# Variants made here, and processes and pre-training that share the networks of others.
+# Variants made here, and processes, pre-training and stages that share the networks of others.
 OWN = ("smoke", "digits", "motion", "pydocs")
-SHARED = ("-flow", "-22k")
+SHARED = ("-flow", "-22k", "-tuned")
 
 
 def module_of(path):
