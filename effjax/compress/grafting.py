@@ -61,7 +61,7 @@ def grafted(
     Raises:
       UsageError: for a pattern that does not tile the depth, or grafts nothing.
     """
-    changes = {name: new for name, new in (("mixer", mixer), ("ffn", ffn)) if new is not None}
+    changes: dict[str, Any] = {name: new for name, new in (("mixer", mixer), ("ffn", ffn)) if new is not None}
     if not changes or not 0 <= kept < every or model.depth % every:
         raise UsageError(
             f"every={every}, kept={kept} and {sorted(changes) or 'no operators'} make no graft of "
@@ -86,8 +86,9 @@ def halved(model: DiT) -> DiT:
 
 def _apart(module: nn.Module) -> nn.Module:
     """The same definition made of other instances, which share no parameters with it."""
-    fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.name != "parent"}  # type: ignore[arg-type]
-    return module.clone(**{name: _apart(v) for name, v in fields.items() if isinstance(v, nn.Module)})
+    values = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.name != "parent"}  # type: ignore[arg-type]
+    parts: dict[str, Any] = {name: _apart(v) for name, v in values.items() if isinstance(v, nn.Module)}
+    return module.clone(**parts)
 
 
 def replaced(student: DiT, teacher: DiT, anew: tuple[Operator, ...] = ()) -> tuple[frozenset[Operator], ...]:
@@ -111,7 +112,7 @@ def replaced(student: DiT, teacher: DiT, anew: tuple[Operator, ...] = ()) -> tup
         )
     if "per_block" in (student.condition, teacher.condition) and student.depth != teacher.depth:
         raise UsageError("blocks that are put together share a condition: set condition='shared'.")
-    found = []
+    found: list[frozenset[Operator]] = []
     for at, member in enumerate(own):
         each = {
             frozenset(

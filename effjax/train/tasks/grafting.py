@@ -74,36 +74,42 @@ class Grafting(Diffusion):
 
     def inherit(self, shapes: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         """All parameters but those of new operators."""
-        return inherited(self.model, self.teacher, given["teacher"]["params"], self.anew)
+        return inherited(*self._networks, given["teacher"]["params"], self.anew)
 
     def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
         """Makes the variables of both networks."""
         of_student, of_teacher = jax.random.split(key)
-        teacher = Diffusion(self.teacher, self.process, self.label_dropout).init(of_teacher, batch)
+        fields = (self.process, self.label_dropout, self.content, self.condition)
+        teacher = Diffusion(self.teacher, *fields).init(of_teacher, batch)
         return {**super().init(of_student, batch), "teacher": teacher}
 
     def loss(self, variables: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Means, Any]:
         """The distances to what the teacher's operators give, and the squared errors as shares."""
         content, noise = batch[self.content].astype(jnp.float32), batch["noise"].astype(jnp.float32)
         x_t = self.process.noise(content, noise, batch["time"])
-        found = self._compared(variables, x_t, batch["time"], batch[self.condition], train=True)
+        found = self._compared(variables, x_t, batch["time"], batch[self.condition])
         means = {f"{name}_error": Mean.of(error) for name, (_, error) in found.items()}
         loss = functools.reduce(jnp.add, (distance for distance, _ in found.values()))  # [B]
         others = {name: value for name, value in variables.items() if name != "params"}
         return {"loss": Mean.of(loss), **means}, others
 
-    def _compared(self, variables: Any, x_t: Array, t: Array, condition: Array, train: bool = False) -> Any:
+    def _compared(self, variables: Any, x_t: Array, t: Array, condition: Array) -> dict[str, Any]:
         """What `regressions` says, with the teacher in the dtype of the grafted network."""
         dtype = dtype_of(variables)
-        teacher = {
-            **variables["teacher"],
-            "params": jax.tree.map(lambda leaf: leaf.astype(dtype), variables["teacher"]["params"]),
-        }
-        t = self.process.network_time(t)
-        seen = jax.lax.stop_gradient(watch(self.teacher, teacher, x_t.astype(dtype), t, condition))
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), variables["teacher"]["params"])
+        student, teacher = self._networks
+        times = self.process.network_time(t)
+        seen = watch(teacher, {"params": params}, x_t.astype(dtype), times, condition)
+        seen = jax.lax.stop_gradient(seen)
         distances: dict[str, Distance] = dict(mixer=self.mixer, ffn=self.ffn, block=self.block)
-        return regressions(self.model, variables["params"]["blocks"], self._new, seen, distances, train)
+        return regressions(student, variables["params"]["blocks"], self._new, seen, distances, train=True)
 
     @property
     def _new(self) -> tuple[frozenset[Operator], ...]:
-        return replaced(self.model, self.teacher, self.anew)
+        return replaced(*self._networks, self.anew)
+
+    @property
+    def _networks(self) -> tuple[DiT, DiT]:
+        assert isinstance(self.model, DiT)
+        assert isinstance(self.teacher, DiT)
+        return self.model, self.teacher
