@@ -5,6 +5,7 @@ from effjax.mixers.conv_query import ConvQueryAttention
 from effjax.mixers.cross_shaped_window import CrossShapedWindow
 from effjax.mixers.depthwise import Depthwise
 from effjax.mixers.focal_modulation import FocalModulation
+from effjax.mixers.hyena import Hyena
 from effjax.mixers.identity import Identity
 from effjax.mixers.large_small import LargeSmall
 from effjax.mixers.lowtention import Lowtention
@@ -16,6 +17,7 @@ from effjax.mixers.pooling import Pooling
 from effjax.mixers.reparam_depthwise import ReparamDepthwise
 from effjax.mixers.shifted_window import ShiftedWindow
 from effjax.mixers.simplified_linear import SimplifiedLinear
+from effjax.mixers.sliding_window import SlidingWindow
 from effjax.mixers.spatial import RandomMatrix, SpatialFC
 from effjax.mixers.spatial_reduction import SpatialReduction
 from effjax.mixers.subspace_attention import SubspaceAttention
@@ -27,6 +29,7 @@ KINDS = {
     "cross_shaped_window": CrossShapedWindow,
     "depthwise": Depthwise,
     "focal_modulation": FocalModulation,
+    "hyena": Hyena,
     "identity": Identity,
     "large_small": LargeSmall,
     "lowtention": Lowtention,
@@ -39,6 +42,7 @@ KINDS = {
     "reparam_depthwise": ReparamDepthwise,
     "shifted_window": ShiftedWindow,
     "simplified_linear": SimplifiedLinear,
+    "sliding_window": SlidingWindow,
     "spatial_fc": SpatialFC,
     "spatial_reduction": SpatialReduction,
     "subspace_attention": SubspaceAttention,

@@ -14,7 +14,7 @@ three matrices, whose Xavier bound is sqrt(2) larger.
 """
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -32,6 +32,7 @@ from effjax.layers.stack import Stack
 from effjax.mixers.context import Context
 from effjax.models.blocks import denoising
 from effjax.models.blocks.adaln import Layer
+from effjax.models.blocks.several import members
 
 _normal = nn.initializers.normal(0.02)
 
@@ -88,7 +89,7 @@ class DiT(nn.Module):
     Attributes:
       patch: side of a patch in pixels (of the latent, where there is one).
       dim: channels of a token.
-      depth: number of blocks.
+      depth: how often the block is repeated; a cycle of blocks is one.
       classes: number of labels; the label `classes` means "no label" where there is a null class.
       block: what the stack repeats, with an `epsilon` that the last norm shares.
       null_class: whether the label table has a row for "no label", which classifier-free guidance needs.
@@ -119,7 +120,10 @@ class DiT(nn.Module):
     position_span: int | None = None
     reduce: Any = part(tokens.METHODS, default=None)
 
-    branches: ClassVar[int] = 2
+    @property
+    def branches(self) -> int:
+        """Mixers and FFNs of one block."""
+        return 2 * len(members(self.block))
 
     def setup(self) -> None:
         """Names the parts that stand in front of the last modulation."""
@@ -138,7 +142,7 @@ class DiT(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             self.conditions = own(*fields)
-        block = self.block if self.reduce is None else self.block.clone(reduce=self.reduce)
+        block = self.block if self.reduce is None else _reducing(self.block, self.reduce)
         self.blocks = Stack(block, self.depth, remat=self.remat, unroll=self.unroll)
 
     def __call__(
@@ -184,18 +188,20 @@ class DiT(nn.Module):
         """Runs the layers of `part`, from the first to before the second; None means all."""
         c = stream.c if stream.each is None else None
         each = Layer(stream.each)
-        x, _ = self.blocks(stream.x, c, Context(), each=each, train=train, part=part)  # [B, h w, C]
+        x, _ = self.blocks(
+            stream.x, c, Context(grid=stream.grid), each=each, train=train, part=part
+        )  # [B, h w, C]
         return dataclasses.replace(stream, x=x)
 
     def recall(
         self,
         stream: Stream,
-        fresh: Bool[Array, "depth 2"],
-        kept: Float[Array, "depth 2 b n c"],
-    ) -> tuple[Stream, Float[Array, "depth 2 b n c"]]:
+        fresh: Bool[Array, "depth branches"],
+        kept: Float[Array, "depth branches b n c"],
+    ) -> tuple[Stream, Float[Array, "depth branches b n c"]]:
         """Runs all layers, where mixers and FFNs that are not fresh give what was kept of them."""
         c = stream.c if stream.each is None else None
-        x, kept = self.blocks(stream.x, c, Context(), each=Layer(stream.each, fresh, kept))
+        x, kept = self.blocks(stream.x, c, Context(grid=stream.grid), each=Layer(stream.each, fresh, kept))
         return dataclasses.replace(stream, x=x), kept
 
     @nn.compact
@@ -208,3 +214,10 @@ class DiT(nn.Module):
         project = Dense(self.patch**2 * out, ("embed", None), kernel_init=zeros, name="output")
         x = project(x)  # [B, h w, p p out]
         return unpatch(x, stream.grid, self.patch)  # [B, H, W, out]
+
+
+def _reducing(block: nn.Module, reduce: Any) -> nn.Module:
+    """The block, or all members of it, with tokens merged around the mixer."""
+    if members(block) == (block,):
+        return block.clone(reduce=reduce)
+    return block.clone(members=tuple(member.clone(reduce=reduce) for member in members(block)))

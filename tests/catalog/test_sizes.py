@@ -20,9 +20,9 @@ SIZES = [
     for i, size in enumerate(entry.sizes)
 ]
 
-# Variants made here, and processes, pre-training and data that share the networks of others.
+# Variants made here, and processes, pre-training, stages and data that share the networks of others.
 OWN = ("smoke", "digits", "motion", "pydocs", "scenes")
-SHARED = ("-flow", "-22k", "-ucf101", "-cityscapes")
+SHARED = ("-flow", "-22k", "-tuned", "-ucf101", "-cityscapes")
 
 
 def module_of(path):

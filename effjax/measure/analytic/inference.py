@@ -35,6 +35,7 @@ from effjax.measure.analytic.shape import (
     peak_of,
 )
 from effjax.mixers.attention import Attention
+from effjax.models.blocks.adaln import DiTBlock
 from effjax.models.dit import DiT
 from effjax.models.lm import LM
 from effjax.models.vit import ViT
@@ -143,7 +144,15 @@ class Transformer:
 
     @classmethod
     def of_dit(cls, model: DiT, channels: int = 4) -> "Transformer":
-        """A diffusion transformer of this library for pictures of `channels` channels."""
+        """A diffusion transformer of this library for pictures of `channels` channels.
+
+        Raises:
+          UsageError: for another block than DiT's own.
+        """
+        if not isinstance(model.block, DiTBlock):
+            raise UsageError(
+                f"no closed form for {type(model.block).__name__}: count it with effjax.measure.count."
+            )
         pixels = model.patch**2 * channels
         out = pixels * (2 if model.learned_sigma else 1)
         dim = model.dim

@@ -49,6 +49,9 @@ class Layer:
 class DiTBlock(nn.Module):
     """The adaLN-Zero block: mixer and FFN, each behind a modulated norm and a gate.
 
+    To whoever asks for `intermediates` it sows what went into both and came out, as `operators`:
+    `{"mixer": (h, y), "ffn": (h, y)}`, before the gates.
+
     Attributes:
       mixer: how tokens mix.
       ffn: how channels mix.
@@ -83,8 +86,8 @@ class DiTBlock(nn.Module):
         c = c if each.c is None else each.c
         assert c is not None
         b_1, a_1, g_1, b_2, a_2, g_2 = Modulation(6, x.shape[-1], name="modulation")(c)  # 6 x [B, C]
-        h = modulate(norm("layer_plain", self.epsilon, "mixer_norm")(x), b_1, a_1)  # [B, N, C]
-        mixed = each.branch(0, lambda block, h: block._mixed(h, context, train), self, h)  # [B, N, C]
+        read = modulate(norm("layer_plain", self.epsilon, "mixer_norm")(x), b_1, a_1)  # [B, N, C]
+        mixed = each.branch(0, lambda block, h: block._mixed(h, context, train), self, read)  # [B, N, C]
         x = x + g_1[:, None] * mixed  # [B, N, C]
         epsilon = self.epsilon if self.ffn_epsilon is None else self.ffn_epsilon
         h = norm("layer" if self.ffn_affine else "layer_plain", epsilon, "ffn_norm")(x)  # [B, N, C]
@@ -92,6 +95,8 @@ class DiTBlock(nn.Module):
         fed = each.branch(1, lambda block, h: block.ffn(h, train=train), self, h)  # [B, N, C]
         x = x + g_2[:, None] * fed  # [B, N, C]
         kept = None if each.kept is None else jnp.stack([mixed, fed])  # [2, B, N, C]
+        if not self.is_initializing():
+            self.sow("intermediates", "operators", {"mixer": (read, mixed), "ffn": (h, fed)})
         return nn.with_logical_constraint(x, ("batch", "length", "features")), kept
 
     @nn.nowrap

@@ -3,6 +3,7 @@
 A block maps `(x [B, N, C], each, c [B, C] | None, context, train)` to `(x, kept)`; `each` is a `Layer`.
 """
 
-from effjax.models.blocks.adaln import DiTBlock
+from effjax.models.blocks.denoising_layer import LAYERS
+from effjax.models.blocks.several import Cycle, Parallel
 
-KINDS = {"adaln_zero": DiTBlock}
+KINDS = LAYERS | {"cycle": Cycle, "parallel": Parallel}

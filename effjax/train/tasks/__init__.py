@@ -35,6 +35,7 @@ from effjax.train.tasks.autoencoding import Autoencoding
 from effjax.train.tasks.classification import Classification
 from effjax.train.tasks.diffusion import Diffusion
 from effjax.train.tasks.distillation import Distillation
+from effjax.train.tasks.grafting import Grafting
 from effjax.train.tasks.language import Language
 from effjax.train.tasks.pose import Pose
 
@@ -44,6 +45,7 @@ KINDS = {
     "classification": Classification,
     "diffusion": Diffusion,
     "distillation": Distillation,
+    "grafting": Grafting,
     "language": Language,
     "pose": Pose,
 }

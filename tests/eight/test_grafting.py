@@ -1,0 +1,25 @@
+"""A graft cut over eight devices in three ways at once gives the losses of one device."""
+
+import jax
+import numpy as np
+
+from effjax.train.loop import fit
+from tests.train.toy import Memory, Recorder, program_of
+
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+CHANGES = {"train__steps": "3 steps", "train__log_every": "1 steps", "evaluators": {}}
+
+
+def losses(program):
+    recorder = Recorder()
+    fit(program, program.init(), checkpoints=Memory(), observer=recorder, stop_requested=lambda: False)
+    return np.array(recorder.losses())
+
+
+def test_losses_are_those_of_one_device():
+    module = "configs.diffusion.grafting"
+    single = losses(program_of(module, devices=jax.devices()[:1], **CHANGES))
+    program = program_of(module, mesh=MESH, **CHANGES)
+    mixer = program.shapes.params["blocks"]["members_1"]["mixer"]
+    assert "tensor" in mixer["feature_kernel"].sharding.spec
+    np.testing.assert_allclose(losses(program), single, rtol=1e-5)
