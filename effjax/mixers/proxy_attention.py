@@ -62,7 +62,8 @@ class ProxyAttention(nn.Module):
     epsilon: float = 1e-6
 
     def setup(self) -> None:
-        """Names the two attentions."""
+        """Names the two attentions, and the norm before the first."""
+        self.proxy_norm = norm("layer_plain", self.epsilon, None)
         self.among = Attention(self.heads)
         self.inject = CrossAttention(self.heads)
 
@@ -79,10 +80,8 @@ class ProxyAttention(nn.Module):
         y = Dense(x.shape[-1], ("embed", None), kernel_init=zeros, name="project")(y)  # [B, N, C]
         return y.reshape(x.shape)
 
-    @nn.nowrap
     def interact(self, x: Float[Array, "b windows places c"], train: bool) -> Float[Array, "b windows c"]:
         """The proxies, after they have attended to each other."""
         drawn = self.choice == "random" and train and self.has_rng("dropout")
         p = proxies(x, self.choice, self.make_rng("dropout") if drawn else None)  # [B, w, C]
-        h = norm("layer_plain", self.epsilon, "proxy_norm")(p)  # [B, w, C]
-        return p + self.among(h, Context(), train=train)
+        return p + self.among(self.proxy_norm(p), Context(), train=train)

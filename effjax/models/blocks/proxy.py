@@ -8,8 +8,8 @@
     (b_1, a_1, g_1, b_2, a_2, g_2) = s + T,    (b_3, a_3, g_3) = s[:3] + T_3
 
 `s` `[6, C]` comes from the time and is the same for all blocks, which have the tables T and T_3 of their own:
-adaLN-single. The windows are those of the proxies. Z starts at zero, and so does the output of the text's attention; the tables start as normals
-of deviation C^-1/2, like their source. Windows have no position bias.
+adaLN-single. The windows are those of the proxies. Z starts at zero, and so does the output of the text's
+attention; the tables start as normals of deviation C^-1/2, like their source. Windows have no position bias.
 
 Sources: Wang et al., "Qihoo-T2X", ICLR 2025, arXiv:2409.04005, section 3.2; order, norms and gates as in its
 code (Ascend/MindSpeed-MM, `pt_dit_diffusers.py`). adaLN-single: Chen et al., "PixArt-alpha", ICLR 2024,
@@ -88,7 +88,7 @@ class ProxyBlock(nn.Module):
         """Returns `(x, kept)`; where `each.kept` holds what branches gave before, see `Layer`."""
         b_1, a_1, g_1, b_2, a_2, g_2 = self._steered("table", told.steer)  # 6 x [B, C]
         b_3, a_3, g_3 = self._steered("shifted_table", told.steer[:, :3])  # 3 x [B, C]
-        gave = []
+        gave: list[Array] = []
 
         def branch(compute: Any, h: Array) -> Array:
             gave.append(each.branch(len(gave), compute, self, h))
