@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from flax.core import meta
 
+from configs.diffusion import dit, pt_dit
+from effjax import models
+from effjax.config import build_kind
 from effjax.errors import UsageError
 from effjax.ffn.mlp import MLP
 from effjax.matching import named_leaves
@@ -275,7 +278,7 @@ def test_half_precision_is_near():
     ("side", "window", "share"), [(32, (1, 2, 2), 0.344), (64, (1, 4, 4), 0.098), (128, (1, 8, 8), 0.047)]
 )
 def test_products_of_queries_and_keys_are_the_paper_s_share_of_all(side, window, share):
-    """1 / m^2 + 1 / m + 2 m / N, with windows of m tokens (section 3.3); latents of 256, 512 and 1024 pixels."""
+    """1 / m^2 + 1 / m + 2 m / N, with windows of m tokens (section 3.3), at 256, 512 and 1024 pixels."""
     model = PTDiT(patch=2, dim=32, depth=3, block=block(window=window), classes=3)
     shapes = [((1, side, side, 4), jnp.float32), ((1,), jnp.float32), ((1,), jnp.int32)]
     inputs = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
@@ -286,6 +289,36 @@ def test_products_of_queries_and_keys_are_the_paper_s_share_of_all(side, window,
     got = cost.work_by_kind["attention"].macs / all_of_all
     assert got == pytest.approx(1 / m**2 + 1 / m + 2 * m / n, rel=1e-9)
     assert got == pytest.approx(share, abs=5e-4)
+
+
+def macs_of(section, side, condition):
+    model = build_kind(models.KINDS, section, "config.model")
+    inputs = jax.ShapeDtypeStruct((1, side, side, 4), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+    inputs = (*inputs, condition)
+    params = meta.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs))["params"]
+    return count(lambda params, *inputs: model.apply({"params": params}, *inputs), params, *inputs).macs
+
+
+def test_what_a_published_size_costs():
+    """In closed form: L at 512 pixels, told 120 words."""
+    d, depth, n, proxies, words = 864, 28, 1024, 64, 120
+    tokens = (
+        4 + 5 + 3 + 2 + 8
+    )  # windows, shifted ones, to proxies, to words, FFN: matrices that a token meets
+    attention = 2 * (proxies**2 + n * proxies + 2 * n * n // proxies + n * words) * d
+    layer = (tokens * n + 6 * proxies + 2 * words) * d**2 + attention
+    outside = words * (4096 * d + d**2) + n * (16 + 32) * d + 256 * d + 7 * d**2
+    section, text = pt_dit.model("l", (1, 4, 4), text=4096), jax.ShapeDtypeStruct((1, 120, 4096), jnp.float32)
+    assert macs_of(section, 64, text) == depth * layer + outside
+
+
+@pytest.mark.parametrize(("side", "saved"), [(32, -0.191), (64, 0.021), (128, 0.366), (256, 0.723)])
+def test_against_dit_it_saves_from_512_pixels_on(side, saved):
+    """B told a class, against DiT-B, whose attention grows with the square of the tokens."""
+    label, window = jax.ShapeDtypeStruct((1,), jnp.int32), (1, side // 16, side // 16)
+    ours = macs_of(pt_dit.model("b", window, classes=1000), side, label)
+    theirs = macs_of(dit.model("b2", learned_sigma=True), side, label)
+    assert 1 - ours / theirs == pytest.approx(saved, abs=1e-3)
 
 
 @pytest.mark.parametrize(
