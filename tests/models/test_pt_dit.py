@@ -229,6 +229,7 @@ def test_gradient_of_a_block_is_the_slope():
     assert float(jnp.vdot(jax.grad(value)(x), direction)) == pytest.approx(float(slope), rel=1e-2)
 
 
+@pytest.mark.slow
 def test_random_proxies_are_drawn_anew_in_training_and_never_after():
     model = tiny(block=block(choice="random"))
     variables, inputs = randomised(tiny()), video()
@@ -241,6 +242,7 @@ def test_random_proxies_are_drawn_anew_in_training_and_never_after():
     np.testing.assert_array_equal(run(model, variables, *inputs), run(first, variables, *inputs))
 
 
+@pytest.mark.slow
 def test_in_pieces_it_is_the_same_and_what_is_kept_is_given_again():
     model, inputs = tiny(), video()
     variables = randomised(model)
@@ -264,6 +266,7 @@ def test_in_pieces_it_is_the_same_and_what_is_kept_is_given_again():
     assert np.abs(nothing - whole).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_half_precision_is_near():
     model, inputs = tiny(), video()
     variables = randomised(model)
@@ -312,7 +315,15 @@ def test_what_a_published_size_costs():
     assert macs_of(section, 64, text) == depth * layer + outside
 
 
-@pytest.mark.parametrize(("side", "saved"), [(32, -0.191), (64, 0.021), (128, 0.366), (256, 0.723)])
+@pytest.mark.parametrize(
+    ("side", "saved"),
+    [
+        (32, -0.191),
+        (128, 0.366),
+        pytest.param(64, 0.021, marks=pytest.mark.slow),
+        pytest.param(256, 0.723, marks=pytest.mark.slow),
+    ],
+)
 def test_against_dit_it_saves_from_512_pixels_on(side, saved):
     """B told a class, against DiT-B, whose attention grows with the square of the tokens."""
     label, window = jax.ShapeDtypeStruct((1,), jnp.int32), (1, side // 16, side // 16)

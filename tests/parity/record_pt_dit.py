@@ -2,7 +2,8 @@
 
     python -m tests.parity.record_pt_dit pt_dit_diffusers.py pos_patch_encoding.py
 
-The files are those of Ascend/MindSpeed-MM, in mindspeed_mm/models: predictor/dits and common/embeddings. Each example runs by itself: the code mixes up the times of a batch. Prints how many parameters the code has
+The files are those of Ascend/MindSpeed-MM, in mindspeed_mm/models: predictor/dits and common/embeddings.
+Each example runs by itself: the code mixes up the times of a batch. Prints how many parameters the code has
 at the sizes of the paper's table.
 """
 
