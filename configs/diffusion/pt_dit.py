@@ -7,6 +7,8 @@
     20 steps of a toy on digits that is told its class as a text of one word: seconds.
 `digits`, `digits-text`
     1.06M parameters on the digits, told a label, or 1.22M told a text of one word; v prediction, 1500 steps.
+    Told a label, the held-out loss is 0.265 after 300 steps and 0.228 after 600; what comes after, and the
+    text, was not run yet.
 `s`
     The class-conditional model of the ablations on 32 x 32 x 4 latents of ImageNet, a TFDS data set
     `imagenet_latents` (fields `image` [32, 32, 4] float32 and `label`). The paper reports an FID of 19.30
