@@ -41,7 +41,7 @@ NormKind = NormName | Progressive
 def norm(
     kind: NormKind,
     epsilon: float,
-    name: str,
+    name: str | None,
     reduced: int = 1,
     scaled: int = 1,
     train: bool = False,
@@ -54,7 +54,7 @@ def norm(
         bias (DiT leaves them to a modulation, OLMo out); `rms_offset` and `layer_offset` multiply by
         `1 + scale`.
       epsilon: added to the mean square or to the variance.
-      name: of the module among the parameters.
+      name: of the module among the parameters; None where it is named by what it is assigned to.
       reduced: how many trailing axes mean and variance are taken over.
       scaled: how many trailing axes scale and bias span.
       train: whether a batch norm takes mean and variance from the batch, and moves its running averages

@@ -55,9 +55,20 @@ def rolled(x: Float[Array, "b h w c"], shift: Window) -> Float[Array, "b h w c"]
 
 def shift_of(window: Window, grid: Window, shifted: bool) -> Window:
     """How far a shifted map moves: half a window, and nothing along a side that one window covers."""
-    if not shifted:
-        return 0, 0
-    return tuple(m // 2 if n > m else 0 for m, n in zip(window, grid, strict=True))  # type: ignore[return-value]
+    return (half(window[0], grid[0]), half(window[1], grid[1])) if shifted else (0, 0)
+
+
+def half(side: int, length: int) -> int:
+    """Half a window, along a side of the map that one window does not cover."""
+    return side // 2 if length > side else 0
+
+
+def bands(length: int, side: int, shift: int) -> Int[np.ndarray, " length"]:
+    """Labels the places along one side of a map rolled by `shift`; neighbours in a window share theirs.
+
+    Three bands: windows that the shift left whole, and the two halves of the last one.
+    """
+    return np.digitize(np.arange(length), [length - side, length - shift]) if shift else np.zeros(length, int)
 
 
 def allowed_after_shift(
@@ -68,9 +79,7 @@ def allowed_after_shift(
         return None
     region = np.zeros((1, *grid), np.int32)
     for axis, (n, m, s) in enumerate(zip(grid, window, shift, strict=True), start=1):
-        # Three bands: windows that the shift left whole, and the two halves of the last one.
-        bands = np.digitize(np.arange(n), [n - m, n - s]) if s else np.zeros(n, np.int64)
-        region = region * 3 + bands.reshape([-1 if i == axis else 1 for i in range(3)])
+        region = region * 3 + bands(n, m, s).reshape([-1 if i == axis else 1 for i in range(3)])
     labels = partition(region, window)[0]  # [windows, places]
     return labels[:, :, None] == labels[:, None, :]
 
