@@ -41,10 +41,13 @@ def get_config(variant: str = "digits") -> ConfigDict:
         config.model = e_mmdit(
             32 if smoke else 64,
             2,
-            depths=(1, 3, 1) if smoke else (2, 4, 2),
+            depths=(1, 1, 1) if smoke else (1, 4, 1),
             patterns=TOY,
             text_in_regions="split" if smoke else "shared",
         )
+        if not smoke:
+            config.train.steps = "1000 steps"
+            config.optimizer.lr = 2e-3
         density = "uniform"
     else:
         config = published(side=int(variant) // 32)

@@ -47,7 +47,7 @@ def without_silent_text(tensors, prefix=""):
     return {name: value for name, value in tensors.items() if not name.startswith(silent)}
 
 
-def sd3(names_and_shapes, last):
+def sd3(names_and_shapes, last, qk_norm=True):
     """The block, its variables and the shared vectors of a recorded time, by diffusers' weights."""
     tensors = drawn_again(names_and_shapes)
     steer = {leaf: tensors.pop(f"norm1.linear.{leaf}") for leaf in ("weight", "bias")}
@@ -62,7 +62,7 @@ def sd3(names_and_shapes, last):
         tree[f"{stream}_affine"] = dict(scale=jnp.zeros((6, WIDTH)), bias=jnp.zeros((6, WIDTH)))
     for stream in ("image", "text"):
         tree[f"{stream}_norm"] = dict(scale=jnp.ones(WIDTH), bias=jnp.zeros(WIDTH))
-    block = JointBlock(JointAttention(HEADS, answers_text=not last), ratio=4.0, mixer_epsilon=1e-6)
+    block = JointBlock(JointAttention(HEADS, qk_norm, answers_text=not last), ratio=4.0, mixer_epsilon=1e-6)
 
     def shared(time):
         c = np.asarray(jax.nn.silu(time)) @ steer["weight"].T + steer["bias"]
