@@ -51,13 +51,13 @@ class Pattern:
         Raises:
           UsageError: where the tokens of `what` cannot be dealt evenly.
         """
+        if self.regions == 1:
+            return x
         if x.shape[1] % (self.regions * self.run):
             raise UsageError(
                 f"{x.shape[1]} tokens of the {what} make no {self.regions} regions of runs of {self.run}: "
                 f"their number must be a multiple of {self.regions * self.run}."
             )
-        if self.regions == 1:
-            return x
         dealt = "b (m s r) c -> (b s) (m r) c"
         return einops.rearrange(x, dealt, s=self.regions, r=self.run)
 
@@ -116,10 +116,11 @@ class JointAttention(nn.Module):
     def __call__(
         self, image: Float[Array, "b n c"], text: Float[Array, "b l c"], pattern: Pattern
     ) -> tuple[Float[Array, "b n c"], Float[Array, "b l c"] | None]:
-        """Mixes the tokens of both; `n` and, where the text is split, `l` must be dealt evenly by `pattern`.
+        """Mixes the tokens of both, those of a region of `pattern` with each other.
 
         Raises:
-          UsageError: where they are not, or the heads do not divide the width.
+          UsageError: where the pattern cannot deal the tokens evenly, of the picture or of a text that is split,
+            or the heads do not divide the width.
         """
         width, regions = image.shape[-1], pattern.regions
         if width % self.heads:

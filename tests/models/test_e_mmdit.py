@@ -118,6 +118,7 @@ def built(variant):
     return build_kind(models.KINDS, get_config(variant).model, "config.model")
 
 
+@pytest.mark.slow
 def test_parameters_are_those_of_the_published_code_and_modulation_is_a_hundredth_of_adaln_zero():
     shapes = jax.eval_shape(
         built("512").init,
@@ -140,6 +141,7 @@ def test_parameters_are_those_of_the_published_code_and_modulation_is_a_hundredt
     assert affine + shared < 0.025 * 47 * 6 * 768 * 769  # against a matrix for every stream of every block
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_resolves(variant):
     experiment = resolve(get_config(variant))
