@@ -119,8 +119,8 @@ class JointAttention(nn.Module):
         """Mixes the tokens of both, those of a region of `pattern` with each other.
 
         Raises:
-          UsageError: where the pattern cannot deal the tokens evenly, of the picture or of a text that is split,
-            or the heads do not divide the width.
+          UsageError: where the pattern cannot deal the tokens evenly, those of the picture or of a text that
+            is split, or the heads do not divide the width.
         """
         width, regions = image.shape[-1], pattern.regions
         if width % self.heads:
