@@ -5,7 +5,8 @@
 `smoke`
     20 steps of a toy on digits: seconds.
 `digits`
-    8 x 8 digits told by one-word captions: 64 tokens, 20 in the middle.
+    8 x 8 digits told by one-word captions: 64 tokens, 20 in the middle, 0.64M parameters. About five minutes
+    of CPU time; a held-out loss of 0.399 after 600 of the 1000 steps.
 `512`, `1024`
     The published network of 302M parameters on 16 x 16 x 32 and 32 x 32 x 32 latents of DC-AE f32c32, times
     0.41407, and 128 tokens of Llama 3.2 1B's last hidden layer, both computed before: a TFDS data set
