@@ -5,8 +5,9 @@
 `smoke`
     20 steps of a toy on digits: seconds.
 `digits`
-    8 x 8 digits told by one-word captions: 64 tokens, 20 in the middle, 0.64M parameters. About five minutes
-    of CPU time; a held-out loss of 0.399 after 600 of the 1000 steps.
+    8 x 8 digits told by one-word captions: 64 tokens, 20 in the middle, 0.64M parameters, 1000 steps: 248
+    seconds of CPU time, a held-out loss of 0.388. Of 300 samples (Euler, 25 steps) a support vector machine
+    that knows 96.4% of the held-out digits finds 96.3% in their class without guidance, 100% at scale 2.
 `512`, `1024`
     The published network of 302M parameters on 16 x 16 x 32 and 32 x 32 x 32 latents of DC-AE f32c32, times
     0.41407, and 128 tokens of Llama 3.2 1B's last hidden layer, both computed before: a TFDS data set
