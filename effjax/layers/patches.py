@@ -113,6 +113,18 @@ def sincos_table(
     Raises:
       UsageError: where `dim` is no multiple of four.
     """
+    row, column = (np.arange(n) * (1.0 if span is None else span / n) for n in grid)
+    return sincos_at(row, column, dim, base)
+
+
+def sincos_at(
+    row: Float[np.ndarray, " h"], column: Float[np.ndarray, " w"], dim: int, base: float = 10_000.0
+) -> Float[np.ndarray, "n dim"]:
+    """The table of `sincos_table` for rows and columns that stand anywhere.
+
+    Raises:
+      UsageError: where `dim` is no multiple of four.
+    """
     if dim % 4:
         raise UsageError(f"sine-cosine positions need a width that is a multiple of 4, not {dim}.")
     frequencies = base ** (-np.arange(dim // 4, dtype=np.float64) / (dim // 4))
@@ -121,7 +133,6 @@ def sincos_table(
         angle = position.reshape(-1, 1) * frequencies[None, :]  # [N, dim / 4]
         return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
 
-    row, column = (np.arange(n) * (1.0 if span is None else span / n) for n in grid)
     rows, columns = np.meshgrid(row, column, indexing="ij")
     return np.concatenate([encode(columns), encode(rows)], axis=1).astype(np.float32)
 

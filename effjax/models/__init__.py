@@ -2,6 +2,7 @@
 
 from effjax.models.autoencoder import Autoencoder
 from effjax.models.dit import DiT
+from effjax.models.e_mmdit import EMMDiT
 from effjax.models.lm import LM
 from effjax.models.lookup import LookupViT
 from effjax.models.pose import PoseTransformer
@@ -14,6 +15,7 @@ from effjax.models.vit import ViT
 KINDS = {
     "autoencoder": Autoencoder,
     "dit": DiT,
+    "e_mmdit": EMMDiT,
     "lm": LM,
     "lookup_vit": LookupViT,
     "pose": PoseTransformer,

@@ -1,10 +1,13 @@
 """Weights, inputs and outputs of published networks that no library ships, in small recordings.
 
 A recording holds the tensors of a toy by their published names, all drawn at random, and beside them
-`__input` and `__output`, which the published code computed.
+`__input` and `__output`, which the published code computed. Of a deep toy it holds names and shapes alone:
+`drawn` makes the same numbers again.
 """
 
+import json
 import re
+import zlib
 from pathlib import Path
 
 import einops
@@ -21,6 +24,24 @@ def recording(name):
     with np.load(FOLDER / f"{name}.npz") as data:
         tensors = dict(data)
     return tensors, tensors.pop("__input"), tensors.pop("__output")
+
+
+def drawn_again(names_and_shapes):
+    """The tensors of a recording that holds names and shapes, as the bytes of a JSON object."""
+    return drawn({name: tuple(shape) for name, shape in json.loads(bytes(names_and_shapes)).items()})
+
+
+def drawn(shapes):
+    """Tensors by name, none near its initial value: each from a generator of its own, which never changes."""
+    tensors = {}
+    for name, shape in shapes.items():
+        draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+        if len(shape) > 1:
+            draw = draw * np.prod(shape[1:]) ** -0.5
+        else:
+            draw = 0.3 * draw + name.endswith("weight")
+        tensors[name] = draw.astype(np.float32)
+    return tensors
 
 
 def translated(tensors, rows, **sizes):
