@@ -1,7 +1,7 @@
 """Image transforms: frozen dataclasses from example to example, on the field `image` `[H, W, C]`.
 
 Those that move pixels (resize, crop, flip, shift) do not move boxes, masks or flow: dense tasks take them
-out, or carry their targets along themselves.
+out, or carry their targets along themselves. The table of kinds also has what reads other fields.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from effjax.data.augment import RandAugment
+from effjax.data.captions import OneHotText
 from effjax.data.pil import Interpolation, from_pil, resample, to_pil
 from effjax.data.records import Example
 from effjax.errors import UsageError
@@ -257,4 +258,5 @@ KINDS = {
     "random_erasing": RandomErasing,
     "normalize": Normalize,
     "to_float": ToFloat,
+    "one_hot_text": OneHotText,
 }

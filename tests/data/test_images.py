@@ -28,6 +28,7 @@ DEFAULTS = {
     "resize": {"size": (8, 12)},
     "center_crop": {"size": 8},
     "random_resized_crop": {"size": 8},
+    "one_hot_text": {"words": 10},
 }
 FLOATS = {"random_erasing"}
 MAKE_FLOATS = {"normalize", "to_float"}
