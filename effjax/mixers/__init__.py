@@ -9,6 +9,7 @@ from effjax.mixers.identity import Identity
 from effjax.mixers.large_small import LargeSmall
 from effjax.mixers.lowtention import Lowtention
 from effjax.mixers.mamba import Mamba
+from effjax.mixers.mamba2 import Mamba2
 from effjax.mixers.multi_head_conv import MultiHeadConv
 from effjax.mixers.neighborhood import Neighborhood
 from effjax.mixers.pooled_attention import PooledAttention
@@ -31,6 +32,7 @@ KINDS = {
     "large_small": LargeSmall,
     "lowtention": Lowtention,
     "mamba": Mamba,
+    "mamba2": Mamba2,
     "multi_head_conv": MultiHeadConv,
     "neighborhood": Neighborhood,
     "pooled_attention": PooledAttention,
