@@ -40,13 +40,16 @@ class Stack(nn.Module):
     Where the shape of `x` changes inside the stack, the scan is cut: a layer among `points` runs by itself,
     and what is in `before` runs between two layers. What blocks sow is then in as many pieces.
 
+    Where layers with like parameters do different things in turn, `turns` says what: a scan iteration is a
+    round of them, and the layers that fill no round run one by one. The parameters know nothing of it.
+
     To whoever asks for `intermediates`, the stack sows its `stream`: see `streams`.
 
     Attributes:
       block: the definition to repeat; only its fields are used.
       depth: number of layers.
       remat: name of a rematerialisation policy in `REMAT`.
-      unroll: layers a scan iteration; `depth` unrolls the loop whole.
+      unroll: layers, or rounds of turns, a scan iteration; `depth` unrolls the loop whole.
     """
 
     block: nn.Module
@@ -66,6 +69,7 @@ class Stack(nn.Module):
         before: Mapping[int, Callable[[Any, bool], Any]] | None = None,
         through: Callable[[Callable[[Any], Any], Any], Any] | None = None,
         part: tuple[int, int] | None = None,
+        turns: tuple[Any, ...] = (),
     ) -> tuple[Any, Any]:
         """Runs all layers on `x` and returns `(x, outs)`.
 
@@ -82,6 +86,7 @@ class Stack(nn.Module):
             `x`: any number of times, on other shapes of the same; None runs it once, as it is.
           part: runs only the layers from the first to before the second, which change no variables; `each`
             and `points` count from the first of all layers.
+          turns: layer i is given `turns[i % len(turns)]` as its `point`, unless it is among `points`.
         """
         if self.remat not in REMAT:
             raise UsageError(f"remat is {self.remat!r}. {did_you_mean(self.remat, REMAT)}")
@@ -122,22 +127,45 @@ class Stack(nn.Module):
             # Inside a scan nothing is merged that should be computed again.
             return jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=alone)
 
+        def round_of(start):
+            """The layers of a scan iteration that begins at layer `start` or a whole round later."""
+            if not turns:
+                return checkpointed(layer, False)
+            told = [turns[(start + i) % len(turns)] for i in range(len(turns))]
+            steps = [checkpointed(functools.partial(layer, point=point), False) for point in told]
+
+            def run(x, slices):
+                made = []
+                for i, step in enumerate(steps):
+                    x, one = step(x, slices=jax.tree.map(lambda leaf: leaf[i], slices))  # noqa: B023
+                    made.append(one)
+                return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
+
+            return run
+
         points, before, through = points or {}, before or {}, through or (lambda run, x: run(x))
         slices = variables, each, keys
         parts, seen, outs = [], [], {}
         first, last = (0, self.depth) if part is None else part
-        for start, stop in _segments(first, last, {*points, *(layer + 1 for layer in points), *before}):
+        borders, size = {*points, *(layer + 1 for layer in points), *before}, len(turns)
+        for start, stop in _segments(first, last, borders, size):
             x = before[start](x, train) if start in before else x
             cut = slices if stop - start == self.depth else jax.tree.map(lambda a: a[start:stop], slices)  # noqa: B023
             if stop - start == 1:
-                step = checkpointed(functools.partial(layer, point=points.get(start)), True)
+                told = points.get(start, turns[start % size] if turns else None)
+                step = checkpointed(functools.partial(layer, point=told), True)
                 alone = functools.partial(step, slices=jax.tree.map(lambda leaf: leaf[0], cut))
                 x, made = through(alone, x)
                 outs[start], changed, entered = jax.tree.map(lambda leaf: leaf[None], made)
             else:
-                body, unroll = checkpointed(layer, False), min(self.unroll, stop - start)
-                scan = functools.partial(jax.lax.scan, body, xs=cut, length=stop - start, unroll=unroll)
-                x, (outs[start], changed, entered) = through(scan, x)
+                body, count = round_of(start), (stop - start) // max(size, 1)
+                xs = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), cut) if turns else cut
+                scan = functools.partial(
+                    jax.lax.scan, body, xs=xs, length=count, unroll=min(self.unroll, count)
+                )
+                x, made = through(scan, x)
+                made = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), made) if turns else made
+                outs[start], changed, entered = made
             parts.append(changed)
             seen.append(entered)
         x = before[self.depth](x, train) if self.depth in before and last == self.depth else x
@@ -148,13 +176,18 @@ class Stack(nn.Module):
             self.sow("intermediates", "stream", (*seen, jax.tree.map(lambda leaf: leaf[None], x)))
         if points or before:
             return x, {layer: jax.tree.map(lambda leaf: leaf[0], outs[layer]) for layer in points}
-        return x, outs[first]
+        made = list(outs.values())
+        return x, made[0] if len(made) == 1 else jax.tree.map(_joined, *made)
 
 
-def _segments(first: int, last: int, borders: Collection[int]) -> Iterator[tuple[int, int]]:
-    """Cuts `range(first, last)` before every border."""
+def _segments(first: int, last: int, borders: Collection[int], turns: int) -> Iterator[tuple[int, int]]:
+    """Cuts `range(first, last)` before every border; what fills no round of turns then stands alone."""
     at = sorted({first, last, *(border for border in borders if first < border < last)})
-    return itertools.pairwise(at)
+    for start, stop in itertools.pairwise(at):
+        rounds = start + (stop - start) // max(turns, 1) * max(turns, 1)
+        if rounds > start:
+            yield start, rounds
+        yield from ((layer, layer + 1) for layer in range(rounds, stop))
 
 
 def _joined(*parts: Array) -> Array | tuple[Array, ...]:

@@ -139,3 +139,56 @@ def test_a_stack_of_one_may_change_the_shape(remat):
     assert kernel.shape == (1, 3, 6)
     np.testing.assert_allclose(y, 3 * X @ kernel[0], atol=1e-5)
     np.testing.assert_allclose(means, jnp.mean(X)[None], atol=1e-6)
+
+
+class Turning(nn.Module):
+    """x <- x + point * Dense(x), and the point as its output."""
+
+    @nn.compact
+    def __call__(self, x, each, point=0.0, train=False):
+        h = Dense(x.shape[-1], ("embed", "mlp"), name="dense")(x)
+        self.sow("losses", "size", jnp.sum(h))
+        return x + each * point * h, jnp.full((), point)
+
+
+TURNS = (1.0, -0.5, 0.25)
+
+
+@pytest.mark.parametrize("options", [{}, {"remat": "full"}, {"unroll": 2}])
+@pytest.mark.parametrize("depth", [3, 7, 2])
+def test_layers_in_turn_equal_their_blocks_one_after_another(options, depth):
+    stack, each = Stack(Turning(), depth, **options), jnp.arange(1.0, depth + 1)
+    params = meta.unbox(stack.init(jax.random.key(0), X, each=each))["params"]
+    assert params["dense"]["kernel"].shape == (depth, 3, 3)
+
+    def one_by_one(params):
+        x = X
+        for i in range(depth):
+            layer = jax.tree.map(lambda p, i=i: p[i], params)
+            x, _ = Turning().apply({"params": layer}, x, each[i], point=TURNS[i % 3])
+        return x
+
+    @jax.jit
+    def in_turn(params):
+        (x, points), sown = stack.apply({"params": params}, X, each=each, turns=TURNS, mutable=["losses"])
+        return x, points, sown["losses"]["size"][0]
+
+    x, points, sizes = in_turn(params)
+    np.testing.assert_allclose(x, one_by_one(params), rtol=1e-5)
+    np.testing.assert_array_equal(points, np.resize(TURNS, depth))
+    assert sizes.shape == (depth,)
+    slope = lambda f: jax.grad(lambda p: jnp.sum(f(p) ** 2))(params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4),
+        slope(one_by_one),
+        slope(lambda p: in_turn(p)[0]),
+    )
+
+
+def test_a_part_of_the_layers_keeps_their_turns():
+    stack, each = Stack(Turning(), 7), jnp.ones(7)
+    held = meta.unbox(stack.init(jax.random.key(0), X, each=each))
+    run = jax.jit(
+        lambda x, part: stack.apply(held, x, each=each, turns=TURNS, part=part)[0], static_argnums=1
+    )
+    np.testing.assert_allclose(run(run(X, (0, 2)), (2, 7)), run(X, (0, 7)), rtol=1e-6)
