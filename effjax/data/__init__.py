@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from effjax.config import part
-from effjax.data import images, pipeline, sources, text
+from effjax.data import images, pipeline, sources, text, video
 from effjax.data.expected import Described, Expected
 from effjax.data.records import Batch, Cached, Examples, Metadata, Readable
 from effjax.errors import UsageError
@@ -45,7 +45,7 @@ class Data:
     Args:
       batch_size: rows of the global batch, over all processes.
       source: a kind of `effjax.data.sources.KINDS`.
-      transforms: kinds of `effjax.data.images.KINDS`, applied in turn.
+      transforms: kinds of `effjax.data.images.KINDS` and `effjax.data.video.KINDS`, applied in turn.
       packing: for text: the rows that documents are packed into.
       seed: of order and augmentation.
       threads: how many batches are made at the same time; 0 makes them in the caller's thread.
@@ -58,7 +58,7 @@ class Data:
 
     batch_size: int
     source: Any = part(sources.KINDS)
-    transforms: tuple[Any, ...] = part(images.KINDS, default=())
+    transforms: tuple[Any, ...] = part({**images.KINDS, **video.KINDS}, default=())
     packing: Packing | None = None
     seed: int = 0
     threads: int = 2

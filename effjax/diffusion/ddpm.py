@@ -23,7 +23,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from effjax.diffusion.examples import look_up, mean_of_each
 from effjax.diffusion.schedules import alpha_bars, posterior
@@ -136,16 +136,18 @@ class DDPM:
         x0: Float[Array, "b *rest c"],
         eps: Float[Array, "b *rest c"],
         t: Int[Array, " b"],
+        noised: Bool[Array, "b *some"] | None = None,
     ) -> dict[str, Float[Array, " b"]]:
         """Losses of each example: `loss`, `mse` and, where sigma is learned, `vlb` in bits a dimension.
 
-        The variational term trains the variances alone: the mean in it is held fixed.
+        The variational term trains the variances alone: the mean in it is held fixed. Where `noised` says
+        which parts are, the others do not count.
         """
         mean, share = self.split(prediction, x0.shape[-1])
-        mse = mean_of_each((mean - self.target(x0, eps, t)) ** 2)  # [B]
+        mse = mean_of_each((mean - self.target(x0, eps, t)) ** 2, noised)  # [B]
         if share is None:
             return {"loss": mse, "mse": mse}
-        vlb = self.vlb(jax.lax.stop_gradient(mean), share, x0, self.noise(x0, eps, t), t)  # [B]
+        vlb = self.vlb(jax.lax.stop_gradient(mean), share, x0, self.noise(x0, eps, t), t, noised)  # [B]
         return {"loss": mse + self.vlb_weight * self.steps * vlb, "mse": mse, "vlb": vlb}
 
     def vlb(
@@ -155,6 +157,7 @@ class DDPM:
         x0: Float[Array, "b *rest"],
         x_t: Float[Array, "b *rest"],
         t: Int[Array, " b"],
+        noised: Bool[Array, "b *some"] | None = None,
     ) -> Float[Array, " b"]:
         """The term of the variational bound at time `t`, in bits a dimension.
 
@@ -170,7 +173,7 @@ class DDPM:
         ratio = at["log_small"] - log_variance
         kl = 0.5 * (jnp.exp(ratio) - 1.0 - ratio + difference**2 * jnp.exp(-log_variance))
         decoder = -_log_bin(x0, estimate, jnp.exp(0.5 * log_variance))  # at t = 0 the mean is the estimate
-        nats = jnp.where(t == 0, mean_of_each(decoder), mean_of_each(kl))  # [B]
+        nats = jnp.where(t == 0, mean_of_each(decoder, noised), mean_of_each(kl, noised))  # [B]
         return nats / math.log(2.0)
 
     def _rates(

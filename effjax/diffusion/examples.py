@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, Num, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Num, PRNGKeyArray, Shaped
 
 
 def across(values: Shaped[Array, " b"], like: Shaped[Array, "b *rest"]) -> Shaped[Array, "b *ones"]:
@@ -22,9 +22,15 @@ def look_up(table: np.ndarray, t: Int[Array, " b"], like: Num[Array, "b *rest"])
     return across(jnp.asarray(table, jnp.float32)[t], like)
 
 
-def mean_of_each(x: Float[Array, "b *rest"]) -> Float[Array, " b"]:
-    """Mean over everything but the batch."""
-    return jnp.mean(x, axis=tuple(range(1, x.ndim)))
+def mean_of_each(
+    x: Float[Array, "b *rest"], where: Bool[Array, "b *some"] | None = None
+) -> Float[Array, " b"]:
+    """Mean over everything but the batch, or over what counts of it; 0 where nothing does."""
+    axes = tuple(range(1, x.ndim))
+    if where is None:
+        return jnp.mean(x, axis=axes)
+    where = jnp.broadcast_to(where, x.shape)
+    return jnp.sum(x, axis=axes, where=where) / jnp.maximum(jnp.sum(where, axis=axes), 1)
 
 
 def example_keys(key: PRNGKeyArray, index: Int[Array, " b"]) -> Key[Array, " b"]:

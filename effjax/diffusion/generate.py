@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 from effjax.diffusion.caches import BlockwiseCache, StepCache
 from effjax.diffusion.caches.blockwise import everything
 from effjax.diffusion.guidance import guided
+from effjax.diffusion.known import Known
 from effjax.diffusion.samplers import Sampler, walk
 from effjax.diffusion.samplers.state import State
 from effjax.errors import UsageError
@@ -70,6 +71,7 @@ def sample_classes(
     shape: Sequence[int],
     sampling: Sampling,
     keys: Key[Array, " b"],
+    known: Known | None = None,
 ) -> Float[Array, "b *shape"]:
     """Draws one picture for each label; `Sampling.check` says what is refused.
 
@@ -77,11 +79,12 @@ def sample_classes(
       task: holds the model and the process it was trained on.
       variables: the model's, or their moving average.
       label: class of each picture.
-      shape: of one picture, `(H, W, C)`.
+      shape: of one picture, `(H, W, C)`, or of one video, `(F, H, W, C)`.
       sampling: sampler and guidance.
       keys: one for each picture; a picture depends on its key alone, not on its batch.
+      known: parts that are given and stay as they are; None draws all.
     """
-    return walk_classes(task, variables, label, shape, sampling, keys)[0].x
+    return walk_classes(task, variables, label, shape, sampling, keys, known=known)[0].x
 
 
 def calibrated(
@@ -122,6 +125,7 @@ def walk_classes(
     sampling: Sampling,
     keys: Key[Array, " b"],
     keep: Callable[[State], Any] = lambda state: None,
+    known: Known | None = None,
 ) -> tuple[State, Any]:
     """Like `sample_classes`, but returns where the sampler ended, and what was kept of each step."""
     sampler, cache = sampling.sampler, sampling.cache
@@ -133,4 +137,4 @@ def walk_classes(
         least, greatest = (share * task.process.latest for share in sampling.interval)
         interval = None if sampling.interval == (0.0, 1.0) else (least, greatest)
         denoiser = guided(denoiser, sampling.guidance, task.null, interval=interval)
-    return walk(sampler, denoiser, task.process, label, shape, keys, keep)
+    return walk(sampler, denoiser, task.process, label, shape, keys, keep, known)

@@ -9,7 +9,7 @@ A process is a frozen dataclass of pure functions; `t [B]` is its own time, an i
     split(prediction, channels)            its mean and its variance share, None where there is none
     to_x0_eps(mean, x_t, t) -> (x0, eps)   a prediction read as picture and as noise
     to_eps(x0, x_t, t) -> eps              the noise that leads from one to the other
-    loss(prediction, x0, eps, t)           {"loss": [B], "mse": [B], ...}
+    loss(prediction, x0, eps, t, noised)   {"loss": [B], "mse": [B], ...}, over the noised parts or over all
     learned_sigma                          whether predictions have twice the channels
     latest                                 the noisiest time
 """

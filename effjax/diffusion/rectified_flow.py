@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from effjax.diffusion.examples import across, mean_of_each
 from effjax.errors import UsageError
@@ -89,7 +89,8 @@ class RectifiedFlow:
         x0: Float[Array, "b *rest"],
         eps: Float[Array, "b *rest"],
         t: Float[Array, " b"],
+        noised: Bool[Array, "b *some"] | None = None,
     ) -> dict[str, Float[Array, " b"]]:
-        """Losses of each example: `loss` and `mse`, which are the same."""
-        mse = mean_of_each((prediction - self.target(x0, eps, t)) ** 2)  # [B]
+        """Losses of each example, where it is noised: `loss` and `mse`, which are the same."""
+        mse = mean_of_each((prediction - self.target(x0, eps, t)) ** 2, noised)  # [B]
         return {"loss": mse, "mse": mse}

@@ -126,6 +126,19 @@ def sincos_table(
     return np.concatenate([encode(columns), encode(rows)], axis=1).astype(np.float32)
 
 
+def sincos_line(count: int, dim: int, base: float = 10_000.0) -> Float[np.ndarray, "count dim"]:
+    """Fixed positions along one axis: sines, then cosines, of `base ** (-k / (dim / 2))` times the place.
+
+    Raises:
+      UsageError: for an odd `dim`.
+    """
+    if dim % 2:
+        raise UsageError(f"sine-cosine positions need an even width, not {dim}.")
+    frequencies = base ** (-np.arange(dim // 2, dtype=np.float64) / (dim // 2))
+    angle = np.arange(count).reshape(-1, 1) * frequencies[None, :]  # [count, dim / 2]
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
+
+
 def position_table(module: nn.Module, places: int, dim: int) -> Float[Array, "places dim"]:
     """A learned table of positions, the parameter `positions` of a module.
 

@@ -6,6 +6,7 @@ from effjax.models.lookup import LookupViT
 from effjax.models.pose import PoseTransformer
 from effjax.models.pyramid import Pyramid
 from effjax.models.sparseformer import SparseFormer
+from effjax.models.vdt import VDT
 from effjax.models.vit import ViT
 
 KINDS = {
@@ -15,5 +16,6 @@ KINDS = {
     "pose": PoseTransformer,
     "pyramid": Pyramid,
     "sparseformer": SparseFormer,
+    "vdt": VDT,
     "vit": ViT,
 }

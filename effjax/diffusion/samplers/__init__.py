@@ -11,6 +11,7 @@ A sampler is a frozen dataclass with
 and the scan stands here once.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from jaxtyping import Array, Float, Key
 
 from effjax.diffusion.denoiser import Condition, Denoiser
 from effjax.diffusion.examples import example_noise
+from effjax.diffusion.known import Known, given
 from effjax.diffusion.process import Process
 from effjax.diffusion.samplers.chain import DDIMSampler, DDPMSampler
 from effjax.diffusion.samplers.dpm_solver import DPMSolverSampler
@@ -46,6 +48,7 @@ def walk(
     shape: Sequence[int],
     keys: Key[Array, " b"],
     keep: Callable[[State], Any] = lambda state: None,
+    known: Known | None = None,
 ) -> tuple[State, Any]:
     """Draws one picture for each condition; returns where the sampler ended, and what was kept of each step.
 
@@ -57,6 +60,7 @@ def walk(
       shape: of one picture.
       keys: one for each picture (`effjax.diffusion.examples.example_keys`): all of its noise.
       keep: what is stacked over steps, of the state behind each.
+      known: parts that are given and stay, so that only the others are drawn; None draws all.
 
     Raises:
       UsageError: where the sampler does not fit the process, or takes more steps than the schedule has.
@@ -64,14 +68,22 @@ def walk(
     plan: dict[str, Array] = {name: _narrow(table) for name, table in sampler.plan(process).items()}
     plan["index"] = jnp.arange(1, sampler.steps + 1)
 
+    if known is not None:
+        denoiser = given(denoiser, known)
+
+    def put_back(x: Array) -> Array:
+        return x if known is None else known.into(x)
+
     def denoise(x: Array, t: Array, memory: Any) -> tuple[Array, Any]:
         return denoiser.predict(x, t, condition, memory)
 
     def step(state: State, at: Any) -> tuple[State, Any]:
         state = sampler.step(denoise, process, state, at, keys)  # type: ignore[arg-type]
+        state = dataclasses.replace(state, x=put_back(state.x), x0=put_back(state.x0))
         return state, keep(state)
 
-    x = example_noise(keys, 0, shape)  # the same start for every sampler and number of steps
+    # The same start for every sampler and number of steps.
+    x = put_back(example_noise(keys, 0, shape))
     earlier = jnp.zeros((sampler.remembered, *x.shape), x.dtype)
     memory = denoiser.start(x, everywhere(plan["t"][0], x), condition)
     return jax.lax.scan(step, State(x, jnp.zeros_like(x), earlier, memory), plan)

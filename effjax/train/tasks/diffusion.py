@@ -4,6 +4,8 @@ loss = E_{x_0, t, eps} L(model(x_t, t, label), x_0, eps, t),   x_t and L from th
 label -> "no label" with probability `label_dropout`, for classifier-free guidance (Ho and Salimans 2022).
 
 What is shown may be a picture, a latent or a video, and what it is told a label or the features of a text.
+Of a video parts may be given, by masks: the model sees them clean, and the loss is on the others (Lu et al.
+2024, VDT).
 """
 
 import dataclasses
@@ -18,7 +20,10 @@ from jaxtyping import Array, PRNGKeyArray, Shaped
 from effjax.config import part
 from effjax.diffusion.caches import Stages
 from effjax.diffusion.denoiser import Condition, Denoiser, memoryless
-from effjax.diffusion.examples import across
+from effjax.diffusion.examples import across, example_keys, mean_of_each
+from effjax.diffusion.known import Known
+from effjax.diffusion.masks import KINDS as MASKS
+from effjax.diffusion.masks import check_weights, draw_known
 from effjax.diffusion.process import KINDS as PROCESSES
 from effjax.diffusion.process import Process
 from effjax.errors import UsageError
@@ -46,14 +51,17 @@ class Diffusion:
       label_dropout: probability that an example is shown without its label.
       content: the field of a batch that is noised, `[B, ..., C]`.
       condition: the field of a batch that the model is told: labels `[B]`, or an array `[B, ...]` of a model
-        that takes one.
+        that takes one. None tells it nothing: all examples are of class 0.
+      masks: what of a video is given in training, kinds in `effjax.diffusion.masks`, one of which is drawn
+        for each example by its weight; without any, nothing is given.
     """
 
     model: nn.Module
     process: Process = part(PROCESSES)
     label_dropout: float = 0.1
     content: str = "image"
-    condition: str = "label"
+    condition: str | None = "label"
+    masks: tuple[Any, ...] = part(MASKS, default=())
 
     unit = "images"
 
@@ -71,6 +79,9 @@ class Diffusion:
                 f"{self.process.learned_sigma}: set the model's to {self.process.learned_sigma}, or choose "
                 f"another sigma in the process."
             )
+        if self.label_dropout and self.condition is None:
+            raise UsageError(f"label_dropout={self.label_dropout:g} and no condition to drop: set it to 0.")
+        check_weights(self.masks)
 
     def null(self, condition: Shaped[Array, "b *rest"]) -> Shaped[Array, "b *rest"]:
         """What means "no label", for each example; trained only where labels are dropped."""
@@ -81,23 +92,28 @@ class Diffusion:
         """Makes the variables from a batch of which only shapes matter."""
         content = batch[self.content]
         t = jnp.zeros((content.shape[0],), jnp.float32)
-        variables = self.model.init(key, content, t, batch[self.condition])
+        variables = self.model.init(key, content, t, self._told(batch))
         return {name: value for name, value in variables.items() if name != LOSSES}
 
     def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
-        """Draws time, noise and dropped labels, independently for each example."""
+        """Draws time, noise, dropped labels and masks, independently for each example."""
         k_time, k_noise, k_label = jax.random.split(key, 3)
-        content, condition = batch[self.content], batch[self.condition]
+        content = batch[self.content]
         count = content.shape[:1]
-        if self.label_dropout:
-            dropped = jax.random.bernoulli(k_label, self.label_dropout, count)
-            condition = jnp.where(across(dropped, condition), self.null(condition), condition)
-        return {
+        drawn = {
             self.content: content,
-            self.condition: condition,
             "time": self.process.times(jax.random.uniform(k_time, count)),
             "noise": jax.random.normal(k_noise, content.shape),
         }
+        if self.condition is not None:
+            condition = batch[self.condition]
+            if self.label_dropout:
+                dropped = jax.random.bernoulli(k_label, self.label_dropout, count)
+                condition = jnp.where(across(dropped, condition), self.null(condition), condition)
+            drawn[self.condition] = condition
+        if self.masks:
+            drawn["known"] = self._known(content, jax.random.fold_in(key, 3))
+        return drawn
 
     def loss(self, variables: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Means, Any]:
         """The process's losses at the times and with the noise that `prepare` drew."""
@@ -107,28 +123,28 @@ class Diffusion:
             batch["noise"].astype(jnp.float32),
             batch["time"],
         )
+        known = batch.get("known")
         prediction, collections = self._predict(
             variables,
-            self.process.noise(content, noise, t),
+            _with_known(self.process.noise(content, noise, t), content, known),
             t,
-            batch[self.condition],
+            self._told(batch),
             train=True,
             rngs={"dropout": key},
             mutable=mutable,
         )
-        losses = self.process.loss(prediction.astype(jnp.float32), content, noise, t)  # each [B]
-        return with_auxiliary({name: Mean.of(value) for name, value in losses.items()}, collections)
+        return with_auxiliary(self._means(prediction, content, noise, t, known), collections)
 
     def metrics(self, variables: Any, batch: Batch) -> Means:
-        """The same losses with labels kept, at times and noise fixed by the place in the batch."""
+        """The same losses with labels kept, at times, noise and masks fixed by the place in the batch."""
         content = batch[self.content].astype(jnp.float32)
         place = jnp.arange(content.shape[0])
         t = self.process.times(jnp.mod((place + 0.5) * _GOLDEN, 1.0))  # [B]
         noise = jax.random.normal(jax.random.key(0), content.shape)
-        x_t = self.process.noise(content, noise, t)
-        prediction = self._predict(variables, x_t, t, batch[self.condition]).astype(jnp.float32)
-        losses = self.process.loss(prediction, content, noise, t)  # each [B]
-        return {name: Mean.of(value, batch["mask"]) for name, value in losses.items()}
+        known = self._known(content, jax.random.key(1)) if self.masks else None
+        x_t = _with_known(self.process.noise(content, noise, t), content, known)
+        prediction = self._predict(variables, x_t, t, self._told(batch))
+        return self._means(prediction, content, noise, t, known, batch["mask"])
 
     def finish(self, values: dict[str, float]) -> dict[str, float]:
         """Nothing follows from these averages."""
@@ -170,10 +186,45 @@ class Diffusion:
 
         return Stages(begin, layers, recall, finish, self.model.depth, self.model.branches)
 
+    def _told(self, batch: Batch) -> Array:
+        """What the model is told of each example."""
+        if self.condition is None:
+            return jnp.zeros(batch[self.content].shape[:1], jnp.int32)
+        return batch[self.condition]
+
+    def _known(self, content: Array, key: PRNGKeyArray) -> Array:
+        """Which parts of each example are given, `[B, F, H, W, 1]`."""
+        keys = example_keys(key, jnp.arange(content.shape[0]))
+        return draw_known(self.masks, keys, content.shape[1:])
+
+    def _means(
+        self,
+        prediction: Array,
+        content: Array,
+        noise: Array,
+        t: Array,
+        known: Array | None,
+        mask: Array | None = None,
+    ) -> Means:
+        """Averages of the process's losses over the rows of a mask, or over what is noised of these."""
+        prediction = prediction.astype(jnp.float32)
+        if known is None:
+            losses = self.process.loss(prediction, content, noise, t)  # each [B]
+            return {name: Mean.of(value, mask) for name, value in losses.items()}
+        losses = self.process.loss(prediction, content, noise, t, ~known)  # each [B]
+        share = mean_of_each(1.0 - known)  # [B], so that every noised value counts alike
+        weights = share if mask is None else share * mask
+        return {name: Mean.of(value, weights) for name, value in losses.items()}
+
     def _predict(self, variables: Any, x_t: Array, t: Array, label: Array, **options: Any) -> Any:
         """Runs the network in the dtype of its parameters."""
         x_t = x_t.astype(dtype_of(variables))
         return self.model.apply(variables, x_t, self.process.network_time(t), label, **options)
+
+
+def _with_known(x_t: Array, content: Array, known: Array | None) -> Array:
+    """What the network sees: what is given is clean."""
+    return x_t if known is None else Known(content, known).into(x_t)
 
 
 def dtype_of(variables: Any) -> Any:
