@@ -6,8 +6,9 @@
 The second line is attention whose weights are discounted and not normalised: C are queries, B keys, and A is
 a negative number a head. A chunk of `Q` tokens is computed by it, and a state `[P, S]` a head goes from chunk
 to chunk by the first line, so that `N` tokens cost a head `N Q P + 2 N P S`, and a group `N Q S` for the
-scores that its heads share. A chunk is computed again in the backward pass: memory grows with the chunk and
-not with the sequence. Decays and the state are float32 whatever the network computes in.
+scores that its heads share. Where there are several chunks they are computed again in the backward pass:
+memory grows with the chunk and not with the sequence. Decays and the state are float32 whatever the network
+computes in.
 
 Source: Dao and Gu, "Transformers are SSMs", ICML 2024, sections 5 and 6, listing 1.
 """
@@ -201,7 +202,6 @@ def dual_scan(
         padding = [(0, 0), (0, -n % chunk), *[(0, 0)] * (a.ndim - 2)]
         return jnp.moveaxis(jnp.pad(a, padding).reshape(b, -1, chunk, *a.shape[2:]), 1, 0)
 
-    @jax.checkpoint
     def one(hidden: Array, slices: tuple[Array, ...]) -> tuple[Array, Array]:
         x, dt, B, C, first = slices
         x = x.reshape(b, chunk, g, shared, p)
@@ -228,7 +228,10 @@ def dual_scan(
         return hidden * inherited[..., -1, None, None] + written, y
 
     start = hidden.reshape(b, g, shared, p, s)
-    end, y = jax.lax.scan(one, start, tuple(map(cut, (x, dt, B, C, first))))
+    if chunk == n:
+        end, y = one(start, (x, dt, B, C, first))
+        return y.reshape(b, n, heads, p), end.reshape(b, heads, p, s)
+    end, y = jax.lax.scan(jax.checkpoint(one), start, tuple(map(cut, (x, dt, B, C, first))))
     y = jnp.moveaxis(y, 0, 1).reshape(b, -1, heads, p)[:, :n]
     return y, end.reshape(b, heads, p, s)
 

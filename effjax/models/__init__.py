@@ -1,6 +1,7 @@
 """The skeletons that compose parts into networks."""
 
 from effjax.models.dit import DiT
+from effjax.models.lingen import LinGen
 from effjax.models.lm import LM
 from effjax.models.lookup import LookupViT
 from effjax.models.pose import PoseTransformer
@@ -11,6 +12,7 @@ from effjax.models.vit import ViT
 
 KINDS = {
     "dit": DiT,
+    "lingen": LinGen,
     "lm": LM,
     "lookup_vit": LookupViT,
     "pose": PoseTransformer,
