@@ -1,8 +1,7 @@
-"""Attention from tokens to those of another sequence, such as a text.
+"""Attention from one sequence to another: to a text, to a few tokens that stand for many.
 
-    y_n = sum_l softmax_l(q_n k_l / sqrt(d)) v_l,    q = x W_q,   (k, v) = text (W_k, W_v)
-
-Vaswani et al. 2017, section 3.2.3.
+q, k, v = x W_q + b_q, m W_k + b_k, m W_v + b_v
+y = softmax(q k^T / sqrt(d)) v W_o + b_o                             Vaswani et al. 2017, section 3.2.3
 """
 
 import flax.linen as nn
@@ -15,44 +14,36 @@ from effjax.mixers.dot_product import softmax_attention
 
 
 class CrossAttention(nn.Module):
-    """Every token asks all words.
+    """Every token of `x` reads the tokens of a memory.
 
     Attributes:
       heads: attention heads.
-      qkv_bias: biases of the query, key and value projections.
-      output_init: initialiser of the output projection.
+      output_init: of the output projection; zeros let a network start without it.
     """
 
     heads: int
-    qkv_bias: bool = True
     output_init: Initializer = xavier
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "b n c"],
-        text: Float[Array, "b l e"],
-        valid: Bool[Array, "b l"] | None = None,
+        memory: Float[Array, "b m e"],
+        valid: Bool[Array, "b m"] | None = None,
     ) -> Float[Array, "b n c"]:
-        """Reads from the text what each token asks for.
-
-        Args:
-          x: tokens that ask.
-          text: words that answer.
-          valid: words that exist; a text without any is read as the mean of what stands in their place.
+        """Reads; tokens of the memory that are not valid are not seen, and one of each must be.
 
         Raises:
           UsageError: where the heads do not divide the channels.
         """
-        channels = x.shape[-1]
-        if channels % self.heads:
-            raise UsageError(f"heads={self.heads} does not divide the width {channels}.")
-        head, axes = (self.heads, channels // self.heads), ("embed", "heads", "head_dim")
-        q = Dense(head, axes, use_bias=self.qkv_bias, name="query")(x)  # [B, N, H, D]
-        k = Dense(head, axes, use_bias=self.qkv_bias, name="key")(text)  # [B, L, H, D]
-        v = Dense(head, axes, use_bias=self.qkv_bias, name="value")(text)  # [B, L, H, D]
-        q = nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim"))
-        mask = None if valid is None else valid[:, None, None, :]
+        width = x.shape[-1]
+        if width % self.heads:
+            raise UsageError(f"heads={self.heads} does not divide the width {width}.")
+        head, axes = (self.heads, width // self.heads), ("embed", "heads", "head_dim")
+        q = Dense(head, axes, name="query")(x)  # [B, N, H, D]
+        k = Dense(head, axes, name="key")(memory)  # [B, M, H, D]
+        v = Dense(head, axes, name="value")(memory)  # [B, M, H, D]
+        mask = None if valid is None else valid[:, None, None, :]  # [B, 1, 1, M]
         y = softmax_attention(q, k, v, mask=mask, causal=False)  # [B, N, H, D]
-        out = ("heads", "head_dim", "embed")
-        return Dense(channels, out, inputs=2, kernel_init=self.output_init, name="output")(y)
+        axes = ("heads", "head_dim", "embed")
+        return Dense(width, axes, inputs=2, kernel_init=self.output_init, name="output")(y)  # [B, N, C]

@@ -21,7 +21,7 @@ from typing import TypeVar
 import einops
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from effjax.mixers import windows
 
@@ -90,6 +90,14 @@ def allowed(
     grid: Volume, window: Volume, shift: Volume = (0, 0, 0)
 ) -> Bool[np.ndarray, "windows places places"] | None:
     """Which places (last axis) each place of a window sees after `cut`; None where all see all."""
+    seen = regions(grid, window, shift)
+    return None if seen is None else seen[:, :, None] == seen[:, None, :]
+
+
+def regions(
+    grid: Volume, window: Volume, shift: Volume = (0, 0, 0)
+) -> Int[np.ndarray, "windows places"] | None:
+    """Labels the places after `cut`: in a window those with the same label see each other; see `allowed`."""
     whole = tiled(grid, window)
     if not any(shift) and whole == grid:
         return None
@@ -98,5 +106,4 @@ def allowed(
         inside = np.roll(np.arange(n) < real, -s)
         along = 2 * windows.bands(n, m, s) + inside  # below 6
         labels = labels * 6 + np.expand_dims(along, [other for other in range(3) if other != axis])
-    seen = partition(labels[None], window)[0]  # [windows, places]
-    return seen[:, :, None] == seen[:, None, :]
+    return partition(labels[None], window)[0]

@@ -5,6 +5,7 @@ from effjax.models.lingen import LinGen
 from effjax.models.lm import LM
 from effjax.models.lookup import LookupViT
 from effjax.models.pose import PoseTransformer
+from effjax.models.pt_dit import PTDiT
 from effjax.models.pyramid import Pyramid
 from effjax.models.sparseformer import SparseFormer
 from effjax.models.vdt import VDT
@@ -16,6 +17,7 @@ KINDS = {
     "lm": LM,
     "lookup_vit": LookupViT,
     "pose": PoseTransformer,
+    "pt_dit": PTDiT,
     "pyramid": Pyramid,
     "sparseformer": SparseFormer,
     "vdt": VDT,
