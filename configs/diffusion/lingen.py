@@ -23,11 +23,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-#          dim, depth, patch, heads, state, head, window, words
-SIZES: dict[str, tuple[int, int, int, int, int, int, tuple[int, int, int]]] = {
-    "smoke": (32, 4, 4, 2, 8, 16, (2, 2, 2)),
-    "scenes": (96, 4, 2, 3, 16, 32, (4, 2, 2)),
-    "4b": (2432, 24, 2, 38, 128, 64, (8, 4, 4)),
+#          dim, depth, patch, heads, state, head, chunk, window
+SIZES: dict[str, tuple[int, int, int, int, int, int, int, tuple[int, int, int]]] = {
+    "smoke": (32, 4, 4, 2, 8, 16, 64, (2, 2, 2)),
+    "scenes": (96, 4, 4, 3, 16, 32, 64, (4, 2, 2)),
+    "4b": (2432, 24, 2, 38, 128, 64, 256, (8, 4, 4)),
 }
 
 VARIANTS = tuple(SIZES)
@@ -122,7 +122,7 @@ def latents() -> ConfigDict:
 
 def model(size: str) -> ConfigDict:
     """The transformer of one size."""
-    dim, depth, patch, heads, state, head, window = SIZES[size]
+    dim, depth, patch, heads, state, head, chunk, window = SIZES[size]
     return ConfigDict(
         dict(
             kind="lingen",
@@ -136,7 +136,7 @@ def model(size: str) -> ConfigDict:
                 mixer=dict(
                     kind="mate",
                     local=dict(kind="shifted_volume", heads=heads, window=window),
-                    scan=dict(kind="bidirectional_mamba2", state=state, head=head),
+                    scan=dict(kind="bidirectional_mamba2", state=state, head=head, chunk=chunk),
                     review=(2, 2, 2),
                 ),
                 ffn=dict(kind="mlp", ratio=4.0, activation="gelu_tanh"),

@@ -196,44 +196,46 @@ def dual_scan(
     """
     (b, n, heads, p), (g, s) = x.shape, B.shape[2:]
     chunk, shared = min(chunk, n), heads // g
-    first = jnp.zeros((b, n), bool) if first is None else first
 
-    def cut(a: Array) -> Array:  # [B, N, ...] to [N / chunk, B, chunk, ...]
+    def cut(a: Array, *axes: int) -> Array:  # [B, N, ...] to [N / chunk, B, *axes, chunk, ...]
         padding = [(0, 0), (0, -n % chunk), *[(0, 0)] * (a.ndim - 2)]
-        return jnp.moveaxis(jnp.pad(a, padding).reshape(b, -1, chunk, *a.shape[2:]), 1, 0)
+        a = jnp.pad(a, padding).reshape(b, -1, chunk, *axes, *a.shape[3:])
+        return jnp.moveaxis(jnp.moveaxis(a, 2, 2 + len(axes)), 1, 0)
 
-    def one(hidden: Array, slices: tuple[Array, ...]) -> tuple[Array, Array]:
-        x, dt, B, C, first = slices
-        x = x.reshape(b, chunk, g, shared, p)
-        dt = jnp.moveaxis(dt, 1, 2).reshape(b, g, shared, chunk)
+    def one(hidden: Array, slices: tuple[Array, Array, Array, Array, Any]) -> tuple[Array, Array]:
+        x, dt, B, C, first = slices  # [B, G, R, Q, P], [B, G, R, Q], [B, G, Q, S], [B, G, Q, S], [B, Q]
         past = jnp.cumsum(dt * A.reshape(1, g, shared, 1), axis=-1)  # [B, G, R, Q], logarithms
-        document = jnp.cumsum(first, axis=1)  # [B, Q], 0 is the one that began in an earlier chunk
-        begun, last = document == 0, document == document[:, -1:]
-
-        seen = document[:, :, None] == document[:, None, :]  # [B, Q, K]
-        seen = seen & jnp.tril(jnp.ones((chunk, chunk), bool))[None]
-        discount = past[..., :, None] - past[..., None, :]  # [B, G, R, Q, K]
+        inherited, left = jnp.exp(past), jnp.exp(past[..., -1:] - past)  # [B, G, R, Q]
+        seen = jnp.tril(jnp.ones((chunk, chunk), bool))[None, None, None]  # [1, 1, 1, Q, K]
+        if first is not None:
+            document = jnp.cumsum(first, axis=1)  # [B, Q], 0 is the one that began in an earlier chunk
+            inherited = jnp.where((document == 0)[:, None, None], inherited, 0.0)
+            left = jnp.where((document == document[:, -1:])[:, None, None], left, 0.0)
+            seen = seen & (document[:, :, None] == document[:, None, :])[:, None, None]
         # Masked before the exponential, which of later tokens could be infinite, and its gradient no number.
-        discount = jnp.exp(jnp.where(seen[:, None, None], discount, -jnp.inf))
-        scores = jnp.einsum("bqgs,bkgs->bgqk", C, B)
-        weights = scores[:, :, None] * discount * dt[..., None, :]  # [B, G, R, Q, K]
-        y = jnp.einsum("bgrqk,bkgrp->bqgrp", weights, x)
-
-        inherited = jnp.where(begun[:, None, None], jnp.exp(past), 0.0)  # [B, G, R, Q]
-        read = jnp.einsum("bqgs,bgrps->bqgrp", C, hidden)
-        y = y + read * jnp.moveaxis(inherited, 3, 1)[..., None]
-
-        left = jnp.where(last[:, None, None], jnp.exp(past[..., -1:] - past), 0.0) * dt  # [B, G, R, Q]
-        written = jnp.einsum("bkgs,bkgrp->bgrps", B, x * jnp.moveaxis(left, 3, 1)[..., None])
+        discount = jnp.exp(jnp.where(seen, past[..., :, None] - past[..., None, :], -jnp.inf))
+        scores = jnp.einsum("bgqs,bgks->bgqk", C, B)
+        x = x * dt[..., None]
+        y = jnp.einsum("bgrqk,bgrkp->bgrqp", scores[:, :, None] * discount, x)
+        y = y + jnp.einsum("bgqs,bgrps->bgrqp", C, hidden) * inherited[..., None]
+        written = jnp.einsum("bgrkp,bgks->bgrps", x * left[..., None], B)
         return hidden * inherited[..., -1, None, None] + written, y
 
-    start = hidden.reshape(b, g, shared, p, s)
+    slices = (
+        cut(x, g, shared),
+        cut(dt, g, shared),
+        cut(B, g),
+        cut(C, g),
+        None if first is None else cut(first),
+    )
+    hidden = hidden.reshape(b, g, shared, p, s)
     if chunk == n:
-        end, y = one(start, (x, dt, B, C, first))
-        return y.reshape(b, n, heads, p), end.reshape(b, heads, p, s)
-    end, y = jax.lax.scan(jax.checkpoint(one), start, tuple(map(cut, (x, dt, B, C, first))))
-    y = jnp.moveaxis(y, 0, 1).reshape(b, -1, heads, p)[:, :n]
-    return y, end.reshape(b, heads, p, s)
+        hidden, y = one(hidden, jax.tree.map(lambda a: a[0], slices))
+        y = y[None]
+    else:
+        hidden, y = jax.lax.scan(jax.checkpoint(one), hidden, slices)  # y [N / chunk, B, G, R, chunk, P]
+    y = jnp.moveaxis(y, (0, 4), (1, 2)).reshape(b, -1, heads, p)[:, :n]
+    return y, hidden.reshape(b, heads, p, s)
 
 
 def _log_uniform(low: float, high: float) -> Any:
