@@ -10,13 +10,14 @@
     LinGen-4B on the latents of videos of 68 s at 16 frames a second and 512 pixels, the last stage of the
     paper's training: 1088 frames, the most in its table 1. Not run here.
 
-What was read of the paper (abstract, captions and tables; its text and code could not be had) fixes the MATE
-block, the four scan orders, shifted windows, the length and the size of videos, 50 steps of sampling, and that
-training goes from text to image at 256 pixels over text to video at 256 to longer and longer videos of 512,
-images among the videos, and ends on the best videos alone. It does not give widths, depth, window, text
-encoder, autoencoder, optimiser, steps or batches. Those of `4b` are chosen here: a width and a depth that make
-4.0 billion parameters, an autoencoder that shortens time, height and width by 8 into 16 channels as Movie Gen's
-does (Polyak et al. 2024, section 3.1.1), text features of T5-XXL's width, and DiT's optimiser.
+What was read of the paper (abstract, captions and tables; its text and code could not be had) fixes the
+MATE block, the four scan orders, shifted windows, the length and the size of videos, 50 steps of sampling,
+and that training goes from text to image at 256 pixels over text to video at 256 to longer and longer videos
+of 512, images among the videos, and ends on the best videos alone. It does not give widths, depth, window,
+loss, text encoder, autoencoder, optimiser, steps or batches. Those of `4b` are chosen here: a width and a
+depth that make 4.0 billion parameters, a flow, an autoencoder that shortens height and width by 8 and time by
+4 into 16 channels (with 4 the paper's ratio to DiT comes out best, see
+`tests/measure/analytic/test_mixing.py`), text features of T5-XXL's width, and DiT's optimiser.
 """
 
 from typing import Any

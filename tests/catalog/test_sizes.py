@@ -21,7 +21,7 @@ SIZES = [
 ]
 
 # Variants made here, and processes and pre-training that share the networks of others.
-OWN = ("smoke", "digits", "motion", "pydocs")
+OWN = ("smoke", "digits", "motion", "pydocs", "scenes")
 SHARED = ("-flow", "-22k")
 
 

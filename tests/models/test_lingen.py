@@ -13,7 +13,8 @@ from configs.diffusion.lingen import VARIANTS, get_config
 from effjax.config import build_kind
 from effjax.diffusion.caches.blockwise import everything
 from effjax.diffusion.caches.taylor import ConfidenceTaylor
-from effjax.diffusion.denoiser import memoryless
+from effjax.diffusion.examples import example_keys
+from effjax.diffusion.guidance import guided
 from effjax.diffusion.rectified_flow import RectifiedFlow
 from effjax.diffusion.samplers import EulerSampler, walk
 from effjax.errors import UsageError
@@ -164,10 +165,26 @@ def test_what_is_no_video_or_no_text_is_refused(shape, words, message):
 def drawn(cache):
     model = tiny(depth=2)
     task = Diffusion(model, RectifiedFlow(), content="video", condition="text")
-    variables, (x, _, text) = randomised(model), inputs()
-    stages = task.stages(variables)
-    denoiser = task.denoiser(variables) if cache is None else cache.wrap(stages)
-    return jax.jit(lambda x: walk(EulerSampler(4), task.process, denoiser, x, text)[0].x)(x)
+    (_, _, text), how = inputs(), EulerSampler(4)
+
+    @jax.jit
+    def run(variables):
+        denoiser = task.denoiser(variables) if cache is None else cache.wrap(task.stages(variables), 4)
+        guide = guided(denoiser, 2.0, task.null)
+        keys = example_keys(jax.random.key(0), jnp.arange(2))
+        return walk(how, guide, task.process, text, SHAPE, keys)[0].x
+
+    return run(randomised(model))
+
+
+@pytest.mark.slow
+def test_step_caches_that_skip_nothing_draw_the_same_guided_videos():
+    stages = Diffusion(tiny(depth=2), RectifiedFlow(), content="video", condition="text").stages(
+        randomised(tiny(depth=2))
+    )
+    for cache in (ConfidenceTaylor(threshold=0.0), everything(4, stages)):
+        np.testing.assert_array_equal(drawn(cache), drawn(None))
+    assert np.any(drawn(ConfidenceTaylor(threshold=math.inf, warmup=2)) != drawn(None))
 
 
 def test_the_paper_s_size():
@@ -181,9 +198,11 @@ def test_the_paper_s_size():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_resolves(variant):
     experiment = resolve(get_config(variant))
-    batch = experiment.data.described().example_batch(1)
-    assert batch["video"].ndim == 5
-    assert batch["text"].ndim == 3
+    assert experiment.task.content == "video"
+    if variant == "4b":
+        batch = experiment.data.described().example_batch(1)
+        assert batch["video"].shape == (1, 68 * 16 // 4, 64, 64, 16)
+        assert batch["text"].shape == (1, 256, 4096)
 
 
 @pytest.mark.slow
