@@ -5,7 +5,8 @@
 `smoke`
     20 steps of a toy on clips of moving scenes, whose text names the kinds of shapes in them: seconds.
 `scenes`
-    TO MEASURE
+    1.1M parameters on clips of 8 frames of 16 x 16 pixels, 300 steps. Begun and not finished on a machine that
+    had no time for it: the loss was 1.03 after 47 steps, from 1.1 after 29.
 `4b`
     LinGen-4B on the latents of videos of 68 s at 16 frames a second and 512 pixels, the last stage of the
     paper's training: 1088 frames, the most in its table 1. Not run here.
@@ -70,7 +71,7 @@ def scenes(smoke: bool) -> ConfigDict:
                 kind="adamw", lr=1e-3, clip=1.0, schedule=dict(kind="cosine", warmup="2%", end=0.01)
             ),
             train=dict(
-                steps="20 steps" if smoke else "600 steps",
+                steps="20 steps" if smoke else "300 steps",
                 log_every="5 steps" if smoke else "50 steps",
                 checkpoint_every="10 steps" if smoke else "20%",
                 ema=dict(decay=0.999),
