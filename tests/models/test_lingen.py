@@ -182,7 +182,8 @@ def test_step_caches_that_skip_nothing_draw_the_same_guided_videos():
         randomised(tiny(depth=2))
     )
     for cache in (ConfidenceTaylor(threshold=0.0), everything(4, stages)):
-        np.testing.assert_array_equal(drawn(cache), drawn(None))
+        # To rounding: a layer by itself is fused otherwise than in a round of four.
+        np.testing.assert_allclose(drawn(cache), drawn(None), rtol=1e-4, atol=1e-5)
     assert np.any(drawn(ConfidenceTaylor(threshold=math.inf, warmup=2)) != drawn(None))
 
 
