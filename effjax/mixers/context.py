@@ -25,7 +25,9 @@ class Context:
         mixer's own where layers differ.
       share: of the weights of each head those that count, the largest; the others are left out of the sum.
         None counts all.
-      grid: rows and columns that the tokens are laid out in, row by row, where nothing else is among them.
+      grid: rows and columns that the tokens are laid out in, row by row, where nothing else is among them;
+        frames, rows and columns of a video.
+      turn: number of the layer among those that do different things in turn.
     """
 
     positions: Any = None
@@ -36,6 +38,7 @@ class Context:
     rotary: Any = None
     share: float | None = flax.struct.field(pytree_node=False, default=None)
     grid: Any = flax.struct.field(pytree_node=False, default=None)
+    turn: int | None = flax.struct.field(pytree_node=False, default=None)
 
     def mask(self) -> Bool[Array, "b 1 n n"] | None:
         """Which keys (last axis) each query may see, by segments and validity; None where all may see all."""

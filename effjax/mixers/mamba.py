@@ -112,7 +112,7 @@ class Mamba(Selective):
         """Both views of a sequence: whole, or going on from a state."""
         b, n, c = x.shape
         inner, rank = self.sizes(c)
-        exists = _existing(context)  # [B, N] or None
+        exists = existing(context)  # [B, N] or None
         axes = ("embed", "mlp")
         u = kept(Dense(inner, axes, use_bias=self.use_bias, name="input")(x), exists)  # [B, N, I]
         z = Dense(inner, axes, use_bias=self.use_bias, name="gate")(x)  # [B, N, I]
@@ -127,7 +127,7 @@ class Mamba(Selective):
         return y, State(taps[:, n:].astype(cache.inputs.dtype), hidden, cache.written + n)
 
 
-def _existing(context: Context) -> Bool[Array, "b n"] | None:
+def existing(context: Context) -> Bool[Array, "b n"] | None:
     """Which tokens are no padding; None where all exist."""
     if context.valid is not None:
         return context.valid

@@ -78,10 +78,7 @@ class Selective(nn.Module):
         D = self.param("D", named(nn.initializers.ones_init(), ("mlp",)), (inner,), jnp.float32)
         if hidden is None:
             hidden = jnp.zeros((u.shape[0], inner, self.state), dt.dtype)
-        first = None
-        if segments is not None:  # a document's first token starts from an empty state
-            before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-            first = segments != before  # [B, N]
+        first = None if segments is None else first_of_each(segments)  # [B, N]
         u, decay = u.astype(dt.dtype), None
         if gaps is not None:
             bias: Array = meta.unbox(self.get_variable("params", "step_size"))["bias"].astype(dt.dtype)
@@ -94,18 +91,10 @@ class Selective(nn.Module):
         self, taps: Float[Array, "b m i"], segments: Int[Array, "b n"] | None
     ) -> Float[Array, "b n i"]:
         """The causal depthwise convolution: output `t` reads inputs `t - width + 1` to `t` of a document."""
-        inner, count = taps.shape[2], taps.shape[1] - self.width + 1
-        scale = self.width**-0.5
-        init = named(_uniform(scale), (None, "mlp"))
-        kernel = self.param("conv_kernel", init, (self.width, inner), jnp.float32).astype(taps.dtype)
-        y = jnp.zeros((taps.shape[0], count, inner), taps.dtype)
-        for tap in range(self.width):
-            term = taps[:, tap : tap + count] * kernel[None, None, tap]
-            back = self.width - 1 - tap
-            if segments is not None and back:
-                earlier = jnp.pad(segments, ((0, 0), (back, 0)), constant_values=-1)[:, :count]
-                term = jnp.where((earlier == segments)[:, :, None], term, 0)
-            y = y + term
+        inner, scale = taps.shape[2], self.width**-0.5
+        init = named(uniform(scale), (None, "mlp"))
+        kernel = self.param("conv_kernel", init, (self.width, inner), jnp.float32)
+        y = causal_convolution(taps, kernel, segments)
         if self.conv_bias:
             bias = self.param("conv_bias", named(zeros, ("mlp",)), (inner,), jnp.float32)
             y = y + bias.astype(y.dtype)[None, None, :]
@@ -128,8 +117,8 @@ class Selective(nn.Module):
         dt = Dense(
             u.shape[-1],
             (None, "mlp"),
-            kernel_init=_uniform(scale),
-            bias_init=_log_uniform_softplus(self.smallest, self.largest),
+            kernel_init=uniform(scale),
+            bias_init=log_uniform_softplus(self.smallest, self.largest),
             name="step_size",
         )(r)
         wide = jnp.promote_types(u.dtype, jnp.float32)
@@ -214,6 +203,35 @@ def _compose(earlier: tuple[Array, Array], later: tuple[Array, Array]) -> tuple[
     return earlier[0] * later[0], later[0] * earlier[1] + later[1]
 
 
+def causal_convolution(
+    taps: Float[Array, "b m i"], kernel: Float[Array, "width i"], segments: Int[Array, "b n"] | None
+) -> Float[Array, "b n i"]:
+    """Output `t` is the sum of inputs `t - width + 1` to `t` of a document, each channel by its own weights.
+
+    Args:
+      taps: inputs, behind the `width - 1` before them.
+      kernel: the weights, of the earliest input first.
+      segments: documents, which do not see each other.
+    """
+    width, kernel = kernel.shape[0], kernel.astype(taps.dtype)
+    count = taps.shape[1] - width + 1
+    y = jnp.zeros((taps.shape[0], count, taps.shape[2]), taps.dtype)
+    for tap in range(width):
+        term = taps[:, tap : tap + count] * kernel[None, None, tap]
+        back = width - 1 - tap
+        if segments is not None and back:
+            earlier = jnp.pad(segments, ((0, 0), (back, 0)), constant_values=-1)[:, :count]
+            term = jnp.where((earlier == segments)[:, :, None], term, 0)
+        y = y + term
+    return y
+
+
+def first_of_each(segments: Int[Array, "b n"]) -> Bool[Array, "b n"]:
+    """The first token of every document, before which the state is emptied."""
+    before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return segments != before
+
+
 def kept(x: Float[Array, "b n i"], exists: Bool[Array, "b n"] | None) -> Float[Array, "b n i"]:
     """Zero on padding, which then writes nothing to convolution and state."""
     return x if exists is None else jnp.where(exists[:, :, None], x, 0)
@@ -229,7 +247,7 @@ def _log_range(key: Array, shape: tuple[int, int]) -> Float[Array, "i s"]:
     return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[1] + 1, dtype=jnp.float32))[None, :], shape)
 
 
-def _uniform(bound: float) -> Initializer:
+def uniform(bound: float) -> Initializer:
     """Between `-bound` and `bound`."""
 
     def init(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
@@ -238,7 +256,7 @@ def _uniform(bound: float) -> Initializer:
     return init
 
 
-def _log_uniform_softplus(smallest: float, largest: float) -> Initializer:
+def log_uniform_softplus(smallest: float, largest: float) -> Initializer:
     """Biases whose softplus is spread evenly in its logarithm."""
 
     def init(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:

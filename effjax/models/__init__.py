@@ -3,6 +3,7 @@
 from effjax.models.autoencoder import Autoencoder
 from effjax.models.dit import DiT
 from effjax.models.e_mmdit import EMMDiT
+from effjax.models.lingen import LinGen
 from effjax.models.lm import LM
 from effjax.models.lookup import LookupViT
 from effjax.models.pose import PoseTransformer
@@ -16,6 +17,7 @@ KINDS = {
     "autoencoder": Autoencoder,
     "dit": DiT,
     "e_mmdit": EMMDiT,
+    "lingen": LinGen,
     "lm": LM,
     "lookup_vit": LookupViT,
     "pose": PoseTransformer,

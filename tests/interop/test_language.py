@@ -105,6 +105,7 @@ def test_unknown_settings_are_named():
 
 def test_published_parameter_counts():
     """GPT-2, 124M with the tied head; Mistral 7B and Mixtral 8x7B, 46.7B; from their config.json."""
+    heads = dict(num_heads=24, head_dim=64, n_groups=1, tie_word_embeddings=True)
     wide = dict(hidden_size=4096, intermediate_size=14_336, num_attention_heads=32, num_key_value_heads=8)
     wide |= dict(num_hidden_layers=32, vocab_size=32_000)
     sizes = {
@@ -112,6 +113,7 @@ def test_published_parameter_counts():
         "mistral": (wide, 7_241_732_096),
         "mixtral": ({**wide, "num_local_experts": 8, "num_experts_per_tok": 2}, 46_702_792_704),
         "mamba": (dict(hidden_size=768, num_hidden_layers=24, vocab_size=50_280), 129_135_360),
+        "mamba2": (dict(hidden_size=768, num_hidden_layers=24, vocab_size=50_288, **heads), 128_989_632),
     }
     for kind, (config, parameters) in sizes.items():
         family = FAMILIES[f"transformers:{kind}"]

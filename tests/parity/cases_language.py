@@ -27,6 +27,8 @@ _GPT = dict(vocab_size=_VOCAB, n_embd=24, n_layer=2, n_head=4, n_positions=64, p
 _NEOX = {k: v for k, v in _TOY.items() if k != "num_key_value_heads"} | dict(hidden_size=32)
 _STATE = dict(vocab_size=_VOCAB, hidden_size=24, num_hidden_layers=2, state_size=5, pad_token_id=None)
 
+_HEADS = dict(num_heads=12, head_dim=4, n_groups=2, chunk_size=8)
+
 
 def _tokens(count: int, vocab: int) -> Any:
     return lambda rng: (rng.integers(0, vocab, (2, count)).astype(np.int32),)
@@ -169,6 +171,20 @@ TOYS = {
         tie_word_embeddings=False,
     ),
     "falcon_mamba": case("falcon_mamba", _STATE),
+    "mamba2": case("mamba2", _STATE, fixture=True, gradient=True, **_HEADS),
+    "mamba2_odd": case(
+        "mamba2",
+        _STATE,
+        num_heads=9,
+        head_dim=8,
+        expand=3,
+        n_groups=3,
+        chunk_size=256,
+        conv_kernel=3,
+        use_bias=True,
+        use_conv_bias=False,
+        tie_word_embeddings=True,
+    ),
     "qwen2_moe": case(
         "qwen2_moe", _TOY, moe_intermediate_size=20, shared_expert_intermediate_size=28, **_MOE
     ),

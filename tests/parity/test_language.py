@@ -14,7 +14,18 @@ from effjax.interop import load_pretrained
 from tests.parity.case import original, state
 from tests.parity.cases_language import MAMBA_130M, TOYS
 
-DECODED = ["gpt2", "llama", "llama_dynamic", "mistral", "mixtral", "mamba", "falcon_mamba", "olmo2", "gemma3"]
+DECODED = [
+    "gpt2",
+    "llama",
+    "llama_dynamic",
+    "mistral",
+    "mixtral",
+    "mamba",
+    "falcon_mamba",
+    "mamba2",
+    "olmo2",
+    "gemma3",
+]
 
 
 def test_mamba_130m_agrees_in_both_precisions():

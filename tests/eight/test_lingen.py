@@ -1,0 +1,26 @@
+"""LinGen, cut over eight devices in three ways at once, gives the losses of one device."""
+
+import jax
+import numpy as np
+
+from effjax.train.loop import fit
+from tests.train.toy import Memory, Recorder, program_of
+
+CHANGES = {"train__steps": "2 steps", "train__log_every": "1 steps", "evaluators": {}}
+
+
+def losses(program):
+    recorder = Recorder()
+    fit(program, program.init(), checkpoints=Memory(), observer=recorder, stop_requested=lambda: False)
+    return np.array(recorder.losses())
+
+
+def test_losses_are_those_of_one_device():
+    module = "configs.diffusion.lingen"
+    single = losses(program_of(module, devices=jax.devices()[:1], **CHANGES))
+    program = program_of(module, mesh={"data": 2, "fsdp": 2, "tensor": 2}, **CHANGES)
+    specs = [leaf.sharding.spec for leaf in jax.tree.leaves(program.shapes.params)]
+    assert any("fsdp" in spec for spec in specs)
+    assert any("tensor" in spec for spec in specs)
+    assert len(single) == 2
+    np.testing.assert_allclose(losses(program), single, rtol=1e-5)
