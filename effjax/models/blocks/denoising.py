@@ -1,8 +1,12 @@
 """Blocks of diffusion transformers by the name a config gives them.
 
 A block maps `(x [B, N, C], each, c [B, C] | None, context, train)` to `(x, kept)`; `each` is a `Layer`.
+Where the time alone decides what a layer does, `block.router(depth)` is a module that decides it for all
+layers: `(t [B], its embedding [B, C], embed) -> route`, whose slices are each layer's `each.route`. `embed`
+makes embeddings of other times.
 """
 
 from effjax.models.blocks.adaln import DiTBlock
+from effjax.models.blocks.switch_dit import SwitchDiTBlock
 
-KINDS = {"adaln_zero": DiTBlock}
+KINDS = {"adaln_zero": DiTBlock, "switch_dit": SwitchDiTBlock}
