@@ -35,6 +35,7 @@ from effjax.measure.analytic.shape import (
     peak_of,
 )
 from effjax.mixers.attention import Attention
+from effjax.models.blocks.switch_dit import SwitchDiTBlock
 from effjax.models.dit import DiT
 from effjax.models.lm import LM
 from effjax.models.vit import ViT
@@ -55,6 +56,8 @@ class Transformer:
     """Biases and norms of one block."""
     conditioning: int = 0
     """Matrices of one block that meet a sample once: adaLN."""
+    merged: int = 0
+    """Of one block, elements of a sum of such matrices that every token of a sample meets: no parameters."""
     token_matrices: int = 0
     """Outside the blocks, met by every token."""
     sample_matrices: int = 0
@@ -83,7 +86,7 @@ class Transformer:
 
     def matrix_macs(self, new: int) -> int:
         """Multiply-accumulates of `new` tokens of one sample with weights."""
-        inside = self.depth * (new * self.block_matrices + self.conditioning)
+        inside = self.depth * (new * (self.block_matrices + self.merged) + self.conditioning)
         return inside + (new - self.unembedded) * self.token_matrices + self.sample_matrices
 
     def attention_macs(self, new: int, seen: int) -> int:
@@ -150,11 +153,14 @@ class Transformer:
         own = model.condition == "per_block"  # then its embedding counts with the block
         time = model.frequencies * dim + dim * dim
         labels = (2 + model.classes + model.null_class) * dim  # and the two biases of the time embedding
-        # The norms have no weights unless the second one is affine, the modulation has a bias.
-        norms = (6 + 2 * model.block.ffn_affine) * dim + own * labels
+        experts = model.block.experts if isinstance(model.block, SwitchDiTBlock) else 0
+        # The norms have no weights unless the second one is affine, the modulation has a bias, as experts
+        # and their gates have.
+        norms = (6 + 2 * model.block.ffn_affine) * dim + own * labels + experts * (dim + 1)
         return dataclasses.replace(
             _blocks(model, norms),
-            conditioning=6 * dim * dim + own * time,
+            conditioning=6 * dim * dim + own * time + experts * (dim * dim + dim),
+            merged=dim * dim if experts else 0,
             token_matrices=(pixels + out) * dim,
             sample_matrices=2 * dim * dim + (not own) * time,  # last modulation, time embedding
             # Patch bias, two vectors of modulation, output bias.

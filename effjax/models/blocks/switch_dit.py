@@ -1,6 +1,6 @@
 """Switch-DiT: every block has experts of its own, and the time alone chooses among them.
 
-    p = softmax(silu(e_t) W_g + b_g)                             e_t the embedding of the time, without a label
+    p = softmax(silu(e_t) W_g + b_g)                          e_t the embedding of the time, without a label
     g = p where it is among the `chosen` largest, 0 elsewhere
     m = 1 + sum_e g_e (z W_e + b_e)                              an expert is one matrix, which starts at zero
     z <- block(m z) + (1 - m) z                                  block: adaLN-Zero
@@ -43,7 +43,7 @@ EPSILON = 1e-6
 
 
 class SwitchDiTBlock(DiTBlock):
-    """The adaLN-Zero block behind experts that the time chooses; a DiT's parameters have the same names in it.
+    """The adaLN-Zero block behind experts that the time chooses; a DiT's parameters keep their names.
 
     To step caches it has the two branches of a DiT's block; its experts are computed at every call.
 
@@ -100,7 +100,8 @@ class Experts(nn.Module):
         bias = self.param("bias", named(zeros, ("expert", "mlp")), (self.experts, width), jnp.float32)
         x, kernel, bias, gates = nn.dtypes.promote_dtype(x, kernel, bias, gates, dtype=x.dtype)
         merged = jnp.einsum("be,eio->bio", gates, kernel)  # [B, C, C]
-        return jnp.einsum("bni,bio->bno", x, merged) + (gates @ bias)[:, None]  # [B, N, C]
+        bias = jnp.sum(gates[:, :, None] * bias[None], axis=1)  # [B, C]
+        return jnp.einsum("bni,bio->bno", x, merged) + bias[:, None]  # [B, N, C]
 
 
 class TimeRouter(nn.Module):
@@ -165,7 +166,7 @@ def windows(times: int, depth: int, experts: int, chosen: int) -> Float[np.ndarr
     width = depth * chosen
     shift = np.linspace(0, 1, times) ** EXPONENT * (depth * experts - width)  # [T]
     unit = np.arange(depth * experts)[None] - np.round(shift)[:, None]  # [T, U] from the window's start
-    return ((0 <= unit) & (unit < width)).astype(np.float32)
+    return ((unit >= 0) & (unit < width)).astype(np.float32)
 
 
 def matching(
