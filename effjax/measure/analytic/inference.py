@@ -18,7 +18,7 @@ shapes are the models' own: BERT, Devlin et al. 2019; GPT-2, Radford et al. 2019
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 
@@ -136,7 +136,7 @@ class Transformer:
         positions = 0 if model.positioned == "none" else tokens - model.prefix + model.positioned_prefix
         rows = model.patch_bias + positions + model.prefix + model.mask_token
         return dataclasses.replace(
-            _blocks(model, norms=in_block),
+            blocks_of(model.block, model.dim, model.depth, in_block),
             token_matrices=model.patch**2 * channels * dim,
             sample_matrices=pooled * layer + (layer or pooled) * model.classes * heads,
             unembedded=model.prefix,
@@ -158,7 +158,7 @@ class Transformer:
         # and their gates have.
         norms = (6 + 2 * model.block.ffn_affine) * dim + own * labels + experts * (dim + 1)
         return dataclasses.replace(
-            _blocks(model, norms),
+            blocks_of(model.block, dim, model.depth, norms),
             conditioning=6 * dim * dim + own * time + experts * (dim * dim + dim),
             merged=dim * dim if experts else 0,
             token_matrices=(pixels + out) * dim,
@@ -168,17 +168,22 @@ class Transformer:
         )
 
 
-def _blocks(model: ViT | DiT, norms: int) -> Transformer:
-    mixer, ffn = model.block.mixer, model.block.ffn
+def blocks_of(block: Any, dim: int, depth: int, vectors: int) -> Transformer:
+    """A stack of equal blocks alone, whose norms and modulation have so many `vectors` in each.
+
+    Raises:
+      UsageError: for a mixer or an FFN without a closed form.
+    """
+    mixer, ffn = block.mixer, block.ffn
     if not isinstance(mixer, Attention) or not isinstance(ffn, Gated | MLP):
         raise UsageError(
             f"no closed form for {type(mixer).__name__} with {type(ffn).__name__}: count it with "
             f"effjax.measure.count."
         )
-    kv_heads, size = mixer.sizes(model.dim)
-    hidden, gated = ffn.hidden or round(model.dim * ffn.ratio), isinstance(ffn, Gated)
-    vectors = norms + mixer_biases(mixer, model.dim) + ffn_biases(ffn.use_bias, gated, model.dim, hidden)
-    return Transformer(model.depth, model.dim, mixer.heads, kv_heads, size, hidden, gated, vectors)
+    kv_heads, size = mixer.sizes(dim)
+    hidden, gated = ffn.hidden or round(dim * ffn.ratio), isinstance(ffn, Gated)
+    vectors += mixer_biases(mixer, dim) + ffn_biases(ffn.use_bias, gated, dim, hidden)
+    return Transformer(depth, dim, mixer.heads, kv_heads, size, hidden, gated, vectors)
 
 
 # Both are blocks with a bias on every matrix and two layer norms, four times as wide inside.

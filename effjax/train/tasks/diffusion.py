@@ -4,6 +4,9 @@ loss = E_{x_0, t, eps} L(model(x_t, t, label), x_0, eps, t),   x_t and L from th
 label -> "no label" with probability `label_dropout`, for classifier-free guidance (Ho and Salimans 2022).
 
 What is shown may be a picture, a latent or a video, and what it is told a label or the features of a text.
+
+A model may predict on the way, too: what it sows as `predictions` in training, pairs of a prediction and the
+pixels `[B, ..., 1]` that were computed, is what the loss is the mean of, the last prediction among them.
 """
 
 import dataclasses
@@ -13,12 +16,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray, Shaped
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from effjax.config import part
 from effjax.diffusion.caches import Stages
 from effjax.diffusion.denoiser import Condition, Denoiser, memoryless
-from effjax.diffusion.examples import across
+from effjax.diffusion.examples import across, mean_of_each
 from effjax.diffusion.process import KINDS as PROCESSES
 from effjax.diffusion.process import Process
 from effjax.errors import UsageError
@@ -26,6 +29,9 @@ from effjax.train.tasks.auxiliary import LOSSES, with_auxiliary
 from effjax.train.tasks.mean import Mean, Means
 
 Batch = Mapping[str, Array]
+
+# What a model predicts on the way.
+PREDICTIONS = "predictions"
 
 # Steps of the golden ratio cover [0, 1) evenly, whatever their number.
 _GOLDEN = 0.6180339887498949
@@ -82,7 +88,7 @@ class Diffusion:
         content = batch[self.content]
         t = jnp.zeros((content.shape[0],), jnp.float32)
         variables = self.model.init(key, content, t, batch[self.condition])
-        return {name: value for name, value in variables.items() if name != LOSSES}
+        return {name: value for name, value in variables.items() if name not in (LOSSES, PREDICTIONS)}
 
     def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
         """Draws time, noise and dropped labels, independently for each example."""
@@ -101,7 +107,7 @@ class Diffusion:
 
     def loss(self, variables: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Means, Any]:
         """The process's losses at the times and with the noise that `prepare` drew."""
-        mutable = [LOSSES, *(name for name in variables if name != "params")]
+        mutable = [LOSSES, PREDICTIONS, *(name for name in variables if name != "params")]
         content, noise, t = (
             batch[self.content].astype(jnp.float32),
             batch["noise"].astype(jnp.float32),
@@ -117,7 +123,20 @@ class Diffusion:
             mutable=mutable,
         )
         losses = self.process.loss(prediction.astype(jnp.float32), content, noise, t)  # each [B]
+        sown = jax.tree.leaves(collections.pop(PREDICTIONS, {}), is_leaf=_is_pair)
+        if sown:
+            each = [self._partial_loss(*pair, content, noise, t) for pair in sown]
+            losses["loss"] = sum(each[1:], start=each[0]) / len(each)
         return with_auxiliary({name: Mean.of(value) for name, value in losses.items()}, collections)
+
+    def _partial_loss(
+        self, prediction: Array, where: Array, content: Array, noise: Array, t: Array
+    ) -> Float[Array, " b"]:
+        """The loss of a prediction over the pixels that were computed."""
+        target = self.process.target(content, noise, t)
+        filled = jnp.where(where, prediction.astype(jnp.float32), target)  # no error elsewhere
+        share = mean_of_each(where.astype(jnp.float32))  # [B]
+        return self.process.loss(filled, content, noise, t)["loss"] / share
 
     def metrics(self, variables: Any, batch: Batch) -> Means:
         """The same losses with labels kept, at times and noise fixed by the place in the batch."""
@@ -174,6 +193,11 @@ class Diffusion:
         """Runs the network in the dtype of its parameters."""
         x_t = x_t.astype(dtype_of(variables))
         return self.model.apply(variables, x_t, self.process.network_time(t), label, **options)
+
+
+def _is_pair(node: Any) -> bool:
+    """Whether a node of what was sown is a prediction and its pixels; sowing makes tuples of such pairs."""
+    return isinstance(node, tuple) and len(node) == 2 and not isinstance(node[0], tuple)
 
 
 def dtype_of(variables: Any) -> Any:
