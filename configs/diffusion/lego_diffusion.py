@@ -77,7 +77,7 @@ def network(width: int, heads: int, classes: int, bricks: tuple[dict, ...]) -> C
 def own(variant: str) -> ConfigDict:
     """A local brick and a global one for pictures of 8 x 8 pixels."""
     width, heads, local, whole = (32, 2, 1, 1) if variant == "smoke" else (128, 4, 2, 4)
-    bricks = dict(size=4, patch=1, depth=local), dict(size=8, patch=2, depth=whole)
+    bricks = dict(size=4, patch=2, depth=local), dict(size=8, patch=2, depth=whole)
     return network(width, heads, 10, bricks[::-1] if variant.endswith("-pr") else bricks)
 
 

@@ -5,7 +5,8 @@
 `smoke`
     20 steps of a toy on digits: seconds.
 `digits`
-    2.18M parameters, the DiT of `dit.py:digits` with three experts a block: DIGITS
+    2.17M parameters, the DiT of `dit.py:digits` with three experts a block: 1500 steps in 6.7 minutes of
+    processor time, a held-out loss of 0.228 where the DiT has 0.229.
 `s2`, `b2`, `l2`, `xl2`
     The published models, three experts and two chosen, on latents of ImageNet as in `dit.py`: 400k steps of
     batch 256 at a constant 1e-4. Not run here; the published code's table has an FID of 33.99, 16.21, 8.78

@@ -11,7 +11,8 @@ down and up again.
 
 Every brick is trained to predict the same, so that one may be left out: what it was given is passed on, and
 the first is given x_t. Bricks of small squares may be left out at much noise, say the authors, and those of
-the whole picture at little. Any picture that all squares tile can be drawn, also one larger than those of training.
+the whole picture at little. Any picture that all squares tile can be drawn, also one larger than those of
+training.
 
 Source: Zheng et al., "Learning Stackable and Skippable LEGO Bricks for Efficient, Reconfigurable, and
 Variable-Resolution Diffusion Modeling", ICLR 2024, arXiv:2310.06389, and its code (JegZheng/LEGODiffusion),

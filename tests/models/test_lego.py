@@ -199,7 +199,7 @@ def test_a_brick_left_out_passes_on_what_it_was_given():
     """Each of three: the rest of the network on the estimate before it, and x_t before the first."""
     model, (x, t, label) = tiny(), inputs()
     params = drawn(model, x, t, label)
-    c, _ = run(model, params, t, label, jnp.float32, method=lambda m, *a: m.conditioned(*a))
+    c, _ = run(model, params, t, label, method=lambda m, *a: m.conditioned(*a, jnp.float32))
     seen = jnp.concatenate([x, room._coordinates(x)], axis=-1)
 
     def rest(params, without):
@@ -234,7 +234,7 @@ def test_bricks_that_do_not_run_are_not_computed():
     off = count(apply, params, x, t, label, branches=((".*", 0),)).macs
     on = count(apply, params, x, t, label, branches=((".*", 1),)).macs
     assert on == closed.macs(sometimes, 8, 8, 1, t=300.0)
-    assert off == closed.macs(sometimes, 8, 8, 1, t=500.0) < 0.75 * on
+    assert off == closed.macs(sometimes, 8, 8, 1, t=500.0) < 0.8 * on
 
 
 @pytest.mark.parametrize("variant", lego_diffusion.VARIANTS[:3])
