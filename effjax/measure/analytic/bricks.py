@@ -66,10 +66,10 @@ def _network(model: Lego, number: int, channels: int) -> Transformer:
     dim, block = model.dim, model.block
     seen = channels + COORDINATES + (channels if number else 0)
     stack = blocks_of(block, dim, brick.depth, (6 + 2 * block.ffn_affine) * dim)
-    fields = dict(
+    return dataclasses.replace(
+        stack,
         conditioning=6 * dim * dim,
         token_matrices=brick.patch**2 * (seen + channels) * dim,
         sample_matrices=2 * dim * dim,
         tables=3 * dim + brick.patch**2 * channels,  # patch bias, two vectors of modulation, output bias
     )
-    return dataclasses.replace(stack, **fields)

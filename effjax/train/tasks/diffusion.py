@@ -125,7 +125,7 @@ class Diffusion:
         losses = self.process.loss(prediction.astype(jnp.float32), content, noise, t)  # each [B]
         sown = jax.tree.leaves(collections.pop(PREDICTIONS, {}), is_leaf=_is_pair)
         if sown:
-            each = [self._partial_loss(*pair, content, noise, t) for pair in sown]
+            each = [self._partial_loss(made, where, content, noise, t) for made, where in sown]
             losses["loss"] = sum(each[1:], start=each[0]) / len(each)
         return with_auxiliary({name: Mean.of(value) for name, value in losses.items()}, collections)
 
