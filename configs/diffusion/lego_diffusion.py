@@ -12,7 +12,7 @@
 `SIZE-ORDER-SIDE`
     The published networks. Sizes `s`, `l`, `xl`; order `pg` from small squares to large, `pr` from large to
     small, `u` down and up again; sides 32, latents of 256 pixels, and 64: pictures of 64 pixels with `s` and
-    `l`, latents of 512 with `xl`. `s-pr-32`, `s-pg-32` and no others were not published. Not run here; the
+    `l`, latents of 512 with `xl`. All but `s-pg-32` and `s-pr-32` are published. Not run here; the
     authors' table has an FID of 2.16 for `l-pg-64`, 2.29 for `l-pr-64` and 2.59 for `xl-u-32`.
 
 A brick is left out with `config.model.bricks=...` of another `runs`, on the same weights. The published code
