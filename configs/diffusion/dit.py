@@ -38,7 +38,9 @@ def get_config(variant: str = "digits") -> ConfigDict:
     size, _, process = variant.partition("-")
     flow, small = process == "flow", size in ("smoke", "digits")
 
-    config = latents() if size in ("s2", "b2", "l2", "xl2") else digits(size == "smoke", flow)
+    config = latents() if size in ("s2", "b2", "l2", "xl2") else digits(size == "smoke")
+    if small:
+        config.evaluators.samples = samples(size == "smoke", flow)
     config.model = model(size, learned_sigma=not flow)
     config.task = ConfigDict(
         {
@@ -57,7 +59,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
     return config
 
 
-def digits(smoke: bool, flow: bool) -> ConfigDict:
+def digits(smoke: bool) -> ConfigDict:
     """The embedded digits as 8 x 8 pictures in [-1, 1]; the pixels are their own latents."""
     source = dict(kind="tfds", name="digits")
     scale = (dict(kind="to_float"),)
@@ -88,7 +90,6 @@ def digits(smoke: bool, flow: bool) -> ConfigDict:
                     every="10 steps" if smoke else "20%",
                     ema=True,
                 ),
-                samples=samples(smoke, flow),
             ),
         )
     )

@@ -21,7 +21,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.diffusion.dit import digits
+from configs.diffusion.dit import digits, samples
 
 VARIANTS = ("smoke", "digits", "512", "1024")
 
@@ -36,9 +36,11 @@ def get_config(variant: str = "digits") -> ConfigDict:
     if variant in ("smoke", "digits"):
         smoke = variant == "smoke"
         config = digits(smoke)
+        if not smoke:
+            config.evaluators.samples = samples(smoke=False, flow=True)
         # A caption is one word; cut into regions it takes as many tokens as these ask for.
         word = dict(kind="one_hot_text", words=10, length=4 if smoke else 1)
-        for data in (config.data, config.evaluators.test.data):
+        for data in (config.data, *(evaluator.data for evaluator in config.evaluators.values())):
             data.transforms = (*data.transforms, word)
         config.model = e_mmdit(
             32 if smoke else 64,

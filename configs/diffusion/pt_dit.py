@@ -35,7 +35,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.diffusion.dit import digits, latents
+from configs.diffusion.dit import digits, latents, samples
 
 #            dim, depth, heads: the paper's table 4
 SIZES = {
@@ -86,11 +86,13 @@ def get_config(variant: str = "digits") -> ConfigDict:
 def small(size: str, told_a_text: bool) -> ConfigDict:
     """The embedded digits, 8 x 8 pixels in tokens of 2 x 2, told as a label or as a text of one word."""
     config = digits(smoke=size == "smoke")
+    if size == "digits":
+        config.evaluators.samples = samples(smoke=False, flow=False)
     told: dict[str, Any] = {"text": 10} if told_a_text else {"classes": 10}
     config.model = model(size, (1, 2, 2), learned_sigma=False, **told)
     config.task = task(prediction="v", sigma="small", condition="text" if told_a_text else "label")
     if told_a_text:
-        for data in (config.data, config.evaluators.test.data):
+        for data in (config.data, *(evaluator.data for evaluator in config.evaluators.values())):
             data.transforms = (*data.transforms, dict(kind="one_hot_text", words=10))
     return config
 

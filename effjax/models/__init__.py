@@ -3,6 +3,7 @@
 from effjax.models.autoencoder import Autoencoder
 from effjax.models.dit import DiT
 from effjax.models.e_mmdit import EMMDiT
+from effjax.models.lego import Lego
 from effjax.models.lingen import LinGen
 from effjax.models.lm import LM
 from effjax.models.lookup import LookupViT
@@ -18,6 +19,7 @@ KINDS = {
     "dit": DiT,
     "e_mmdit": EMMDiT,
     "lingen": LinGen,
+    "lego": Lego,
     "lm": LM,
     "lookup_vit": LookupViT,
     "pose": PoseTransformer,

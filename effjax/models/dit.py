@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from effjax import tokens
 from effjax.config import part
+from effjax.errors import UsageError
 from effjax.layers.dense import Dense, named, zeros
 from effjax.layers.modulation import Modulation, TimeEmbed, modulate
 from effjax.layers.norms import norm
@@ -51,15 +52,23 @@ class Condition(nn.Module):
     frequencies: int
     inclusive: bool
 
-    @nn.compact
+    def setup(self) -> None:
+        """Names the two embeddings."""
+        init = named(_normal, (None, "embed"))
+        self.label_embed = nn.Embed(self.rows, self.dim, embedding_init=init)
+        self.time_embed = TimeEmbed(self.dim, self.frequencies, self.inclusive)
+
     def __call__(
         self, t: Float[Array, " b"], label: Int[Array, " b"], dtype: jax.typing.DTypeLike
-    ) -> Float[Array, "b c"]:
-        """Embeds times and labels in `dtype` and adds them."""
-        init = named(_normal, (None, "embed"))
-        label_embed = nn.Embed(self.rows, self.dim, embedding_init=init, name="label_embed")(label)  # [B, C]
-        time_embed = TimeEmbed(self.dim, self.frequencies, self.inclusive, name="time_embed")(t, dtype)
-        return time_embed + label_embed.astype(time_embed.dtype)
+    ) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
+        """Embeds times and labels in `dtype`; returns their sum, and the times alone."""
+        time = self.time_embed(t, dtype)  # [B, C]
+        return time + self.label_embed(label).astype(time.dtype), time
+
+    def time(self, t: Float[Array, " b"], dtype: jax.typing.DTypeLike) -> Float[Array, "b c"]:
+        """Embeds times alone."""
+        embedded: Array = self.time_embed(t, dtype)
+        return embedded
 
 
 @flax.struct.dataclass
@@ -70,6 +79,7 @@ class Stream:
       x: `[B, N, C]`, the tokens.
       c: `[B, C]`, the embedded condition that the last modulation reads, and the layers where `each` is None.
       each: `[depth, B, C]`, the condition of each layer, or None.
+      route: what the time alone decides for each layer, or None.
       grid: rows and columns of tokens.
       channels: of the noisy picture.
     """
@@ -77,6 +87,7 @@ class Stream:
     x: Any
     c: Any
     each: Any
+    route: Any
     grid: tuple[int, int] = flax.struct.field(pytree_node=False)
     channels: int = flax.struct.field(pytree_node=False)
 
@@ -144,6 +155,12 @@ class DiT(nn.Module):
             self.conditions = own(*fields)
         block = self.block if self.reduce is None else _reducing(self.block, self.reduce)
         self.blocks = Stack(block, self.depth, remat=self.remat, unroll=self.unroll)
+        self.router = block.router(self.depth) if hasattr(block, "router") else None
+        if self.router is not None and self.condition != "shared":
+            raise UsageError(
+                f"{type(block).__name__} is routed by one embedding of the time, and condition="
+                f"{self.condition!r} has one a block: take condition='shared'."
+            )
 
     def __call__(
         self,
@@ -179,18 +196,20 @@ class DiT(nn.Module):
         table = sincos_table(grid, self.dim, span=self.position_span)
         x = add_positions(x, jnp.asarray(table))  # [B, h w, C]
         x = nn.with_logical_constraint(x, ("batch", "length", "features"))
-        if self.condition == "shared":
-            return Stream(x, self.conditioned(t, label, x.dtype), None, grid, x_t.shape[-1])
-        each = self.conditions(t, label, x.dtype)  # [depth, B, C]
-        return Stream(x, each[0], each, grid, x_t.shape[-1])
+        if self.condition == "per_block":
+            each, _ = self.conditions(t, label, x.dtype)  # [depth, B, C]
+            return Stream(x, each[0], each, None, grid, x_t.shape[-1])
+        c, time = self.conditioned(t, label, x.dtype)  # 2 x [B, C]
+        route = None
+        if self.router is not None:
+            route = self.router(t, time, lambda t: self.conditioned.time(t, x.dtype))  # [depth, ...]
+        return Stream(x, c, None, route, grid, x_t.shape[-1])
 
     def layers(self, stream: Stream, part: tuple[int, int] | None = None, train: bool = False) -> Stream:
         """Runs the layers of `part`, from the first to before the second; None means all."""
         c = stream.c if stream.each is None else None
-        each = Layer(stream.each)
-        x, _ = self.blocks(
-            stream.x, c, Context(grid=stream.grid), each=each, train=train, part=part
-        )  # [B, h w, C]
+        each, context = Layer(stream.each, route=stream.route), Context(grid=stream.grid)
+        x, _ = self.blocks(stream.x, c, context, each=each, train=train, part=part)  # [B, h w, C]
         return dataclasses.replace(stream, x=x)
 
     def recall(
@@ -201,7 +220,8 @@ class DiT(nn.Module):
     ) -> tuple[Stream, Float[Array, "depth branches b n c"]]:
         """Runs all layers, where mixers and FFNs that are not fresh give what was kept of them."""
         c = stream.c if stream.each is None else None
-        x, kept = self.blocks(stream.x, c, Context(grid=stream.grid), each=Layer(stream.each, fresh, kept))
+        each = Layer(stream.each, fresh, kept, stream.route)
+        x, kept = self.blocks(stream.x, c, Context(grid=stream.grid), each=each)
         return dataclasses.replace(stream, x=x), kept
 
     @nn.compact

@@ -123,7 +123,8 @@ class VDT(nn.Module):
         places = sincos_table(grid, self.dim)[None] + sincos_line(self.frames, self.dim)[:, None]
         x = x + jnp.asarray(places, x.dtype)[None]  # [B, F, h w, C]
         x = nn.with_logical_constraint(x, ("batch", "time", "length", "features"))
-        return Stream(x, self.conditioned(t, label, x.dtype), None, grid, x_t.shape[-1])
+        c, _ = self.conditioned(t, label, x.dtype)  # [B, C]
+        return Stream(x, c, None, None, grid, x_t.shape[-1])
 
     def layers(self, stream: Stream, part: tuple[int, int] | None = None, train: bool = False) -> Stream:
         """Runs the layers of `part`, from the first to before the second; None means all."""

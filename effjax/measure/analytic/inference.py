@@ -18,7 +18,7 @@ shapes are the models' own: BERT, Devlin et al. 2019; GPT-2, Radford et al. 2019
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 
@@ -36,6 +36,7 @@ from effjax.measure.analytic.shape import (
 )
 from effjax.mixers.attention import Attention
 from effjax.models.blocks.adaln import DiTBlock
+from effjax.models.blocks.switch_dit import SwitchDiTBlock
 from effjax.models.dit import DiT
 from effjax.models.lm import LM
 from effjax.models.vit import ViT
@@ -56,6 +57,8 @@ class Transformer:
     """Biases and norms of one block."""
     conditioning: int = 0
     """Matrices of one block that meet a sample once: adaLN."""
+    merged: int = 0
+    """Of one block, elements of a sum of such matrices that every token of a sample meets: no parameters."""
     token_matrices: int = 0
     """Outside the blocks, met by every token."""
     sample_matrices: int = 0
@@ -84,7 +87,7 @@ class Transformer:
 
     def matrix_macs(self, new: int) -> int:
         """Multiply-accumulates of `new` tokens of one sample with weights."""
-        inside = self.depth * (new * self.block_matrices + self.conditioning)
+        inside = self.depth * (new * (self.block_matrices + self.merged) + self.conditioning)
         return inside + (new - self.unembedded) * self.token_matrices + self.sample_matrices
 
     def attention_macs(self, new: int, seen: int) -> int:
@@ -134,7 +137,7 @@ class Transformer:
         positions = 0 if model.positioned == "none" else tokens - model.prefix + model.positioned_prefix
         rows = model.patch_bias + positions + model.prefix + model.mask_token
         return dataclasses.replace(
-            _blocks(model, norms=in_block),
+            blocks_of(model.block, model.dim, model.depth, in_block),
             token_matrices=model.patch**2 * channels * dim,
             sample_matrices=pooled * layer + (layer or pooled) * model.classes * heads,
             unembedded=model.prefix,
@@ -159,11 +162,14 @@ class Transformer:
         own = model.condition == "per_block"  # then its embedding counts with the block
         time = model.frequencies * dim + dim * dim
         labels = (2 + model.classes + model.null_class) * dim  # and the two biases of the time embedding
-        # The norms have no weights unless the second one is affine, the modulation has a bias.
-        norms = (6 + 2 * model.block.ffn_affine) * dim + own * labels
+        experts = model.block.experts if isinstance(model.block, SwitchDiTBlock) else 0
+        # The norms have no weights unless the second one is affine, the modulation has a bias, as experts
+        # and their gates have.
+        norms = (6 + 2 * model.block.ffn_affine) * dim + own * labels + experts * (dim + 1)
         return dataclasses.replace(
-            _blocks(model, norms),
-            conditioning=6 * dim * dim + own * time,
+            blocks_of(model.block, dim, model.depth, norms),
+            conditioning=6 * dim * dim + own * time + experts * (dim * dim + dim),
+            merged=dim * dim if experts else 0,
             token_matrices=(pixels + out) * dim,
             sample_matrices=2 * dim * dim + (not own) * time,  # last modulation, time embedding
             # Patch bias, two vectors of modulation, output bias.
@@ -171,17 +177,22 @@ class Transformer:
         )
 
 
-def _blocks(model: ViT | DiT, norms: int) -> Transformer:
-    mixer, ffn = model.block.mixer, model.block.ffn
+def blocks_of(block: Any, dim: int, depth: int, vectors: int) -> Transformer:
+    """A stack of equal blocks alone, whose norms and modulation have so many `vectors` in each.
+
+    Raises:
+      UsageError: for a mixer or an FFN without a closed form.
+    """
+    mixer, ffn = block.mixer, block.ffn
     if not isinstance(mixer, Attention) or not isinstance(ffn, Gated | MLP):
         raise UsageError(
             f"no closed form for {type(mixer).__name__} with {type(ffn).__name__}: count it with "
             f"effjax.measure.count."
         )
-    kv_heads, size = mixer.sizes(model.dim)
-    hidden, gated = ffn.hidden or round(model.dim * ffn.ratio), isinstance(ffn, Gated)
-    vectors = norms + mixer_biases(mixer, model.dim) + ffn_biases(ffn.use_bias, gated, model.dim, hidden)
-    return Transformer(model.depth, model.dim, mixer.heads, kv_heads, size, hidden, gated, vectors)
+    kv_heads, size = mixer.sizes(dim)
+    hidden, gated = ffn.hidden or round(dim * ffn.ratio), isinstance(ffn, Gated)
+    vectors += mixer_biases(mixer, dim) + ffn_biases(ffn.use_bias, gated, dim, hidden)
+    return Transformer(depth, dim, mixer.heads, kv_heads, size, hidden, gated, vectors)
 
 
 # Both are blocks with a bias on every matrix and two layer norms, four times as wide inside.

@@ -32,11 +32,13 @@ class Layer:
       c: `[B, C]`, its condition; None where all share one.
       fresh: `[branches]`, which of its branches are computed.
       kept: `[branches, B, N, C]`, what they gave before; None computes all and keeps nothing.
+      route: what its `router` decided from the time alone; None where it has none.
     """
 
     c: Any = None
     fresh: Any = None
     kept: Any = None
+    route: Any = None
 
     def branch(self, number: int, compute: Callable[..., Array], block: nn.Module, h: Array) -> Array:
         """What a branch gives: computed, or what was kept of it."""

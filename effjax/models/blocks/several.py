@@ -40,6 +40,9 @@ class Several(nn.Module):
         super().__post_init__()
         if not self.members:
             raise UsageError(f"{type(self).__name__} needs members: name at least one block.")
+        for member in self.members:
+            if hasattr(member, "router"):
+                raise UsageError(f"{type(member).__name__} is routed with its whole stack: no member.")
 
     @property
     def epsilon(self) -> float:

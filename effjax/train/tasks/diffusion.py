@@ -6,6 +6,9 @@ label -> "no label" with probability `label_dropout`, for classifier-free guidan
 What is shown may be a picture, a latent or a video, and what it is told a label or the features of a text.
 Of a video parts may be given, by masks: the model sees them clean, and the loss is on the others (Lu et al.
 2024, VDT).
+
+A model may predict on the way, too: what it sows as `predictions` in training, pairs of a prediction and the
+pixels `[B, ..., 1]` that were computed, is what the loss is the mean of, the last prediction among them.
 """
 
 import dataclasses
@@ -33,8 +36,8 @@ from effjax.train.tasks.mean import Mean, Means
 
 Batch = Mapping[str, Array]
 
-# The collection that holds the weights of an autoencoder.
-AUTOENCODER = "autoencoder"
+# The collection that holds the weights of an autoencoder, and that of what a model predicts on the way.
+AUTOENCODER, PREDICTIONS = "autoencoder", "predictions"
 
 # Steps of the golden ratio cover [0, 1) evenly, whatever their number.
 _GOLDEN = 0.6180339887498949
@@ -126,7 +129,7 @@ class Diffusion:
         t = jnp.zeros((content.shape[0],), jnp.float32)
         noised = jnp.zeros((content.shape[0], *self.shape(content.shape[1:])), jnp.float32)
         variables = self.model.init(key, noised, t, self.told(batch))
-        made = {name: value for name, value in variables.items() if name != LOSSES}
+        made = {name: value for name, value in variables.items() if name not in (LOSSES, PREDICTIONS)}
         if self.latents is None:
             return made
         model = self.latents.model  # whose parameters are the same for pictures of any size
@@ -158,7 +161,8 @@ class Diffusion:
 
     def loss(self, variables: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Means, Any]:
         """The process's losses at the times and with the noise that `prepare` drew."""
-        mutable = [LOSSES, *(name for name in variables if name not in ("params", AUTOENCODER))]
+        held = "params", AUTOENCODER
+        mutable = [LOSSES, PREDICTIONS, *(name for name in variables if name not in held)]
         content, noise, t = self._noised(variables, batch), batch["noise"].astype(jnp.float32), batch["time"]
         known = batch.get("known")
         prediction, collections = self._predict(
@@ -170,7 +174,15 @@ class Diffusion:
             rngs={"dropout": key},
             mutable=mutable,
         )
-        means, rest = with_auxiliary(self._means(prediction, content, noise, t, known), collections)
+        means = self._means(prediction, content, noise, t, known)
+        sown = jax.tree.leaves(collections.pop(PREDICTIONS, {}), is_leaf=_is_pair)
+        if sown:
+            each = [
+                self.process.loss(made.astype(jnp.float32), content, noise, t, where)["loss"]  # [B]
+                for made, where in sown
+            ]
+            means = {**means, "loss": Mean.of(sum(each[1:], start=each[0]) / len(each))}
+        means, rest = with_auxiliary(means, collections)
         return means, rest | {name: variables[name] for name in self.frozen}
 
     def metrics(self, variables: Any, batch: Batch) -> Means:
@@ -273,6 +285,11 @@ class Diffusion:
 def _with_known(x_t: Array, content: Array, known: Array | None) -> Array:
     """What the network sees: what is given is clean."""
     return x_t if known is None else Known(content, known).into(x_t)
+
+
+def _is_pair(node: Any) -> bool:
+    """Whether a node of what was sown is a prediction and its pixels; sowing makes tuples of such pairs."""
+    return isinstance(node, tuple) and len(node) == 2 and not isinstance(node[0], tuple)
 
 
 def dtype_of(variables: Any) -> Any:

@@ -70,7 +70,7 @@ class Grafting(Diffusion):
     @property
     def frozen(self) -> dict[str, str | None]:
         """Collections that are read from a folder and stay as they are."""
-        return {"teacher": self.weights}
+        return {**super().frozen, "teacher": self.weights}
 
     def inherit(self, shapes: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         """All parameters but those of new operators."""
@@ -79,15 +79,17 @@ class Grafting(Diffusion):
     def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
         """Makes the variables of both networks."""
         of_student, of_teacher = jax.random.split(key)
-        fields = (self.process, self.label_dropout, self.content, self.condition)
-        teacher = Diffusion(self.teacher, *fields).init(of_teacher, batch)
-        return {**super().init(of_student, batch), "teacher": teacher}
+        made = super().init(of_student, batch)
+        content = batch[self.content]
+        noised = jnp.zeros((1, *self.shape(content.shape[1:])), jnp.float32)
+        told = self.told(batch)[:1]
+        return {**made, "teacher": dict(self.teacher.init(of_teacher, noised, jnp.zeros(1), told))}
 
     def loss(self, variables: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Means, Any]:
         """The distances to what the teacher's operators give, and the squared errors as shares."""
-        content, noise = batch[self.content].astype(jnp.float32), batch["noise"].astype(jnp.float32)
+        content, noise = self._noised(variables, batch), batch["noise"].astype(jnp.float32)
         x_t = self.process.noise(content, noise, batch["time"])
-        found = self._compared(variables, x_t, batch["time"], batch[self.condition])
+        found = self._compared(variables, x_t, batch["time"], self.told(batch))
         means = {f"{name}_error": Mean.of(error) for name, (_, error) in found.items()}
         loss = functools.reduce(jnp.add, (distance for distance, _ in found.values()))  # [B]
         others = {name: value for name, value in variables.items() if name != "params"}
