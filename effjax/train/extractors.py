@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from effjax import models
 from effjax.config import part
+from effjax.data import Data, OpenData
 from effjax.errors import UsageError
 from effjax.parallel.sharding import activate, to_global
 from effjax.train import optimizers
@@ -36,8 +37,9 @@ class Classifier:
     Attributes:
       model: maps pictures to logits.
       weights: folder of its weights: of a training run, or of what `experiments.convert` wrote.
-      fit: where there are no weights, how long it is trained on the run's own training data, which takes
-        pictures small enough for that; None where there are.
+      fit: where there are no weights, how long it is trained before it is first asked, which takes pictures
+        small enough for that; None where there are.
+      data: what it is trained on then, pictures in [-1, 1] and labels; None takes the run's own data.
       optimizer: for that.
       size: side to which pictures are resized; None leaves them.
       mean, std: of the pixels it was trained on, in [0, 1], a number a channel or one for all.
@@ -46,6 +48,7 @@ class Classifier:
     model: nn.Module = part(models.KINDS)
     weights: str | None = None
     fit: str | None = None
+    data: Data | None = None
     optimizer: Any = part(
         optimizers.KINDS, default=optimizers.Muon(lr=3e-3, schedule=Cosine(warmup="10%"), weight_decay=0.05)
     )
@@ -68,13 +71,16 @@ class Classifier:
           show: the pictures of a batch, in [-1, 1].
           read: gives the weights in a folder.
         """
-        example = jax.tree.map(jnp.asarray, dict(program.data.example_batch(1)))
+        if self.data is not None:
+            show = _pictures
+        data = program.data if self.data is None else self.data.open()
+        example = jax.tree.map(jnp.asarray, dict(data.example_batch(1)))
         pictures = jnp.zeros(jax.eval_shape(show, example).shape, jnp.float32)
         if self.weights is not None:
             shapes = jax.eval_shape(lambda: meta.unbox(self._init(pictures)))
             return jax.tree.map(jnp.asarray, read(self.weights, shapes, "the extractor's model"))
         assert self.fit is not None
-        return self._fitted(program, show, pictures, self.fit)
+        return self._fitted(program, data, show, pictures, self.fit)
 
     def __call__(
         self, variables: Any, pictures: Float[Array, "b h w c"]
@@ -96,10 +102,9 @@ class Classifier:
         mean, std = (jnp.asarray(value, pictures.dtype)[None, None, None] for value in (self.mean, self.std))
         return ((pictures + 1) / 2 - mean) / std
 
-    def _fitted(self, program: Any, show: Any, pictures: Array, length: str) -> Any:
+    def _fitted(self, program: Any, data: OpenData, show: Any, pictures: Array, length: str) -> Any:
         """Trained from its first weights, on every device alike."""
         task = Classification(self.model, smoothing=0.1)
-        data = program.data
         budget = Budget.of(length, data.definition.batch_size, data.num_examples)
         variables = meta.unbox(self._init(pictures))
         optimizer = self.optimizer.transformation(variables["params"], budget)
@@ -125,6 +130,11 @@ class Classifier:
                 "its optimizer."
             )
         return {"params": state.params, **state.collections}
+
+
+def _pictures(batch: Mapping[str, Array]) -> Array:
+    """Those of data that hold nothing else."""
+    return batch["image"].astype(jnp.float32)
 
 
 KINDS = {"classifier": Classifier}

@@ -47,7 +47,7 @@ def test_prints_the_page():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["vti"], "error: 'vti' is not in the catalogue. Did you mean 'vit' or 'vim'?"),
+        (["vti"], "error: 'vti' is not in the catalogue. Did you mean 'vit' or 'vim' or 'vdt'?"),
         (["--room=model"], "error: No room 'model' in the catalogue. Did you mean 'models'?"),
         (["--status=done"], "error: No status 'done'."),
         (["--markdown", "vit"], "error: Give names of systems, or filters, or --markdown: one of the three."),

@@ -22,7 +22,7 @@ SIZES = [
 
 # Variants made here, and processes, pre-training, stages and data that share the networks of others.
 OWN = ("smoke", "digits", "motion", "pydocs", "scenes")
-SHARED = ("-flow", "-22k", "-tuned", "-ucf101", "-cityscapes")
+SHARED = ("-flow", "-22k", "-tuned", "-reflow", "-one-step", "-ucf101", "-cityscapes")
 
 
 def module_of(path):

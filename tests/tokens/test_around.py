@@ -21,7 +21,7 @@ SECTION = dict(
     dim=24,
     depth=3,
     classes=5,
-    block=dict(mixer=dict(kind="attention", heads=3), ffn=dict(kind="mlp")),
+    block=dict(kind="adaln_zero", mixer=dict(kind="attention", heads=3), ffn=dict(kind="mlp")),
 )
 MODEL = build_kind(KINDS, SECTION, "config.model")
 INPUTS = jax.random.normal(jax.random.key(0), (2, 8, 8, 3)), jnp.array([3.0, 700.0]), jnp.array([1, 4])

@@ -112,3 +112,15 @@ def test_only_diffusion_runs_draw(program):
     vision = program_of("vision")
     with pytest.raises(UsageError, match="needs a diffusion run, and this one is classification"):
         definition().open(no_weights)(vision, vision.variables(vision.init(), ema=False), lambda: None)
+
+
+def test_the_extractor_may_be_trained_on_data_of_its_own(program):
+    """The run's own pictures are then not looked at."""
+    data = dataclasses.replace(definition().data, batch_size=16)
+    data = dataclasses.replace(data, source=dataclasses.replace(data.source, split="train[:32]"))
+    own = dataclasses.replace(definition().extractor, fit="1 epochs", data=data)
+    variables, again = (own.variables(program, lambda batch: batch["none"], no_weights) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, variables, again)
+    others = dataclasses.replace(own, data=None).variables(program, lambda batch: batch["image"], no_weights)
+    different = jax.tree.map(lambda a, b: not np.array_equal(a, b), variables, others)
+    assert any(jax.tree.leaves(different))
