@@ -15,8 +15,9 @@ Folders other than these are given by --config.train.start and --config.data.sou
     The flow of configs/diffusion/dit.py:digits-flow; a flow on its pairs, which have the guidance in them;
     and a student that learns the step from noise to the picture alone.
 `xl2-reflow`, `xl2-one-step`
-    The same behind configs/diffusion/dit.py:xl2-flow, on latents of ImageNet. Not run here; InstaFlow itself is a U-Net of 0.9B
-    parameters that starts from Stable Diffusion, with an FID of 23.3 on 5,000 texts of COCO in one step.
+    The same behind configs/diffusion/dit.py:xl2-flow, on latents of ImageNet. Not run here; InstaFlow itself
+    is a U-Net of 0.9B parameters that starts from Stable Diffusion, with an FID of 23.3 on 5,000 texts of
+    COCO in one step.
 """
 
 from ml_collections import ConfigDict
