@@ -78,7 +78,7 @@ def imagenet() -> ConfigDict:
     """Crops of 256 pixels, AdamW at 4.5e-6 an example of the batch as Rombach et al. scale it, EMA 0.9999."""
     source = dict(kind="tfds", name="imagenet2012")
     crop = (
-        dict(kind="random_resized_crop", size=(256, 256)),
+        dict(kind="random_resized_crop", size=256),
         dict(kind="random_flip"),
         dict(kind="to_float"),
     )
