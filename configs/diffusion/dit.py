@@ -8,7 +8,10 @@
 `digits`
     1.87M parameters on 1,437 digits of 8 x 8 pixels, v prediction, 1500 steps: four and a half minutes on 2
     CPU cores, a held-out loss of 0.229. Of 300 samples (DDIM, 25 steps) a support vector machine that knows
-    98.9% of the held-out digits finds 98.3% in their class without guidance and 100% at scale 2.
+    98.9% of the held-out digits finds 98.3% in their class without guidance and 100% at scale 2. The
+    evaluation in the loop, of the averaged weights at scale 2: agreement 100% by a ViT at 97.8% held-out, a
+    Fréchet distance of 0.41 in its features (1.38 between two halves of the real ones), precision 0.96 and
+    recall 0.37.
 `s2`, `b2`, `l2`, `xl2`
     The paper's models on 32 x 32 x 4 latents of ImageNet, which lie on disk as a TFDS data set
     `imagenet_latents` (fields `image` [32, 32, 4] float32 and `label`). Not run here; the paper reports an
