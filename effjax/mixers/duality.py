@@ -104,7 +104,8 @@ class Duality(nn.Module):
     ) -> Float[Array, "b n k"]:
         """The causal depthwise convolution and its activation; `name` is that of its parameters."""
         shape, init = (self.width, taps.shape[2]), named(uniform(self.width**-0.5), (None, axis))
-        y = causal_convolution(taps, self.param(f"{name}_kernel", init, shape, jnp.float32), segments)
+        kernel = jnp.asarray(self.param(f"{name}_kernel", init, shape, jnp.float32))
+        y = causal_convolution(taps, kernel, segments)
         if self.conv_bias:
             bias = self.param(f"{name}_bias", named(zeros, (axis,)), shape[1:], jnp.float32)
             y = y + bias.astype(y.dtype)[None, None, :]

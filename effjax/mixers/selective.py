@@ -94,7 +94,7 @@ class Selective(nn.Module):
         inner, scale = taps.shape[2], self.width**-0.5
         init = named(uniform(scale), (None, "mlp"))
         kernel = self.param("conv_kernel", init, (self.width, inner), jnp.float32)
-        y = causal_convolution(taps, kernel, segments)
+        y = causal_convolution(taps, jnp.asarray(kernel), segments)
         if self.conv_bias:
             bias = self.param("conv_bias", named(zeros, ("mlp",)), (inner,), jnp.float32)
             y = y + bias.astype(y.dtype)[None, None, :]
