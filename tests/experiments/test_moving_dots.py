@@ -41,7 +41,8 @@ def test_prediction_from_two_frames_beats_copying_the_last():
     block = SpatioTemporalBlock(**attention, ffn=MLP(activation="gelu_tanh"))
     model = VDT(patch=4, dim=64, depth=2, frames=FRAMES, block=block, learned_sigma=False, frequencies=32)
     kinds = (FORWARD, masks.Backward(given=2))
-    task = Diffusion(model, DDPM(sigma="small", prediction="x0"), 0.0, content="video", condition=None, masks=kinds)
+    process = DDPM(sigma="small", prediction="x0")
+    task = Diffusion(model, process, 0.0, content="video", condition=None, masks=kinds)
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, STEPS))
 
     @jax.jit
