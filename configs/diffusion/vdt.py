@@ -1,7 +1,22 @@
 """Video diffusion transformers: VDT (Lu et al. 2024), with attention along time and unified mask modelling.
 
-python -m experiments.train --config=configs/diffusion/vdt.py:VARIANT --workdir=runs/vdt
-python -m experiments.sample --workdir=runs/vdt --out=scenes.gif --given=forward:given=2
+    python -m experiments.train --config=configs/diffusion/vdt.py:VARIANT --workdir=runs/vdt
+    python -m experiments.sample --workdir=runs/vdt --out=next.gif --given=forward:given=2 --steps=4
+
+`smoke`
+    20 steps of a toy on four frames of scenes: seconds.
+`scenes`
+    1.61M parameters on 1,024 clips of eight frames of 16 x 16 pixels, all kinds of masks, v prediction, 900
+    steps: eight and a half minutes of CPU time on busy cores, a held-out loss of 0.118. From two frames of 64
+    held-out clips the six others are predicted with a mean squared error of 0.111 in one DDIM step, which is
+    the mean of what may come, and 0.127 in four; copying the last given frame has 0.147. A draw of twenty
+    steps has 0.155, as a sample varies where a mean does not.
+`s2`, `l2`
+    The paper's models on clips of 16 frames of 32 x 32 x 4 latents of Sky Time-lapse, which lie on disk as a
+    TFDS data set `sky_latents` (field `video` [16, 32, 32, 4] float32), with all kinds of masks, for which
+    weights were published. With `-ucf101` behind the name unconditional on `ucf101_latents`, with
+    `-cityscapes` prediction from eight frames on `cityscapes_latents` of 16 x 16 x 4. Not run here. Of the
+    recipe no code was published; DiT's stands in.
 """
 
 from typing import Any
