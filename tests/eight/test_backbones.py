@@ -6,7 +6,7 @@ import pytest
 
 from effjax.train.loop import fit
 from tests.models.test_backbones import NAMES
-from tests.train.toy import Memory, Recorder, program_of
+from tests.train.toy import Memory, Recorder, no_weights, program_of
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 # Toys with one head, which no tensor axis can cut: the papers fix how many channels a head has.
@@ -16,7 +16,14 @@ CHANGES = {"train__steps": "3 steps", "train__log_every": "1 steps", "evaluators
 
 def losses(program):
     recorder = Recorder()
-    fit(program, program.init(), checkpoints=Memory(), observer=recorder, stop_requested=lambda: False)
+    fit(
+        program,
+        program.init(),
+        checkpoints=Memory(),
+        observer=recorder,
+        stop_requested=lambda: False,
+        read=no_weights,
+    )
     return np.array(recorder.losses())
 
 

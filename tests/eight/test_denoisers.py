@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from effjax.train.loop import fit
-from tests.train.toy import Memory, Recorder, program_of
+from tests.train.toy import Memory, Recorder, no_weights, program_of
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 CHANGES = {"train__steps": "3 steps", "train__log_every": "1 steps", "evaluators": {}}
@@ -15,7 +15,14 @@ MODELS = {"switch_dit": {}, "lego_diffusion": {"model__bricks": SOME_SQUARES}}
 
 def losses(program):
     recorder = Recorder()
-    fit(program, program.init(), checkpoints=Memory(), observer=recorder, stop_requested=lambda: False)
+    fit(
+        program,
+        program.init(),
+        checkpoints=Memory(),
+        observer=recorder,
+        stop_requested=lambda: False,
+        read=no_weights,
+    )
     return np.array(recorder.losses())
 
 

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from effjax.errors import UsageError
 from effjax.matching import named_leaves
 from effjax.train.loop import fit
-from tests.train.toy import FAMILIES, Memory, Recorder, program_of
+from tests.train.toy import FAMILIES, Memory, Recorder, no_weights, program_of
 
 MESHES = {
     "data": {"data": 8},
@@ -29,6 +29,7 @@ def run(program):
         checkpoints=Memory(),
         observer=recorder,
         stop_requested=lambda: False,
+        read=no_weights,
     )
     return np.array(recorder.losses())
 
