@@ -41,7 +41,8 @@ def main(argv: list[str]) -> None:
     # Imported here, so that --help and a wrong flag answer at once.
     from effjax.errors import UsageError
     from effjax.train.tasks.diffusion import Diffusion
-    from experiments.run import accelerated_sampling, accelerating, sampling
+    from effjax.train.tasks.language import Language
+    from experiments.run import accelerated_language, accelerated_sampling, accelerating, sampling
     from experiments.run.method_spec import parse
 
     if not METHODS.value:
@@ -58,6 +59,11 @@ def main(argv: list[str]) -> None:
             guidance=GUIDANCE.value, sampler=SAMPLER.value, steps=STEPS.value, per_class=4
         )
         accelerated_sampling.run(source, methods, request, rounds=ROUNDS.value, out=OUT.value)
+        return
+    if isinstance(source.program.task, Language):
+        accelerated_language.run(
+            source, methods, evaluator=EVALUATOR.value, rounds=ROUNDS.value, out=OUT.value
+        )
         return
     accelerating.run(
         source,

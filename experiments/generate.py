@@ -1,22 +1,38 @@
-"""Writes on from a prompt with a trained language model.
+"""Writes on from prompts with a trained language model.
 
     python -m experiments.generate --workdir=runs/lm --prompt="Return the " --max_new=200
     python -m experiments.generate --workdir=runs/lm --prompt="Return the " --top_k=40 --seed=1
+    python -m experiments.generate --workdir=runs/lm --prompt="Return" --prompt="The class" --beams=4
+    python -m experiments.generate --workdir=runs/lm --prompts=prompts.txt --min_p=0.1 --top_p=1
 
-Prints the prompt and what follows it, up to the end of the document or --max_new tokens. The same seed gives
-the same text; --temperature=0 always takes the most likely token.
+Prints each prompt and what follows it, up to the end of the document or --max_new tokens; all prompts are
+written on at once. The same seed gives the same texts; --temperature=0 always takes the most likely token,
+and --beams searches for the likeliest text. What it took (time to the first token, tokens a second, bytes of
+the caches; measured after compiling) goes to standard error, so that the texts can be piped.
 """
+
+from pathlib import Path
 
 from absl import flags
 
 from experiments import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
-PROMPT = flags.DEFINE_string("prompt", None, "how the text begins")
-MAX_NEW = flags.DEFINE_integer("max_new", 200, "the most tokens to write")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "how a text begins; may be given several times")
+PROMPTS = flags.DEFINE_string("prompts", None, "a file with a prompt in every line that is not empty")
+MAX_NEW = flags.DEFINE_integer("max_new", 200, "the most tokens to write after each prompt")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "divides the logits; 0 takes the most likely token")
 TOP_K = flags.DEFINE_integer("top_k", None, "draw from this many most likely tokens; by default from all")
 TOP_P = flags.DEFINE_float("top_p", 0.95, "draw from the most likely tokens that hold this mass; 1 takes all")
+MIN_P = flags.DEFINE_float(
+    "min_p", 0.0, "draw from tokens of at least this share of the largest probability; 0 takes all"
+)
+BEAMS = flags.DEFINE_integer(
+    "beams", None, "search for the likeliest text with this many beams instead of drawing"
+)
+LENGTH_PENALTY = flags.DEFINE_float(
+    "length_penalty", 1.0, "of --beams: power of the length that divides the log-probability of a text"
+)
 SEED = flags.DEFINE_integer("seed", 0, "of the draws")
 STEP = flags.DEFINE_integer("step", None, "step of the checkpoint; by default the newest")
 
@@ -25,17 +41,43 @@ def main(argv: list[str]) -> int:
     """Loads the run, writes, prints."""
     del argv
     # Imported here, so that --help and a wrong flag answer at once.
+    from rich.console import Console
+
+    from effjax.decoding.beam import Beams
     from effjax.decoding.sampling import Sampling
     from effjax.errors import UsageError
     from experiments.run import writing
+    from experiments.run.closing import closing_table
 
     if WORKDIR.value is None:
         raise UsageError("--workdir is missing. Name a run that was trained: --workdir=runs/NAME.")
-    if PROMPT.value is None:
+    prompts = [*PROMPT.value, *(_lines(PROMPTS.value) if PROMPTS.value else [])]
+    if not prompts:
         raise UsageError('--prompt is missing. Say how the text begins: --prompt="Return the ".')
-    sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
-    print(writing.write(WORKDIR.value, PROMPT.value, MAX_NEW.value, sampling, SEED.value, STEP.value))
+    how: Sampling | Beams = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
+    if BEAMS.value is not None:
+        how = Beams(BEAMS.value, LENGTH_PENALTY.value)
+    written = writing.write(WORKDIR.value, prompts, MAX_NEW.value, how, SEED.value, STEP.value)
+    for prompt, text in zip(prompts, written.texts, strict=True):
+        print(prompt + text)
+    closing_table(
+        f"{WORKDIR.value}, {len(prompts)} prompt{'s' * (len(prompts) > 1)}",
+        writing.figures(written),
+        Console(stderr=True, highlight=False),
+    )
     return 0
+
+
+def _lines(path: str) -> list[str]:
+    from effjax.errors import UsageError
+
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UsageError(f"--prompts='{path}' is no file. Name a text file with a prompt in every line.")
+    lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
+    if not lines:
+        raise UsageError(f"--prompts='{path}' has no lines: write a prompt into each.")
+    return lines
 
 
 if __name__ == "__main__":

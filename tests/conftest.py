@@ -14,16 +14,30 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK_TO_COMPILE])
 
 import jax
+import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Every function of the library has its shape annotations checked on every call.
-install_import_hook("effjax", "beartype.beartype")
+# Every function of the library has its annotations checked on every call; but for what walks programs, by a
+# million calls of one line that see no arrays.
+LIBRARY = Path(__file__).resolve().parents[1] / "effjax"
+WALKS = {"graph", "loops", "traffic", "walk", "work"}
+install_import_hook(
+    [f"effjax.{path.stem}" for path in LIBRARY.iterdir() if path.stem != "measure"]
+    + [f"effjax.measure.{path.stem}" for path in (LIBRARY / "measure").iterdir() if path.stem not in WALKS],
+    "beartype.beartype",
+)
 
 # Tests that took long when `pytest -n 2 --write-slow` last timed them all, one a line: they are marked slow.
 SLOW = Path(__file__).with_name("slow.txt")
 SECONDS = 0.7
+
+
+@pytest.fixture
+def draw():
+    """Numbers that do not depend on which tests ran before in this process."""
+    return np.random.default_rng(0)
 
 
 def pytest_addoption(parser):

@@ -155,6 +155,16 @@ class OpenData:
         """The tokenizer of packed text, None for other data."""
         return self.definition.packing.tokenizer if self.definition.packing else None
 
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Of packed text, how many bytes a target stands for on average; None for other data.
+
+        Evaluation scores every token once but the first, a separator, which counts as one byte.
+        """
+        if not self._documents:
+            return None
+        return (int(self._documents.sizes.sum()) - 1) / (int(self._documents.lengths.sum()) - 1)
+
     def train(self, *, start: int = 0, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
         """Endless shuffled batches, this process's rows of each, from global example number `start` on.
 

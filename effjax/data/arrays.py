@@ -3,11 +3,12 @@
 A folder holds one `FIELD.npy` a field, all with as many rows as there are examples. Rows are read through a
 memory map, as they are asked for.
 
-    with ArrayWriter("runs/pairs", rows=50_000) as writer:
+    with ArrayWriter("runs/pairs", rows=50_000, origin={"run": "runs/flow", "seed": 0}) as writer:
         writer.write(writer.done, {"noise": noise, "image": pictures, "label": labels})
 
 While it is written the folder is called `NAME.partial` and says in `rows.json` how far it came, so that a
-writer that was stopped goes on where it was, and a reader sees all or nothing.
+writer that was stopped goes on where it was, and a reader sees all or nothing. `origin.json` keeps what the
+rows were made from: a writer of other rows does not go on with them.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ import numpy as np
 from effjax.data.records import Example, Metadata
 from effjax.errors import RunError, UsageError
 
-_COUNT = "rows.json"
+_COUNT, _ORIGIN = "rows.json", "origin.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,17 +83,23 @@ class ArrayWriter:
       done: rows that are written.
     """
 
-    def __init__(self, folder: str | Path, rows: int) -> None:
-        """Opens what an earlier writer of as many rows left, or nothing.
+    def __init__(self, folder: str | Path, rows: int, origin: Mapping[str, Any]) -> None:
+        """Opens what an earlier writer of the same rows left, or nothing.
+
+        Args:
+          folder: what will hold the arrays.
+          rows: how many there will be.
+          origin: what decides their values, as JSON.
 
         Raises:
-          UsageError: where the folder exists, or an unfinished one of another number of rows.
+          UsageError: where the folder exists, or an unfinished one of another number of rows or origin.
         """
         self.folder, self.rows = Path(folder).expanduser(), rows
         self._partial = partial_of(self.folder)
         if self.folder.exists():
             raise UsageError(f"'{self.folder}' exists: name another folder, or remove it first.")
         self._fields: dict[str, np.ndarray] = {}
+        self._origin = json.loads(json.dumps(dict(origin)))
         self.done = 0
         if (self._partial / _COUNT).is_file():
             said = json.loads((self._partial / _COUNT).read_text())
@@ -101,6 +108,7 @@ class ArrayWriter:
                     f"'{self._partial}' is the beginning of {said['of']} rows, and {rows} were asked for: "
                     f"ask for as many again, or remove it."
                 )
+            self._check_origin()
             self.done = said["done"]
             for file in self._partial.glob("*.npy"):
                 self._fields[file.stem] = np.load(file, mmap_mode="r+")
@@ -112,7 +120,7 @@ class ArrayWriter:
             for name, value in values.items():
                 array = np.asarray(value)
                 if name not in self._fields:
-                    self._partial.mkdir(parents=True, exist_ok=True)
+                    self._begin()
                     shape = (self.rows, *array.shape[1:])
                     self._fields[name] = np.lib.format.open_memmap(
                         self._partial / f"{name}.npy", mode="w+", dtype=array.dtype, shape=shape
@@ -126,6 +134,21 @@ class ArrayWriter:
             os.replace(waiting, self._partial / _COUNT)
         except OSError as error:
             raise RunError(f"'{self._partial}' could not be written: {error}.") from error
+
+    def _begin(self) -> None:
+        """Makes the folder, which says what its rows are made from before it has any."""
+        self._partial.mkdir(parents=True, exist_ok=True)
+        (self._partial / _ORIGIN).write_text(json.dumps(self._origin, indent=2) + "\n")
+
+    def _check_origin(self) -> None:
+        """Refuses to go on with rows that were made from something else."""
+        began = json.loads((self._partial / _ORIGIN).read_text())
+        for name in {**began, **self._origin}:
+            if began.get(name) != self._origin.get(name):
+                raise UsageError(
+                    f"'{self._partial}' was begun with {name}={began.get(name)!r}, and this is "
+                    f"{name}={self._origin.get(name)!r}: go on as it was begun, or remove it."
+                )
 
     def __enter__(self) -> "ArrayWriter":
         return self

@@ -1,4 +1,5 @@
-"""Where examples come from: prepared TFDS data sets, folders of images or arrays, JSON lines.
+"""Where examples come from: prepared TFDS data sets, folders of images or arrays, JSON lines,
+and what is drawn as it is asked for: probes, prompts of examples.
 
 A definition (a frozen dataclass, what a config names) is opened into a reader (random access by number).
 """
@@ -20,8 +21,11 @@ from tensorflow_datasets.core import read_only_builder
 
 from effjax.data import builders
 from effjax.data.arrays import Arrays
+from effjax.data.in_context import Autoregression, Regression
 from effjax.data.kept import kept
+from effjax.data.probes import Probe
 from effjax.data.records import BadRecord, Example, Examples, Metadata
+from effjax.data.spelled import SpelledPictures
 from effjax.errors import UsageError, did_you_mean
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -297,4 +301,13 @@ class JsonLinesReader:
         return {"text": text.encode(errors="replace")}
 
 
-KINDS = {"arrays": Arrays, "image_folder": ImageFolder, "jsonl": JsonLines, "tfds": Tfds}
+KINDS = {
+    "arrays": Arrays,
+    "image_folder": ImageFolder,
+    "in_context_autoregression": Autoregression,
+    "in_context_regression": Regression,
+    "jsonl": JsonLines,
+    "probe": Probe,
+    "spelled_pictures": SpelledPictures,
+    "tfds": Tfds,
+}

@@ -1,1 +1,1 @@
-"""How often the network runs when it writes: key/value caches, sampling, the decoding loop."""
+"""How often the network runs when it writes: caches, prefill and decoding, sampling, beam search."""

@@ -29,7 +29,8 @@ class Cache:
       values: `[B, slots, groups, D]`, as projected.
       positions: `[B, slots]` int, place of each slot's token in its sequence; negative where a slot holds
         nothing, or padding.
-      written: `[]` int, slots in use, the same for all sequences: where the next tokens go.
+      written: `[]` int, slots in use, the same for all sequences: where the next tokens go. Or `[B]`, where
+        every sequence has its own; see `append`.
     """
 
     keys: Any
@@ -71,7 +72,8 @@ def append(
         that overwrite the last slots. `generate` makes its caches large enough.
       keys: stored in the cache's dtype.
       values: stored in the cache's dtype.
-      positions: negative for padding, which is stored and never seen.
+      positions: negative for padding, which is stored and never seen. Where every sequence has its own count
+        of slots, padding stands behind the tokens, and the next ones overwrite it.
 
     Raises:
       UsageError: for more tokens than the cache has slots.
@@ -80,14 +82,19 @@ def append(
     if count > slots:
         raise UsageError(f"{count} tokens do not fit a cache of {slots} slots: make it larger.")
 
+    own = cache.written.ndim == 1
+
     def write(held: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(held, new.astype(held.dtype), cache.written, axis=1)
+        put = jax.lax.dynamic_update_slice_in_dim
+        if own:
+            return jax.vmap(put, (0, 0, 0, None))(held, new.astype(held.dtype), cache.written, 0)
+        return put(held, new.astype(held.dtype), cache.written, axis=1)
 
     return Cache(
         keys=write(cache.keys, keys),
         values=write(cache.values, values),
         positions=write(cache.positions, positions),
-        written=cache.written + count,
+        written=cache.written + (jnp.sum(positions >= 0, axis=1) if own else count),
     )
 
 

@@ -1,51 +1,115 @@
-"""The decoding loop: a prompt goes in at once, then one token a step.
+"""The decoding loop: one token a step, drawn from what the model says of the next.
 
-    caches = step(prompt[:-1]);   token_0 = prompt[-1]
+    caches, token_0 = prefill(prompt)
     token_{t+1} ~ sample(step(token_t, caches))
 
-The last token of the prompt is the first step of the loop, so that the loop has one body and the prompt's
-logits, which nobody reads, are never computed.
+`prefill` and `decode` are compiled once each. How many tokens a call of `decode` writes is data, so that the
+same compiled function writes the first token, whose time is what a person waits for, and the rest.
 """
 
 import functools
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from effjax.decoding.prefill import Sequences, left_pad, prefill, slots_for
 from effjax.decoding.sampling import Sampling, sample
-from effjax.errors import UsageError
+
+__all__ = ["Writing", "begin", "decode", "generate", "left_pad"]
 
 
-def left_pad(prompts: list[list[int]]) -> tuple[Int[np.ndarray, "b n"], Int[np.ndarray, " b"]]:
-    """Lays prompts of unequal length out as rows that end together, padded with 0 in front.
+@flax.struct.dataclass
+class Writing:
+    """Texts that are being written.
 
-    Returns:
-      The rows, and the length of each prompt.
+    The fields are annotated `Any` because the same class also carries their shapes and shardings.
 
-    Raises:
-      UsageError: for an empty prompt.
+    Attributes:
+      sequences: prompts and what was written, in the caches.
+      keys: `[B]`, the key of each row's draws.
+      text: `[B, max_new]` int, what was written; the stop token, or 0, where nothing is yet.
+      written: `[]` int, tokens so far.
+      ended: `[B]` bool, whether the stop token was written.
     """
-    if not prompts or not all(prompts):
-        raise UsageError("the prompt is empty: give at least one token to go on from.")
-    longest = max(map(len, prompts))
-    rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    return np.asarray(rows, np.int32), np.asarray([len(prompt) for prompt in prompts], np.int32)
+
+    sequences: Sequences
+    keys: Any
+    text: Any
+    written: Any
+    ended: Any
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new", "sampling", "stop_token"))
+def begin(sequences: Sequences, max_new: int, key: PRNGKeyArray, stop_token: int | None = None) -> Writing:
+    """Texts of which nothing is written, after these prompts; the arguments are those of `generate`."""
+    batch = sequences.tokens.shape[0]
+    return Writing(
+        sequences=sequences,
+        keys=jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch)),
+        text=jnp.full((batch, max_new), 0 if stop_token is None else stop_token, jnp.int32),
+        written=jnp.int32(0),
+        ended=jnp.zeros(batch, bool),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling", "stop_token"), donate_argnames="writing")
+def decode(
+    model: nn.Module,
+    variables: Any,
+    writing: Writing,
+    until: Int[Array, ""] | int,
+    sampling: Sampling,
+    stop_token: int | None = None,
+) -> Writing:
+    """Writes until every text has `until` tokens or has ended.
+
+    Args:
+      model: as in `prefill`.
+      variables: of the model.
+      writing: what `begin` or an earlier call returned; its arrays are given up.
+      until: tokens of a text, at most the `max_new` of `begin`.
+      sampling: how a token is drawn.
+      stop_token: ends a text, as in `begin`.
+    """
+
+    def unfinished(now: Writing) -> Array:
+        return (now.written < until) & ~jnp.all(now.ended)
+
+    def write(now: Writing) -> Writing:
+        at = now.sequences
+        logits, caches = model.apply(
+            variables, at.tokens[:, None], at.caches, at.positions[:, None], method="step"
+        )  # [B, 1, V]
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, now.written))(now.keys)
+        tokens = jax.vmap(lambda row, key: sample(row, key, sampling))(logits[:, 0], keys)  # [B]
+        tokens, ended = tokens.astype(jnp.int32), now.ended
+        if stop_token is not None:
+            tokens = jnp.where(ended, stop_token, tokens)
+            ended = ended | (tokens == stop_token)
+        return Writing(
+            sequences=Sequences(caches, tokens, at.positions + 1),
+            keys=now.keys,
+            text=now.text.at[:, now.written].set(tokens),
+            written=now.written + 1,
+            ended=ended,
+        )
+
+    return jax.lax.while_loop(unfinished, write, writing)
+
+
 def generate(
     model: nn.Module,
     variables: Any,
-    prompts: Int[Array, "b n"],
-    lengths: Int[Array, " b"],
+    prompts: Int[Any, "b n"],
+    lengths: Int[Any, " b"],
     max_new: int,
     key: PRNGKeyArray,
     sampling: Sampling,
     stop_token: int | None = None,
+    slots: int | None = None,
 ) -> Int[Array, "b max_new"]:
     """Goes on from each prompt.
 
@@ -53,7 +117,7 @@ def generate(
     on the prompts beside it.
 
     Args:
-      model: with `init_cache(batch, slots, dtype)` and `step(tokens, caches, positions)`, as `LM` has.
+      model: with a `vocab` and what `prefill` needs.
       variables: of the model; caches take the dtype that the parameters promote to.
       prompts: tokens, padded in front; see `left_pad`.
       lengths: how many tokens of each row are the prompt, at least 1.
@@ -61,39 +125,15 @@ def generate(
       key: of all draws.
       sampling: how a token is drawn.
       stop_token: ends a text; the loop ends when all texts have ended.
+      slots: of the caches, for calls of many sizes to share one shape; None takes as many as are needed.
 
     Returns:
       The new tokens; from its first `stop_token` on, a row holds nothing else.
 
     Raises:
-      UsageError: for no new tokens, or where prompt and new tokens exceed what the model is made for.
+      UsageError: as `slots_for` does, before anything is compiled.
     """
-    if max_new < 1:
-        raise UsageError(f"max_new is {max_new}: ask for at least 1 token.")
-    batch, size = prompts.shape
-    slots = size + max_new - 1  # the last token written is never read
-    caches = model.init_cache(batch, slots, jnp.result_type(*jax.tree.leaves(variables["params"])))
-    positions = jnp.arange(size)[None, :] - (size - lengths)[:, None]  # [B, n], negative on padding
-    if size > 1:
-        _, caches = model.apply(variables, prompts[:, :-1], caches, positions[:, :-1], method="step")
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
-
-    def unfinished(state: tuple[Any, ...]) -> Array:
-        t, _, _, ended, _ = state
-        return (t < max_new) & ~jnp.all(ended)
-
-    def write(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        t, token, caches, ended, text = state
-        logits, caches = model.apply(
-            variables, token[:, None], caches, (lengths + t - 1)[:, None], method="step"
-        )  # [B, 1, V]
-        step_keys = jax.vmap(lambda key: jax.random.fold_in(key, t))(keys)
-        token = jax.vmap(lambda row, key: sample(row, key, sampling))(logits[:, 0], step_keys)  # [B]
-        if stop_token is not None:
-            token = jnp.where(ended, stop_token, token)
-            ended = ended | (token == stop_token)
-        return t + 1, token, caches, ended, text.at[:, t].set(token)
-
-    blank = jnp.full((batch, max_new), 0 if stop_token is None else stop_token, jnp.int32)
-    start = (jnp.int32(0), prompts[:, -1].astype(jnp.int32), caches, jnp.zeros(batch, bool), blank)
-    return jax.lax.while_loop(unfinished, write, start)[-1]
+    slots = slots_for(model, prompts, max_new, slots)
+    sequences = prefill(model, variables, jnp.asarray(prompts), jnp.asarray(lengths), slots)
+    writing = begin(sequences, max_new, key, stop_token)
+    return decode(model, variables, writing, max_new, sampling, stop_token).text

@@ -1,15 +1,18 @@
-"""From logits to one token: temperature, top-k, top-p.
+"""From logits to one token: temperature, top-k, top-p, min-p.
 
     p = softmax(logits / temperature)                       temperature 0 takes the largest logit
     top-k keeps the k most likely tokens                    Fan et al. 2018
     top-p keeps the smallest set of most likely tokens      Holtzman et al. 2020, section 3.1
           whose probabilities add up to at least p
+    min-p keeps the tokens of at least the share m of the   Nguyen et al. 2024, section 3
+          largest probability: p_i >= m max p
 
 Filters set what they drop to -inf. They are applied in this order, each on what the one before it left.
-Ties go to the smaller token number, so that a filter keeps exactly the number it promises.
+Ties go to the smaller token number in the first two, so that they keep exactly the number they promise.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +29,13 @@ class Sampling:
       temperature: divides the logits; 0 is greedy decoding.
       top_k: most likely tokens that are kept; None keeps all.
       top_p: mass of most likely tokens that is kept; 1 keeps all.
+      min_p: share of the largest probability that a token needs to be kept; 0 keeps all.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float = 1.0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -39,6 +44,8 @@ class Sampling:
             raise UsageError(f"top_k is {self.top_k}: keep at least 1 token, or leave it out to keep all.")
         if not 0.0 < self.top_p <= 1.0:
             raise UsageError(f"top_p is {self.top_p}: give a number above 0 and at most 1 (keeps all).")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise UsageError(f"min_p is {self.min_p}: give a number from 0 (keeps all) to 1.")
 
 
 def top_k(logits: Float[Array, "*batch v"], k: int) -> Float[Array, "*batch v"]:
@@ -52,6 +59,13 @@ def top_p(logits: Float[Array, "*batch v"], p: float) -> Float[Array, "*batch v"
     # A token stays if the mass of those before it has not reached p.
     before = jnp.roll(jnp.cumsum(falling, axis=-1), 1, axis=-1).at[..., 0].set(0.0)
     return jnp.where(jnp.take_along_axis(before < p, _rank(logits), axis=-1), logits, -jnp.inf)
+
+
+def min_p(logits: Float[Array, "*batch v"], share: float) -> Float[Array, "*batch v"]:
+    """Keeps the tokens of at least `share`, above 0, of the largest probability; the largest always is."""
+    # The normaliser cancels: p_i / max p = exp(logit_i - max logit).
+    least = jnp.max(logits, axis=-1, keepdims=True) + math.log(share)
+    return jnp.where(logits >= least, logits, -jnp.inf)
 
 
 def _rank(logits: Float[Array, "*batch v"]) -> Int[Array, "*batch v"]:
@@ -71,4 +85,6 @@ def sample(
         logits = top_k(logits, sampling.top_k)
     if sampling.top_p < 1.0:
         logits = top_p(logits, sampling.top_p)
+    if sampling.min_p > 0.0:
+        logits = min_p(logits, sampling.min_p)
     return jax.random.categorical(key, logits)

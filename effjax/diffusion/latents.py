@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from effjax.errors import UsageError
 from effjax.models.autoencoder import Autoencoder
 
 
@@ -27,8 +28,17 @@ class Latents:
     encoded: bool = False
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of what is noised, of an example of `shape` in the data."""
+        """Shape of what is noised, of an example of `shape` in the data.
+
+        Raises:
+          UsageError: for latents of other channels than the autoencoder's.
+        """
         if self.encoded:
+            if shape[-1] != self.model.latent:
+                raise UsageError(
+                    f"the data hold latents of {shape[-1]} channels, and the autoencoder's have "
+                    f"{self.model.latent}: name the autoencoder that made them in config.task.latents."
+                )
             return tuple(shape)
         return *shape[:-3], *self.model.latent_shape(tuple(shape[-3:]))
 

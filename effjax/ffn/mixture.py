@@ -3,47 +3,80 @@
     p = softmax(x W_router),   T = the `chosen` largest entries of p
     y = sum_{e in T} g_e expert_e(x),    g_e = p_e,  or p_e / sum_{T} p where `normalised`
 
-Every expert is a gated perceptron, or where not `gated` a plain one, act(x W_1 + b_1) W_2. No token is
-dropped: tokens are sorted by expert and all experts run as one grouped product (`jax.lax.ragged_dot`).
-Shazeer et al. 2017, eqs. 1 to 5 without noise. Mixtral, Jiang et al. 2024, section 2.1, takes the softmax
-over the chosen logits alone: the same numbers as `normalised`. OLMoE, Muennighoff et al. 2024, does not
-normalise. A shared expert sees every token, through a sigmoid gate of its own where `shared_gate`: Qwen2-MoE,
-2024.
+Every expert is a gated perceptron, or where not `gated` a plain one, act(x W_1 + b_1) W_2. Tokens are sorted
+by expert and all experts run as one grouped product (`jax.lax.ragged_dot`), so that no place is computed that
+no token takes. Without a `capacity` no token is dropped; with one see `effjax.ffn.routing`.
+Shazeer et al. 2017, eqs. 1 to 5. Mixtral, Jiang et al. 2024, section 2.1, takes the softmax over the chosen
+logits alone: the same numbers as `normalised`. OLMoE, Muennighoff et al. 2024, does not normalise. A shared
+expert sees every token, through a sigmoid gate of its own where `shared_gate`: Qwen2-MoE, 2024; several of
+DeepSeekMoE (Dai et al. 2024) are one with as many times the channels. DeepSeek-V3, 2024, scores by a sigmoid.
 
-    L = balance experts sum_e f_e P_e
+In training noise may be added to the logits,
 
-draws routers towards an even use: f_e is the share of all places that expert e takes, P_e the mean of p_e. It
-is `balance` where both are even. Fedus et al., "Switch Transformers", 2021, section 2.2.
+    + (noise / experts) eps,   eps ~ N(0, 1)                   Riquelme et al. 2021 (V-MoE), noise = 1
+    + softplus(x W_noise) eps                                  Shazeer et al. 2017, eq. 4, noise = "learned"
+
+and experts are kept in even use by losses (`balance`, `z_loss`) or by a bias (`balance_rate`), whose state is
+the collection `routing`: see `effjax.ffn.balance`.
+
+With `choice="expert"` experts choose tokens (Zhou et al. 2022). Which ones an expert takes depends on all
+tokens, also on later ones, so that nothing generated token by token can follow what was trained: `causal` is
+False then, and a causal language model refuses such a layer. Where tokens come all at once (pictures,
+diffusion) nothing is against it.
 """
+
+import dataclasses
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.initializers import Initializer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from effjax.config import part
 from effjax.errors import UsageError
+from effjax.ffn import router as routers
+from effjax.ffn.balance import load_balance, nudged, router_z
 from effjax.ffn.gated import Gated
 from effjax.ffn.mlp import MLP
+from effjax.ffn.routing import Routes, Scores, affinities, by_experts, by_tokens, choose, collected, spread
+from effjax.ffn.routing import capacity as capacity_of
 from effjax.layers.activations import activation
 from effjax.layers.dense import Dense, named, xavier, zeros
+from effjax.layers.grouped_product import grouped
+
+# The collection of what training changes without a gradient.
+STATE = "routing"
 
 
 class Mixture(nn.Module):
-    """Token-choice mixture of gated perceptrons.
+    """A mixture of perceptrons.
+
+    To whoever asks for `intermediates`, it sows the `routes`.
 
     Attributes:
       experts: how many there are.
-      chosen: how many of them a token is sent to.
+      chosen: how many of them a token is sent to; where experts choose, on average.
       hidden: channels of each expansion of one expert.
       activation: a name in `effjax.layers.activations`.
-      normalised: whether the weights of the chosen experts add up to one.
+      normalised: whether the weights of a token's experts add up to one.
       shared: channels of an expert that sees every token; 0 means there is none.
       shared_gate: whether a sigmoid of the token weighs the shared expert.
       gated: whether experts are gated perceptrons.
       use_bias: biases of perceptrons that are not gated: on the expansions, and on what the shared one gives.
       scale: factor of the weights.
       balance: weight of the load balance in the loss; 0 leaves it out.
+      choice: whether tokens choose experts, or experts tokens.
+      router: from a token to a logit of each expert, a kind in `effjax.ffn.router`.
+      scores: what the logits become.
+      capacity: factor of the tokens that an expert takes at most; None sets no bound, and where experts
+        choose it is 1.
+      eval_capacity: the same in evaluation; None means `capacity`, and `experts / chosen` drops nothing.
+      priority: which tokens are served first: those that come first, or those of the best scores.
+      noise: of the logits in training, in units of one over `experts`, or "learned".
+      z_loss: weight of the router's z-loss; 0 leaves it out.
+      balance_rate: step of the bias that balances without a loss; 0 leaves it out.
     """
 
     experts: int
@@ -57,93 +90,138 @@ class Mixture(nn.Module):
     use_bias: bool = False
     scale: float = 1.0
     balance: float = 0.0
+    choice: Literal["token", "expert"] = "token"
+    router: nn.Module = part(routers.KINDS, default=routers.Linear)
+    scores: Scores = "softmax"
+    capacity: float | None = None
+    eval_capacity: float | None = None
+    priority: Literal["place", "score"] = "place"
+    noise: float | Literal["learned"] = 0.0
+    z_loss: float = 0.0
+    balance_rate: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.use_bias and self.gated:
             raise UsageError("gated experts have no biases: set use_bias=False, or gated=False.")
+        if not 1 <= self.chosen <= self.experts:
+            raise UsageError(f"chosen={self.chosen} of experts={self.experts}: choose from 1 to all of them.")
+        factors = [factor for factor in (self.capacity, self.eval_capacity) if factor is not None]
+        for factor in factors:
+            capacity_of(factor, 1, self.chosen, self.experts)
+        if self.priority == "score" and not factors:
+            raise UsageError("priority='score' says who is dropped first: it needs a capacity.")
+        if self.choice == "token":
+            return
+        if self.balance or self.balance_rate:
+            raise UsageError(
+                "experts that choose are used evenly: leave balance and balance_rate out, or choose "
+                "choice='token'."
+            )
+        if self.chosen * max(factors, default=1.0) > self.experts:
+            raise UsageError(
+                f"an expert cannot take more tokens than there are: chosen={self.chosen} times "
+                f"capacity={max(factors):g} must be at most experts={self.experts}."
+            )
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token's experts depend on nothing behind it."""
+        return self.choice == "token"
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch c"], train: bool = False) -> Float[Array, "*batch c"]:
         """Mixes the channels of each token."""
-        if not 1 <= self.chosen <= self.experts:
-            raise UsageError(f"chosen={self.chosen} of experts={self.experts}: choose from 1 to all of them.")
         tokens = x.reshape(-1, x.shape[-1])  # [T, C]
-        router = Dense(self.experts, ("embed", "expert"), use_bias=False, name="router")
-        logits = router(tokens)  # [T, E]
-        weights, index = choose(logits, self.chosen, self.normalised)  # [T, K]
-        if self.balance and train and self.is_mutable_collection("losses") and not self.is_initializing():
-            self.sow("losses", "load_balance", self.balance * load_balance(logits, index))
-        y = self.dispatch(tokens, self.scale * weights, index).reshape(x.shape)
-        if self.shared:
-            if self.gated:
-                common = Gated(self.shared, self.activation, name="shared")(x)
-            else:
-                common = MLP(self.shared, activation=self.activation, use_bias=self.use_bias, name="shared")(
-                    x
-                )
-            if self.shared_gate:
-                gate = Dense(1, ("embed", None), use_bias=False, name="shared_gate")(x)  # [..., 1]
-                common = common * jax.nn.sigmoid(gate)
-            y = y + common
-        return y
+        routes = self.routes(tokens, train)
+        if not self.is_initializing():
+            self.sow("intermediates", "routes", routes)
+        rows = self.perceptrons(spread(tokens, routes), routes)  # [M, C]
+        y = collected(rows, routes, len(tokens)).reshape(x.shape)
+        return y + self.common(x) if self.shared else y
 
     @nn.nowrap
-    def dispatch(
-        self, tokens: Float[Array, "t c"], weights: Float[Array, "t k"], index: Int[Array, "t k"]
-    ) -> Float[Array, "t c"]:
-        """Runs every token through its experts and adds up what they say."""
-        count, width = tokens.shape
-        expert = index.reshape(-1)  # [T K]
-        order = jnp.argsort(expert, stable=True)  # rows of one expert next to each other
-        sizes = jnp.bincount(expert, length=self.experts)  # [E]
-        rows = jnp.take(tokens, order // self.chosen, axis=0)  # [T K, C]
-        act = activation(self.activation)
+    def routes(self, tokens: Float[Array, "t c"], train: bool) -> Routes:
+        """Who goes where; sows the losses and moves the bias."""
+        logits = self.router(tokens, self.experts)  # [T, E]
+        noisy = self._noisy(tokens, logits, train)  # [T, E]
+        learns = train and not self.is_initializing()
+        sows = learns and self.is_mutable_collection("losses")
+        if self.z_loss and sows:
+            self.sow("losses", "router_z", self.z_loss * router_z(logits))
+        factor = self.capacity if train or self.eval_capacity is None else self.eval_capacity
+        if self.choice == "expert":
+            taken = capacity_of(factor or 1.0, len(tokens), self.chosen, self.experts)
+            routes = by_experts(affinities(noisy, self.scores), taken, self.normalised)
+            return dataclasses.replace(routes, weight=self.scale * routes.weight)
+
+        state = self._bias() if self.balance_rate else None
+        bias = None if state is None else state.value
+        weights, index = choose(noisy, self.chosen, self.normalised, self.scores, bias)  # [T, K]
+        if self.balance and sows:
+            self.sow("losses", "load_balance", self.balance * load_balance(noisy, index, self.scores))
+        if state is not None and learns and self.is_mutable_collection(STATE):
+            state.value = nudged(state.value, index, self.balance_rate)
+        limit = None if factor is None else capacity_of(factor, len(tokens), self.chosen, self.experts)
+        best = jnp.max(affinities(noisy, self.scores), axis=-1) if self.priority == "score" else None  # [T]
+        return by_tokens(self.scale * weights, index, self.experts, limit, best)
+
+    @nn.nowrap
+    def _bias(self) -> nn.Variable:
+        return self.variable(STATE, "bias", lambda: jnp.zeros((self.experts,), jnp.float32))
+
+    @nn.nowrap
+    def _noisy(
+        self, tokens: Float[Array, "t c"], logits: Float[Array, "t e"], train: bool
+    ) -> Float[Array, "t e"]:
+        """The logits, with noise in training."""
+        if not self.noise:
+            return logits
+        deviation: Array | float = 0.0
+        if self.noise == "learned":
+            axes = "embed", "expert"
+            into = Dense(self.experts, axes, use_bias=False, kernel_init=zeros, name="noise_router")
+            deviation = jax.nn.softplus(into(tokens))  # [T, E]
+        else:
+            deviation = self.noise / self.experts
+        if not train or not self.has_rng("dropout"):
+            return logits
+        return logits + deviation * jax.random.normal(self.make_rng("dropout"), logits.shape, logits.dtype)
+
+    @nn.nowrap
+    def perceptrons(self, rows: Float[Array, "m c"], routes: Routes) -> Float[Array, "m c"]:
+        """Runs every row through its expert."""
+        width, act = rows.shape[1], activation(self.activation)
         gate = self.kernel("gate", (width, self.hidden), ("embed", "mlp")) if self.gated else None
         expand = self.kernel("expand", (width, self.hidden), ("embed", "mlp"))
         contract = self.kernel("contract", (self.hidden, width), ("mlp", "embed"))
-        h = grouped(rows, expand, sizes)  # [T K, F]
+        h = grouped(rows, expand, routes.sizes)  # [M, F]
         if self.use_bias:
             bias = self.param("expand_bias", named(zeros, ("expert", "mlp")), (self.experts, self.hidden))
-            h = h + jnp.take(bias, jnp.take(expert, order), axis=0).astype(h.dtype)
-        h = act(h) if gate is None else act(grouped(rows, gate, sizes)) * h  # [T K, F]
+            h = h + jnp.take(bias, routes.expert, axis=0, mode="clip").astype(h.dtype)
+        h = act(h) if gate is None else act(grouped(rows, gate, routes.sizes)) * h  # [M, F]
         h = nn.with_logical_constraint(h, (None, "mlp"))
-        y = grouped(h, contract, sizes)  # [T K, C]
-        y = y * jnp.take(weights.reshape(-1), order)[:, None].astype(y.dtype)
-        return jnp.zeros((count, width), y.dtype).at[order // self.chosen].add(y)
+        return grouped(h, contract, routes.sizes)  # [M, C]
+
+    @nn.nowrap
+    def common(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
+        """What the shared expert says."""
+        shared: nn.Module
+        if self.gated:
+            shared = Gated(self.shared, self.activation, name="shared")
+        else:
+            shared = MLP(self.shared, activation=self.activation, use_bias=self.use_bias, name="shared")
+        common = shared(x)
+        if self.shared_gate:
+            gate = Dense(1, ("embed", None), use_bias=False, name="shared_gate")(x)  # [..., 1]
+            common = common * jax.nn.sigmoid(gate)
+        return common
 
     @nn.nowrap
     def kernel(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Float[Array, "e i o"]:
         """The matrices of all experts, stacked."""
         init = named(_each(xavier), ("expert", *axes))
         return jnp.asarray(self.param(f"{name}_kernel", init, (self.experts, *shape), jnp.float32))
-
-
-def choose(
-    logits: Float[Array, "t e"], chosen: int, normalised: bool
-) -> tuple[Float[Array, "t k"], Int[Array, "t k"]]:
-    """Returns the weights of each token's experts, in float32, and which they are, best first."""
-    wide = jnp.promote_types(logits.dtype, jnp.float32)
-    weights, index = jax.lax.top_k(jax.nn.softmax(logits.astype(wide), axis=-1), chosen)
-    if normalised:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return weights, index
-
-
-def load_balance(logits: Float[Array, "t e"], index: Int[Array, "t k"]) -> Float[Array, ""]:
-    """How uneven the use of experts is: 1 where it is even, `experts` over `k` where all choose the same."""
-    experts = logits.shape[-1]
-    used = jnp.bincount(index.reshape(-1), length=experts) / index.size  # [E]
-    wide = jnp.promote_types(logits.dtype, jnp.float32)
-    return experts * jnp.sum(used * jnp.mean(jax.nn.softmax(logits.astype(wide), axis=-1), axis=0))
-
-
-def grouped(
-    rows: Float[Array, "t i"], kernels: Float[Array, "e i o"], sizes: Int[Array, " e"]
-) -> Float[Array, "t o"]:
-    """Multiplies each run of rows with the matrix of its own expert."""
-    rows, kernels = nn.dtypes.promote_dtype(rows, kernels)
-    return jax.lax.ragged_dot(rows, kernels, sizes)
 
 
 def _each(init: Initializer) -> Initializer:

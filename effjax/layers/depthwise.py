@@ -54,7 +54,7 @@ def depthwise_conv(
         )
     x, kernel = nn.dtypes.promote_dtype(x, kernel)
     top, left = sides
-    return _depthwise(x, kernel, stride, dilation, ((top, top), (left, left)))
+    return _depthwise_of_size(x, kernel, stride, dilation, ((top, top), (left, left)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -66,7 +66,7 @@ def _depthwise(x: Map, kernel: Kernel, stride: int, dilation: int, edges: Edges)
 
 
 def _forward(x: Map, kernel: Kernel, *options: int | Edges) -> tuple[Coarse, tuple[Map, Kernel]]:
-    return _depthwise(x, kernel, *options), (x, kernel)
+    return _depthwise_of_size(x, kernel, *options), (x, kernel)
 
 
 def _backward(
@@ -84,6 +84,8 @@ def _backward(
 
 
 _depthwise.defvjp(_forward, _backward)
+# Traced once for all layers of one size: it has as many operations as the kernel has taps.
+_depthwise_of_size = jax.jit(_depthwise, static_argnums=(2, 3, 4))
 
 
 def _by_platform(cpu: Callable[..., Any], default: Callable[..., Any]) -> Callable[..., Any]:

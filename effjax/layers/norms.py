@@ -76,7 +76,7 @@ def norm(
         )
     if kind.endswith("offset"):
         return OffsetNorm(kind == "layer_offset", epsilon, name=name)
-    axes = ("norm",) * scaled
+    axes = _names(scaled)
     if kind == "rms":
         return nn.RMSNorm(
             epsilon=epsilon,
@@ -95,6 +95,11 @@ def norm_size(kind: NormKind, channels: int) -> int:
         return (4 if kind.before == "layer" else 3) * channels + 1
     vectors = {"rms": 1, "rms_offset": 1, "layer_no_bias": 1, "layer_plain": 0, "none": 0}
     return channels * vectors.get(kind, 2) + (kind == "rep_batch")
+
+
+def _names(scaled: int) -> tuple[str | None, ...]:
+    """Names of the axes of a scale; a name stands for one axis of an array only."""
+    return (*(None,) * (scaled - 1), "norm")
 
 
 class Identity(nn.Module):
@@ -158,7 +163,7 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Normalises."""
-        spanned, axes = x.shape[x.ndim - self.scaled :], ("norm",) * self.scaled
+        spanned, axes = x.shape[x.ndim - self.scaled :], _names(self.scaled)
         shape = (1,) * (x.ndim - self.scaled) + spanned
         y = standardised(x.astype(jnp.promote_types(x.dtype, jnp.float32)), self.reduced, self.epsilon)
         dtype = x.dtype

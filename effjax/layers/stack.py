@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 from flax.core.scope import DenyList, intersect_filters
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from effjax.errors import UsageError, did_you_mean
+from effjax.matching import match
 
 # What the backward pass may keep of each layer instead of computing it again.
 REMAT: dict[str, Callable[..., Any] | None] = {
@@ -43,6 +45,9 @@ class Stack(nn.Module):
     Where layers with like parameters do different things in turn, `turns` says what: a scan iteration is a
     round of them, and the layers that fill no round run one by one. The parameters know nothing of it.
 
+    Parameters whose path in the block matches one of the regexps `shared` are the same in all layers, and
+    have no axis of depth; their gradient is the sum over layers.
+
     To whoever asks for `intermediates`, the stack sows its `stream`: see `streams`.
 
     Attributes:
@@ -50,12 +55,14 @@ class Stack(nn.Module):
       depth: number of layers.
       remat: name of a rematerialisation policy in `REMAT`.
       unroll: layers, or rounds of turns, a scan iteration; `depth` unrolls the loop whole.
+      shared: regexps of the parameters that all layers share: `(".*",)` loops over one layer.
     """
 
     block: nn.Module
     depth: int
     remat: str = "none"
     unroll: int = 1
+    shared: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(
@@ -99,11 +106,13 @@ class Stack(nn.Module):
                 return block.init({"params": key}, x, first, *shared, method=method)
 
             stacked = jax.vmap(init)(jax.random.split(self.make_rng("params"), self.depth))
-            stacked = meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "layers"})
-            _put(self, stacked)
+            own, common = self._apart(stacked)
+            own = meta.add_axis(own, 0, {nn.PARTITION_NAME: "layers"})
+            _put(self, _together(own, jax.tree.map(lambda leaf: leaf[0], common)))
 
         # What an earlier pass sowed is no layer's.
         variables = {name: meta.unbox(v) for name, v in self.variables.items() if name != "intermediates"}
+        variables, common = self._apart(variables)
         assert self.scope is not None
         mutable = intersect_filters(self.scope.mutable, DenyList("params")) if part is None else False
         watched = not self.is_initializing() and self.is_mutable_collection("intermediates")
@@ -117,7 +126,7 @@ class Stack(nn.Module):
             options: dict[str, Any] = dict(train=train, rngs=rngs, method=method, mutable=mutable)
             if point is not None:
                 options["point"] = point
-            made = block.apply(variables, x, each, *shared, **options)
+            made = block.apply(_together(variables, common), x, each, *shared, **options)
             (y, out), changed = made if mutable is not False else (made, {})
             return y, (out, changed, x if watched else None)
 
@@ -178,6 +187,25 @@ class Stack(nn.Module):
             return x, {layer: jax.tree.map(lambda leaf: leaf[0], outs[layer]) for layer in points}
         made = list(outs.values())
         return x, made[0] if len(made) == 1 else jax.tree.map(_joined, *made)
+
+    @nn.nowrap
+    def _apart(self, variables: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The variables that every layer has for itself, and the parameters that all share."""
+        if not self.shared:
+            return variables, {}
+        boxes = flatten_dict(variables["params"])
+        rules = [(pattern, True) for pattern in self.shared]
+        told = flatten_dict(match(rules, meta.unbox(variables["params"]), default=False, where="shared"))
+        own, common = ({path: boxes[path] for path in boxes if told[path] == one} for one in (False, True))
+        return {**variables, "params": unflatten_dict(own)}, {"params": unflatten_dict(common)}
+
+
+def _together(own: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
+    """The variables of one layer, as its block knows them."""
+    if not common:
+        return own
+    flat = flatten_dict(own["params"]) | flatten_dict(common["params"])
+    return {**own, "params": unflatten_dict(flat)}
 
 
 def _segments(first: int, last: int, borders: Collection[int], turns: int) -> Iterator[tuple[int, int]]:

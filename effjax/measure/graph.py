@@ -2,7 +2,8 @@
 
 A compiler sees through calls, so whatever asks what is fused with what, or how long a value lives, must too.
 What remains nested is what runs another number of times than the equations around it: the bodies of `scan`,
-`while`, `cond` and `shard_map`.
+`while`, `cond` and `shard_map`. What is written once for each platform is laid flat too, as it is written
+for those that are not named: the arithmetic that an operation stands for, and not a detour that one needs.
 
 Everything that a version of JAX may lay out differently is read in this file and in `loops.py`: how a scan
 marks its carries, what a closed jaxpr is, how name stacks print.
@@ -16,7 +17,7 @@ from typing import Any
 
 # Primitives whose one jaxpr runs once, on the equation's own operands.
 _CALLS = ("checkpoint", "closed_call", "composite", "core_call", "jit", "named_call", "pjit", "remat2")
-_CALLS_WITH_RULES = ("custom_jvp_call", "custom_vjp_call")
+_CALLS_WITH_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vmap_call")
 _INLINED = frozenset(_CALLS + _CALLS_WITH_RULES)
 
 
@@ -111,8 +112,10 @@ def _inline(
     for equation, read in live_equations(jaxpr, wanted):
         operands = tuple(number_of(atom) for atom in equation.invars)
         inner = join_scopes(scope, scope_of(equation))
-        if equation.primitive.name in _INLINED:
-            outputs = _inline(graph, jaxprs_of(equation)[0], operands, read, inner)
+        default = _default_branch(equation)
+        if equation.primitive.name in _INLINED or default is not None:
+            body, seen = (jaxprs_of(equation)[0], operands) if default is None else (default, operands[1:])
+            outputs = _inline(graph, body, seen, read, inner)
             made = zip(equation.outvars, outputs, strict=True)
             numbers.update({variable: number for variable, number in made if number is not None})
         else:
@@ -121,6 +124,12 @@ def _inline(
             bodies = tuple(flatten(body, want) for body, want in _bodies(equation, read))
             graph.nodes.append(Node(equation, operands, tuple(results), inner, bodies))
     return [number_of(out) if want else None for out, want in zip(jaxpr.outvars, wanted, strict=True)]
+
+
+def _default_branch(equation: Any) -> Any:
+    """The branch of `jax.lax.platform_dependent` for all platforms that it does not name, if it is one."""
+    platforms = equation.params.get("branches_platforms") if equation.primitive.name == "cond" else None
+    return equation.params["branches"][platforms.index(None)] if platforms and None in platforms else None
 
 
 def _bodies(equation: Any, read: list[bool]) -> list[tuple[Any, list[bool] | None]]:
@@ -164,8 +173,11 @@ def scan_layout(equation: Any) -> tuple[int, int]:
 
 def devices_of(equation: Any) -> int:
     """How many devices run the body of a `shard_map`: those along the axes it makes manual."""
-    mesh = equation.params["mesh"].shape
-    return math.prod(mesh[axis] for axis in equation.params["newly_manual_axes"])
+    parameters = equation.params
+    mesh = parameters["mesh"].shape
+    name = "newly_manual_axes" if "newly_manual_axes" in parameters else "manual_axes"  # as jax 0.10.1 has it
+    axes = parameters[name]
+    return math.prod(mesh[axis] for axis in axes)
 
 
 def live_equations(jaxpr: Any, wanted: Sequence[bool]) -> list[tuple[Any, list[bool]]]:

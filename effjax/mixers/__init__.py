@@ -22,9 +22,11 @@ from effjax.mixers.shifted_volume import ShiftedVolume
 from effjax.mixers.shifted_window import ShiftedWindow
 from effjax.mixers.simplified_linear import SimplifiedLinear
 from effjax.mixers.sliding_window import SlidingWindow
+from effjax.mixers.spark_attention import SparkAttention
 from effjax.mixers.spatial import RandomMatrix, SpatialFC
 from effjax.mixers.spatial_reduction import SpatialReduction
 from effjax.mixers.subspace_attention import SubspaceAttention
+from effjax.mixers.token_parameter import TokenParameterAttention
 from effjax.mixers.vision_mamba import VisionMamba
 
 KINDS = {
@@ -51,8 +53,10 @@ KINDS = {
     "shifted_window": ShiftedWindow,
     "simplified_linear": SimplifiedLinear,
     "sliding_window": SlidingWindow,
+    "spark_attention": SparkAttention,
     "spatial_fc": SpatialFC,
     "spatial_reduction": SpatialReduction,
     "subspace_attention": SubspaceAttention,
+    "token_parameter_attention": TokenParameterAttention,
     "vision_mamba": VisionMamba,
 }

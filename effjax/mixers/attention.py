@@ -170,7 +170,7 @@ class Attention(nn.Module):
                 options["window"] = (self.window - 1, 0 if self.causal else self.window - 1)
             options |= dict(mask=mask, causal=self.causal)
             if watch is not None:
-                return self._watched(x, q, k, v, options, watch)
+                return self._watched(x, q, k, v, options, watch, context)
             y = softmax_attention(q, k, v, **options)  # [B, N, H, D]
         else:
             cache = append(cache, k, v, positions)
@@ -180,7 +180,7 @@ class Attention(nn.Module):
             if window is not None:
                 mask = mask & (cache.positions[:, None, None, :] > positions[:, None, :, None] - window)
             y = softmax_attention(q, k, v, mask=mask, causal=False, **options)  # [B, N, H, D]
-        return self.output(y, x.shape[-1]), cache
+        return self.output(y, x.shape[-1], context), cache
 
     @nn.nowrap
     def _watched(
@@ -191,6 +191,7 @@ class Attention(nn.Module):
         v: Float[Array, "b n g d"],
         options: dict[str, Any],
         watch: Watch,
+        context: Context,
     ) -> tuple[Float[Array, "b m c"], Stats]:
         """Mixes all tokens, or those that are chosen by the weights of all, and tells what is asked for."""
         weights = attention_weights(q, k, **options)  # [B, H, N, N]
@@ -200,7 +201,7 @@ class Attention(nn.Module):
         if rows is not None:
             weights = jnp.take_along_axis(weights, rows[:, None, :, None], axis=2)  # [B, H, M, N]
         y = weighted_sum(weights.astype(v.dtype), v)  # [B, M, H, D]
-        return self.output(y, x.shape[-1]), stats
+        return self.output(y, x.shape[-1], context), stats
 
     @nn.nowrap
     def sizes(self, width: int) -> tuple[int, int]:
@@ -232,12 +233,10 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n g d"], Float[Array, "b n g d"]]:
         """Returns queries `[B, N, H, D]`, keys and values `[B, N, G, D]`."""
         groups, size = self.sizes(x.shape[-1])
-        q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
-        q = Dense((self.heads, size), q_axes, use_bias=self.qkv_bias, name="query")(x)  # [B, N, H, D]
-        k = Dense((groups, size), kv_axes, use_bias=self.qkv_bias, name="key")(x)  # [B, N, G, D]
-        v = Dense((groups, size), kv_axes, use_bias=self.qkv_bias, name="value")(x)  # [B, N, G, D]
+        q, k, v = self.projections(x, groups, size, context)
         if self.qk_norm:
-            q, k = self.normalise(q, "query_norm"), self.normalise(k, "key_norm")
+            q = self.normalise(q, "query_norm", context)
+            k = self.normalise(k, "key_norm", context)
         if self.clip is not None:
             q, k, v = (jnp.clip(part, -self.clip, self.clip) for part in (q, k, v))
         turns = context.rotary
@@ -253,14 +252,25 @@ class Attention(nn.Module):
         return q, k, v
 
     @nn.nowrap
-    def normalise(self, x: Float[Array, "b n h d"], name: str) -> Float[Array, "b n h d"]:
+    def projections(
+        self, x: Float[Array, "b n c"], groups: int, size: int, context: Context
+    ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n g d"], Float[Array, "b n g d"]]:
+        """Queries, keys and values before they are normalised and turned."""
+        q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
+        q = Dense((self.heads, size), q_axes, use_bias=self.qkv_bias, name="query")(x)  # [B, N, H, D]
+        k = Dense((groups, size), kv_axes, use_bias=self.qkv_bias, name="key")(x)  # [B, N, G, D]
+        v = Dense((groups, size), kv_axes, use_bias=self.qkv_bias, name="value")(x)  # [B, N, G, D]
+        return q, k, v
+
+    @nn.nowrap
+    def normalise(self, x: Float[Array, "b n h d"], name: str, context: Context) -> Float[Array, "b n h d"]:
         """The norm of queries or keys."""
         reduced = 2 if self.qk_norm_over == "width" else 1
         scaled = 1 if self.qk_norm_over == "head" else 2
         return norm(self.qk_norm_kind, self.qk_norm_epsilon, name, reduced, scaled)(x)
 
     @nn.nowrap
-    def output(self, y: Float[Array, "b n h d"], width: int) -> Float[Array, "b n c"]:
+    def output(self, y: Float[Array, "b n h d"], width: int, context: Context) -> Float[Array, "b n c"]:
         """Projects the heads back to the width."""
         axes = ("heads", "head_dim", "embed")
         return Dense(width, axes, inputs=2, use_bias=self.out_bias, name="output")(y)  # [B, N, C]

@@ -23,10 +23,12 @@ class Context:
         mixer's own `window` where layers differ.
       rotary: `([D/2], [])` frequencies and amplitude of this layer's rotary positions; in place of the
         mixer's own where layers differ.
+      norm_scale: `[]`, factor of the norms before the branches of this layer.
       share: of the weights of each head those that count, the largest; the others are left out of the sum.
         None counts all.
       grid: rows and columns that the tokens are laid out in, row by row, where nothing else is among them;
         frames, rows and columns of a video.
+      modality: which modality each token is of, an `effjax.layers.modal.Modalities`.
       turn: number of the layer among those that do different things in turn.
     """
 
@@ -36,6 +38,8 @@ class Context:
     size: Any = None
     window: Any = None
     rotary: Any = None
+    norm_scale: Any = None
+    modality: Any = None
     share: float | None = flax.struct.field(pytree_node=False, default=None)
     grid: Any = flax.struct.field(pytree_node=False, default=None)
     turn: int | None = flax.struct.field(pytree_node=False, default=None)

@@ -129,8 +129,12 @@ class LinGen(nn.Module):
         x = self.embed(x_t.reshape(-1, *x_t.shape[2:]))  # [B F, h, w, C]
         grid = frames, x.shape[1], x.shape[2]
         x = x.reshape(b, frames, -1, self.dim)  # [B, F, h w, C]
-        places = sincos_table(grid[1:], self.dim)[None] + sincos_line(frames, self.dim)[:, None]
-        x = (x + jnp.asarray(places, x.dtype)[None]).reshape(b, -1, self.dim)  # [B, N, C]
+        # Added up in the program: the sum of a long video would be a constant of gigabytes.
+        plane, line = (
+            jnp.asarray(t) for t in (sincos_table(grid[1:], self.dim), sincos_line(frames, self.dim))
+        )
+        places = plane[None] + line[:, None]  # [F, h w, C]
+        x = (x + places.astype(x.dtype)[None]).reshape(b, -1, self.dim)  # [B, N, C]
         x = nn.with_logical_constraint(x, ("batch", "length", "features"))
         valid: Bool[Array, "b l"] = jnp.any(text != 0, axis=-1)
         words = self.text_contract(nn.gelu(self.text_expand(text.astype(x.dtype))))  # [B, L, C]

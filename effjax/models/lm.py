@@ -52,7 +52,8 @@ class DecoderBlock(nn.Module):
       mixer: how tokens mix; its `step`, `init_cache` and `cache_axes` serve decoding.
       ffn: how channels mix; None means that the mixer does that too.
       epsilon: of the norms.
-      norm: their kind, a name in `effjax.layers.norms`; the model's last norm is of it too.
+      norm: their kind, a name in `effjax.layers.norms`; the model's last norm is of it too, unless the model
+        says otherwise.
       norm_at: whether a branch's norm stands before its layer, after it, or both.
       parallel: whether both branches read the same `x`: with a norm each (`two_norms`) or the mixer's norm
         for both (`one_norm`).
@@ -67,10 +68,18 @@ class DecoderBlock(nn.Module):
     parallel: Literal["no", "one_norm", "two_norms"] = "no"
     residual_scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not getattr(self.ffn, "causal", True):
+            raise UsageError(
+                "experts that choose tokens look at later ones, which a language model does not have yet: "
+                "set ffn.choice='token'."
+            )
+
     def __call__(
         self, x: Float[Array, "b n c"], each: Any, context: Context, train: bool = False
     ) -> tuple[Float[Array, "b n c"], None]:
-        """Returns `(x, None)` for whole sequences; `each` holds this layer's window and rotary table."""
+        """Returns `(x, None)` for whole sequences; `each` holds this layer's window, rotary table, scale."""
         _, own = each
         x, _ = self.residual(x, None, dataclasses.replace(context, **own), train)
         return x, None
@@ -87,29 +96,50 @@ class DecoderBlock(nn.Module):
         self, x: Float[Array, "b n c"], cache: Any, context: Context, train: bool
     ) -> tuple[Float[Array, "b n c"], Any]:
         """Both branches; without a cache the tokens are whole sequences."""
-        first = self._before(x, "mixer_norm", train)  # [B, N, C]
+        first = self._before(x, "mixer_norm", context, train)  # [B, N, C]
         if cache is None:
             h = self.mixer(first, context, train=train)  # [B, N, C]
         else:
             h, cache = self.mixer.step(first, cache, context)  # [B, N, C]
-        mixed = x + self._after(h, "mixer_norm", train)
+        mixed = x + self._after(h, "mixer_norm", context, train)
         if self.ffn is None:
             return self._named(mixed), cache
         if self.parallel == "one_norm":
             h = first
         else:
-            h = self._before(mixed if self.parallel == "no" else x, "ffn_norm", train)
-        x = mixed + self._after(self.ffn(h, train=train), "ffn_norm", train)  # [B, N, C]
+            h = self._before(mixed if self.parallel == "no" else x, "ffn_norm", context, train)
+        h = self.channels(h, context, train)  # [B, N, C]
+        x = mixed + self._after(h, "ffn_norm", context, train)  # [B, N, C]
         return self._named(x), cache
 
     @nn.nowrap
-    def _before(self, x: Float[Array, "b n c"], name: str, train: bool) -> Float[Array, "b n c"]:
-        return x if self.norm_at == "after" else norm(self.norm, self.epsilon, name, train=train)(x)
+    def normalised(
+        self, x: Float[Array, "b n c"], name: str, context: Context, train: bool
+    ) -> Float[Array, "b n c"]:
+        """One of the norms of the block."""
+        return norm(self.norm, self.epsilon, name, train=train)(x)
 
     @nn.nowrap
-    def _after(self, h: Float[Array, "b n c"], name: str, train: bool) -> Float[Array, "b n c"]:
+    def channels(self, h: Float[Array, "b n c"], context: Context, train: bool) -> Float[Array, "b n c"]:
+        """The FFN."""
+        assert self.ffn is not None
+        return self.ffn(h, train=train)
+
+    @nn.nowrap
+    def _before(
+        self, x: Float[Array, "b n c"], name: str, context: Context, train: bool
+    ) -> Float[Array, "b n c"]:
+        if self.norm_at == "after":
+            return x
+        h = self.normalised(x, name, context, train)
+        return h if context.norm_scale is None else h * context.norm_scale.astype(h.dtype)
+
+    @nn.nowrap
+    def _after(
+        self, h: Float[Array, "b n c"], name: str, context: Context, train: bool
+    ) -> Float[Array, "b n c"]:
         if self.norm_at != "before":
-            h = norm(self.norm, self.epsilon, f"{name}_after", train=train)(h)
+            h = self.normalised(h, f"{name}_after", context, train)
         return h if self.residual_scale == 1.0 else h * jnp.asarray(self.residual_scale, h.dtype)
 
     @nn.nowrap
@@ -139,6 +169,10 @@ class LM(nn.Module):
       head_bias: whether the head has a bias.
       logit_scale: factor of the logits.
       logit_cap: bound of the logits, which become `cap tanh(logits / cap)`; None leaves them free.
+      shared: regexps of the parameters that all blocks share, see `Stack`.
+      norm_scaling: whether what the norms before the branches give is divided by the square root of the
+        layer's number, counted from 1: see `effjax.compress.norm_scaling`.
+      last_norm: kind of the norm before the head; None takes that of the block.
     """
 
     block: DecoderBlock
@@ -156,6 +190,14 @@ class LM(nn.Module):
     head_bias: bool = False
     logit_scale: float = 1.0
     logit_cap: float | None = None
+    shared: tuple[str, ...] = ()
+    norm_scaling: bool = False
+    last_norm: NormKind | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.norm_scaling and self.block.norm_at == "after":
+            raise UsageError("norm_scaling scales the norms before the branches: set norm_at to 'before'.")
 
     def __call__(
         self,
@@ -225,11 +267,13 @@ class LM(nn.Module):
         """Embedding, blocks and head; without caches the tokens are whole sequences."""
         x, table = self.embed(tokens, context, caches)  # [B, N, C]
 
-        stack = Stack(self.block, self.depth, remat=self.remat, unroll=self.unroll, name="blocks")
-        method = "__call__" if caches is None else "step"
-        x, caches = stack(x, context, each=(caches, self.own()), method=method, train=train)  # [B, N, C]
+        options: dict[str, Any] = dict(remat=self.remat, unroll=self.unroll, shared=self.shared)
+        stack = Stack(self.block, self.depth, **options, name="blocks")
+        method, each = "__call__" if caches is None else "step", (caches, self.own())
+        x, caches = stack(x, context, each=each, method=method, train=train)  # [B, N, C]
 
-        x = norm(self.block.norm, self.block.epsilon, "norm", train=train)(x)  # [B, N, C]
+        kind = self.block.norm if self.last_norm is None else self.last_norm
+        x = norm(kind, self.block.epsilon, "norm", train=train)(x)  # [B, N, C]
         if not self.tied:
             init = named(truncated_normal(0.02), ("vocab", "embed"))
             table = self.param("head", init, (self.vocab, self.dim), jnp.float32)
@@ -269,10 +313,11 @@ class LM(nn.Module):
     @nn.nowrap
     def own(self) -> dict[str, Any]:
         """What each layer has for itself, depth in front: fields of its `Context`."""
+        scales = self.scales()
+        own: dict[str, Any] = {} if scales is None else {"norm_scale": scales}
         if not self.layers:
-            return {}
+            return own
         kinds = [self.layers[i % len(self.layers)] for i in range(self.depth)]
-        own: dict[str, Any] = {}
         if any(kind.window is not None for kind in self.layers):
             everything = 2**30
             own["window"] = jnp.asarray([kind.window or everything for kind in kinds], jnp.int32)  # [L]
@@ -281,6 +326,11 @@ class LM(nn.Module):
             frequencies, amplitudes = zip(*(tables[kind] for kind in kinds), strict=True)
             own["rotary"] = jnp.stack(frequencies), jnp.asarray(amplitudes, jnp.float32)  # [L, D/2], [L]
         return own
+
+    @nn.nowrap
+    def scales(self) -> Float[Array, " depth"] | None:
+        """What the norms' outputs are multiplied by in each layer; None where they are as they come."""
+        return jax.lax.rsqrt(jnp.arange(1.0, self.depth + 1)) if self.norm_scaling else None
 
     @nn.nowrap
     def rotary_table(self, kind: Layer) -> rotary.Table:

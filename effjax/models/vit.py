@@ -74,6 +74,7 @@ class ViT(nn.Module):
       representation: channels of a tanh layer between pool and head; None leaves it out.
       mask_token: whether there is a token that takes the place of masked patches.
       reduce: how tokens are reduced on their way, a kind in `effjax.tokens`.
+      shared: regexps of the parameters that all blocks share, see `Stack`.
     """
 
     block: Block
@@ -103,6 +104,7 @@ class ViT(nn.Module):
     representation: int | None = None
     mask_token: bool = False
     reduce: Any = part(tokens.KINDS, default=None)
+    shared: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -178,7 +180,8 @@ class ViT(nn.Module):
             x = self._norm("pre_norm", x, train)
         x = nn.with_logical_constraint(x, ("batch", "length", "features"))
 
-        stack = Stack(self.block, self.depth, remat=self.remat, unroll=self.unroll, name="blocks")
+        options: dict[str, Any] = dict(remat=self.remat, unroll=self.unroll, shared=self.shared)
+        stack = Stack(self.block, self.depth, **options, name="blocks")
         rates = linear_rates(self.drop_path, self.depth)
         if self.reduce is None:
             bag = None

@@ -118,18 +118,21 @@ def sample(program: Program, serving: Serving) -> Step:
     if not isinstance(task, Diffusion) or serving.sampler is None:
         raise UsageError(f"--step=sample needs a diffusion config, and this one is {_kind(task)}.")
     sampling = Sampling(serving.sampler, serving.guidance)
-    sampling.check(task, (0,))
-    batch, shape = _batch(program, serving), task.shape(program.data.example_batch(1)[task.content].shape[1:])
+    sampling.check(task, ())
+    example = program.data.example_batch(1)
+    batch, shape = _batch(program, serving), task.shape(example[task.content].shape[1:])
+    one = jax.eval_shape(task.told, jax.tree.map(jnp.asarray, dict(example)))  # [1, ...]
+    told = jax.ShapeDtypeStruct((batch, *one.shape[1:]), one.dtype, sharding=program.batch_sharding)
     numbers = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=program.batch_sharding)
 
-    def pictures(variables: Any, label: Any, index: Any) -> Any:
+    def pictures(variables: Any, told: Any, index: Any) -> Any:
         keys = example_keys(jax.random.key(0), index)
-        return sample_classes(task, variables, label, shape, sampling, keys)
+        return sample_classes(task, variables, told, shape, sampling, keys)
 
     return Step(
         kind="sample",
         function=pictures,
-        arguments=(_stored(program), numbers, numbers),
+        arguments=(_stored(program), told, numbers),
         out_shardings=program.batch_sharding,
         donated=(),
         unit="images",

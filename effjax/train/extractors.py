@@ -8,7 +8,8 @@ extractors cannot be compared.
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -42,6 +43,7 @@ class Classifier:
       data: what it is trained on then, pictures in [-1, 1] and labels; None takes the run's own data.
       optimizer: for that.
       size: side to which pictures are resized; None leaves them.
+      resize: how: `bicubic` with antialiasing, or `bilinear` without, as FID has it.
       mean, std: of the pixels it was trained on, in [0, 1], a number a channel or one for all.
     """
 
@@ -53,6 +55,7 @@ class Classifier:
         optimizers.KINDS, default=optimizers.Muon(lr=3e-3, schedule=Cosine(warmup="10%"), weight_decay=0.05)
     )
     size: int | None = None
+    resize: Literal["bicubic", "bilinear"] = "bicubic"
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
 
@@ -63,13 +66,32 @@ class Classifier:
                 "or fit='30 epochs', for which it is trained on the run's own data."
             )
 
-    def variables(self, program: Any, show: Callable[[Mapping[str, Array]], Array], read: ReadWeights) -> Any:
+    def check(self) -> None:
+        """Refuses what would only be found at the first evaluation.
+
+        Raises:
+          UsageError: where there is no such folder.
+        """
+        if self.weights is not None and not Path(self.weights).expanduser().is_dir():
+            raise UsageError(
+                f"the extractor's weights='{self.weights}' is no folder: train a classifier, bring one in "
+                f"with python -m experiments.convert, or take fit='30 epochs' instead."
+            )
+
+    def variables(
+        self,
+        program: Any,
+        show: Callable[[Mapping[str, Array]], Array],
+        read: ReadWeights,
+        check_stop: Callable[[], None],
+    ) -> Any:
         """Its variables, read or trained.
 
         Args:
           program: of the run.
           show: the pictures of a batch, in [-1, 1].
           read: gives the weights in a folder.
+          check_stop: called between batches of its training; raises where the run was told to stop.
         """
         if self.data is not None:
             show = _pictures
@@ -80,7 +102,7 @@ class Classifier:
             shapes = jax.eval_shape(lambda: meta.unbox(self._init(pictures)))
             return jax.tree.map(jnp.asarray, read(self.weights, shapes, "the extractor's model"))
         assert self.fit is not None
-        return self._fitted(program, data, show, pictures, self.fit)
+        return self._fitted(program, data, show, pictures, self.fit, check_stop)
 
     def __call__(
         self, variables: Any, pictures: Float[Array, "b h w c"]
@@ -98,11 +120,14 @@ class Classifier:
         """The pictures as it was trained to see them."""
         if self.size is not None:
             shape = pictures.shape[0], self.size, self.size, pictures.shape[3]
-            pictures = jax.image.resize(pictures, shape, "bicubic")
+            smooth = self.resize == "bicubic"
+            pictures = jax.image.resize(pictures, shape, self.resize, antialias=smooth)
         mean, std = (jnp.asarray(value, pictures.dtype)[None, None, None] for value in (self.mean, self.std))
         return ((pictures + 1) / 2 - mean) / std
 
-    def _fitted(self, program: Any, data: OpenData, show: Any, pictures: Array, length: str) -> Any:
+    def _fitted(
+        self, program: Any, data: OpenData, show: Any, pictures: Array, length: str, check_stop: Any
+    ) -> Any:
         """Trained from its first weights, on every device alike."""
         task = Classification(self.model, smoothing=0.1)
         budget = Budget.of(length, data.definition.batch_size, data.num_examples)
@@ -123,6 +148,7 @@ class Classifier:
         rows = data.train(process_index=jax.process_index(), process_count=jax.process_count())
         with activate(program.mesh, program.rules):
             for batch in itertools.islice(rows, budget.total_steps):
+                check_stop()
                 state = improve(state, to_global(batch, program.batch_sharding))
         if bool(state.halted):
             raise UsageError(

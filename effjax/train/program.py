@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from effjax.data import Described
+from effjax.data.text import check_vocabulary
 from effjax.errors import UsageError
 from effjax.experiment import Experiment
 from effjax.parallel.mesh import make_mesh
@@ -181,9 +182,13 @@ def build_program(
 
     Raises:
       UsageError: where the mesh does not fit the devices, the batch does not divide, a parameter cannot be
-        cut, or a rule matches no parameter.
+        cut, a rule matches no parameter, or the tokenizer has tokens that the model does not have.
     """
     train, batch_size = experiment.train, experiment.data.batch_size
+    tokenizer = getattr(data, "tokenizer", None)  # of data that are open
+    vocabulary = getattr(experiment.model, "vocab", None)
+    if tokenizer is not None and vocabulary is not None:
+        check_vocabulary(tokenizer, vocabulary)
     mesh = make_mesh(experiment.mesh, devices)
     rules = merge_rules(experiment.sharding)
     parts = batch_parts(mesh, rules) * train.accumulate

@@ -25,9 +25,6 @@ from experiments.run.method_spec import Asked
 from experiments.run.plots import film_strips, image_grid, pareto
 from experiments.run.report import Figure, Section, Table, with_section
 
-# Pictures that a cache which plans ahead is calibrated on.
-FEW = 8
-
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
@@ -79,15 +76,15 @@ def measure(
     Raises:
       UsageError: for a request that cannot be sampled, or a method that the model does not take.
     """
-    how, classes, shape = sampling.prepared(program, request)
-    labels = jnp.asarray(np.repeat(np.asarray(classes, np.int32), request.per_class))
+    how, told, shape = sampling.prepared(program, request)
+    labels = jnp.asarray(np.repeat(told, request.per_class, axis=0))
     keys = example_keys(jax.random.key(request.seed), jnp.arange(len(labels)))
     variables = program.experiment.train.precision.cast(variables)
 
     ways: dict[str, tuple[Program, Sampling, str]] = {WHOLE: (program, how, "")}
     for asked in methods:
         if isinstance(asked.method, StepCache):
-            few = min(len(labels), FEW)
+            few = min(len(labels), sampling.FEW)
             cached = dataclasses.replace(how, cache=asked.method)
             cached = calibrated(program.task, variables, labels[:few], shape, cached, keys[:few])
             ways[asked.label] = program, cached, repr(asked.method)
@@ -117,10 +114,10 @@ def measure(
         )
         for label, (pictures, memory) in drawn.items()
     ]
-    each = slice(0, None, request.per_class)  # the first picture of every class
+    each = slice(0, None, request.per_class)  # the first picture of every row
     grid = np.concatenate([pictures[each] for pictures, _ in drawn.values()])
     shown = sampling.to_bytes(np.asarray(program.task.pictures(variables, grid)))
-    return rows, image_grid(film_strips(shown) if shown.ndim == 5 else shown, len(classes))
+    return rows, image_grid(film_strips(shown) if shown.ndim == 5 else shown, len(told))
 
 
 def _drawing(task: Any, variables: Any, labels: Any, shape: Any, how: Sampling, keys: Any) -> Any:

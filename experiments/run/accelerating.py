@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from effjax.compress.methods import KINDS as COMPRESSIONS
 from effjax.diffusion.caches import StepCache
 from effjax.errors import UsageError, did_you_mean
 from effjax.experiment import resolve
@@ -111,14 +112,9 @@ def run(
     Raises:
       UsageError: for an evaluator that the config does not have, or a method that the model does not take.
     """
-    evaluators = source.program.experiment.evaluators
-    if not evaluators:
-        raise UsageError(f"{source.name} has no evaluators, so nothing says how good its model is.")
-    name = evaluator or next(iter(evaluators))
-    if name not in evaluators:
-        raise UsageError(f"--evaluator={name} is none of the config's. {did_you_mean(name, evaluators)}")
+    name, chosen = evaluator_of(source, evaluator)
     rows, picture = measure(
-        source.program, source.variables, evaluators[name], methods, batch_size=batch_size, rounds=rounds
+        source.program, source.variables, chosen, methods, batch_size=batch_size, rounds=rounds
     )
     folder = Path(out) if out is not None else (source.folder or Path()) / FOLDER
     write(folder, rows, picture)
@@ -130,6 +126,21 @@ def run(
     print(f"pictures  {folder}")
 
 
+def evaluator_of(source: Source, asked: str | None) -> tuple[str, Any]:
+    """The evaluator that was asked for, by default the first, and its name.
+
+    Raises:
+      UsageError: for one that the config does not have.
+    """
+    evaluators = source.program.experiment.evaluators
+    if not evaluators:
+        raise UsageError(f"{source.name} has no evaluators, so nothing says how good its model is.")
+    name = asked or next(iter(evaluators))
+    if name not in evaluators:
+        raise UsageError(f"--evaluator={name} is none of the config's. {did_you_mean(name, evaluators)}")
+    return name, evaluators[name]
+
+
 def with_method(program: Program, method: Any) -> Program:
     """The program of the same run whose model reduces its tokens.
 
@@ -139,11 +150,17 @@ def with_method(program: Program, method: Any) -> Program:
     model = program.experiment.model
     if isinstance(method, StepCache):
         raise UsageError("a step cache is for the samplers of a diffusion run, and this is none.")
+    if isinstance(method, tuple(COMPRESSIONS.values())):
+        raise UsageError("leaving neurons out is for language models, and this run trained none.")
     if not hasattr(model, "reduce"):
         raise UsageError(f"{type(model).__name__} cannot reduce its tokens: no field `reduce`.")
-    fast = model.clone(reduce=method)
-    task = dataclasses.replace(program.task, model=fast)
-    experiment = dataclasses.replace(program.experiment, model=fast, task=task)
+    return with_model(program, model.clone(reduce=method))
+
+
+def with_model(program: Program, model: Any) -> Program:
+    """The program of the same run with another model."""
+    task = dataclasses.replace(program.task, model=model)
+    experiment = dataclasses.replace(program.experiment, model=model, task=task)
     return dataclasses.replace(program, experiment=experiment)
 
 
@@ -185,7 +202,7 @@ def measure(
     evaluation = evaluator.open(read_weights)
     data = evaluation.data
     costs = {label: forward_cost(made) for label, made in programs.items()}
-    answers = {label: _answers(made, variables, data) for label, made in programs.items()}
+    said = {label: answers(made, variables, data) for label, made in programs.items()}
     timed, timed_batch = _timed(programs, variables, data, costs, batch_size, rounds)
     first = next(_batches(program, data))
     shown: dict[str, tuple[float, ...]] = {}
@@ -197,7 +214,7 @@ def measure(
             label=label,
             settings="" if label == WHOLE else repr(made.experiment.model.reduce),
             metrics=evaluation(made, variables, lambda: None),
-            agreement=_agreement(answers[label], answers[WHOLE]),
+            agreement=agreement(said[label], said[WHOLE]),
             macs=costs[label].macs,
             tokens=shown[label],
             batch=timed_batch,
@@ -218,7 +235,7 @@ def _batches(program: Program, data: Any) -> Iterator[Mapping[str, jax.Array]]:
         yield to_global(batch, program.batch_sharding)
 
 
-def _answers(program: Program, variables: Any, data: Any) -> np.ndarray | None:
+def answers(program: Program, variables: Any, data: Any) -> np.ndarray | None:
     """What the model says of every example, in order; None for a task without one answer."""
     if not hasattr(program.task, "answers"):
         return None
@@ -231,7 +248,8 @@ def _answers(program: Program, variables: Any, data: Any) -> np.ndarray | None:
     return np.concatenate(found)
 
 
-def _agreement(ours: np.ndarray | None, whole: np.ndarray | None) -> float | None:
+def agreement(ours: np.ndarray | None, whole: np.ndarray | None) -> float | None:
+    """The share of answers in which two models agree; None where one gives none."""
     return None if ours is None or whole is None else float(np.mean(ours == whole))
 
 

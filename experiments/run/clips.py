@@ -1,19 +1,18 @@
 """Held-out clips of which parts are given, and how well the rest of them is drawn."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Shaped
 
 from effjax.config import build_kind
 from effjax.diffusion import masks
 from effjax.diffusion.examples import example_keys
-from effjax.errors import UsageError
 from effjax.train.program import Program
 from experiments.run import kind_spec
+from experiments.run.told import held_out
 
 _MASKS = 2**31  # apart from the numbers of pictures, whose keys are for noise
 
@@ -25,12 +24,12 @@ class Clips:
     Attributes:
       content: in [-1, 1].
       known: what of them is given.
-      labels: their classes; 0 where the model is told none.
+      told: what the model is told of each.
     """
 
     content: Float[np.ndarray, "n f h w c"]
     known: Bool[np.ndarray, "n f h w 1"]
-    labels: Int[np.ndarray, " n"]
+    told: Shaped[np.ndarray, "n *rest"]
 
     def copied(self) -> Float[np.ndarray, "n f h w c"]:
         """What is given, repeated until more is: the last given value of every place.
@@ -65,7 +64,7 @@ def parse(spec: str) -> masks.Mask:
     return mask
 
 
-def held_out(program: Program, given: masks.Mask, number: int, seed: int) -> Clips:
+def held_out_clips(program: Program, given: masks.Mask, number: int, seed: int) -> Clips:
     """The first clips that the run is evaluated on, and what of each is given.
 
     Args:
@@ -77,20 +76,8 @@ def held_out(program: Program, given: masks.Mask, number: int, seed: int) -> Cli
     Raises:
       UsageError: for a run without evaluation data, or a mask that leaves nothing of a clip to draw.
     """
-    evaluators = program.experiment.evaluators
-    if not evaluators:
-        raise UsageError("--given takes clips of the run's evaluation data, and it has none: leave it out.")
-    task = program.task
-    content: list[Any] = []
-    labels: list[Any] = []
-    for batch in next(iter(evaluators.values())).data.open().evaluate():
-        real = np.asarray(batch["mask"]) > 0
-        content.extend(np.asarray(batch[task.content], np.float32)[real])
-        told = np.zeros(len(real), np.int32) if task.condition is None else batch[task.condition]
-        labels.extend(np.asarray(told)[real])
-        if len(content) >= number:
-            break
-    clips = np.stack(content[:number])
+    content, told = held_out(program, number)
+    clips = content.astype(np.float32)
     keys = example_keys(jax.random.fold_in(jax.random.key(seed), _MASKS), jnp.arange(len(clips)))
     known = np.asarray(masks.draw_known((given,), keys, clips.shape[1:]))
-    return Clips(clips, known, np.stack(labels[:number]).astype(np.int32))
+    return Clips(clips, known, told)

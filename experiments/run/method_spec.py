@@ -4,13 +4,14 @@ import dataclasses
 from typing import Any
 
 from effjax import tokens
+from effjax.compress import methods
 from effjax.config import build_kind
 from effjax.diffusion import caches
 from effjax.errors import UsageError
 from experiments.run import kind_spec
 
-# What reduces tokens, and what skips work between the steps of a sampler.
-KINDS = {**tokens.KINDS, **caches.KINDS}
+# What reduces tokens, what skips work between the steps of a sampler, and what leaves neurons out.
+KINDS = {**tokens.KINDS, **caches.KINDS, **methods.KINDS}
 
 
 @dataclasses.dataclass(frozen=True)

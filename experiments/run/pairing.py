@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from effjax.train.program import Program
 from effjax.train.tasks.diffusion import Diffusion
 from experiments.run.formatting import measurement
 from experiments.run.progress import Progress
-from experiments.run.restore import load_run
+from experiments.run.restore import load_state
 from experiments.run.sampling import Request, build_sampler
 
 
@@ -31,9 +32,10 @@ def run(workdir: str, out: str, request: Request, count: int | None, step: int |
       UsageError: for a run of something else than pictures by diffusion, what `Sampling.check` refuses, or a
         folder that exists.
     """
-    program, variables = load_run(workdir, step)
+    program, state = load_state(workdir, step)
     rows = checked(program, workdir, count)
-    with ArrayWriter(out, rows) as writer:
+    variables = program.variables(state, ema=state.ema is not None)
+    with ArrayWriter(out, rows, origin_of(workdir, int(state.step), request)) as writer:
         straight = write(program, variables, request, writer)
     print(f"{out}: {rows} pairs" + ("" if straight is None else f", straightness {measurement(straight)}"))
     return 0
@@ -52,6 +54,12 @@ def checked(program: Program, workdir: str, count: int | None) -> int:
     if rows < 1:
         raise UsageError(f"--count={rows} must be at least 1.")
     return rows
+
+
+def origin_of(workdir: str, step: int, request: Request) -> dict[str, Any]:
+    """What decides the values of all pairs; how many are drawn at a time does not."""
+    asked = {name: getattr(request, name) for name in ("seed", "guidance", "sampler", "steps")}
+    return {"run": str(Path(workdir).resolve()), "step": step, **asked}
 
 
 def write(program: Program, variables: Any, request: Request, writer: ArrayWriter) -> float | None:
@@ -82,7 +90,8 @@ def write(program: Program, variables: Any, request: Request, writer: ArrayWrite
             laid_out = jax.device_put(condition, program.batch_sharding)
             noise, pictures, bent = drawing(variables, laid_out, jnp.asarray(first))
             if jax.process_index() == 0:
-                writer.write(first, {"noise": noise, task.content: pictures, task.condition: condition})
+                told = {} if task.condition is None else {task.condition: condition}
+                writer.write(first, {"noise": noise, task.content: pictures, **told})
             if bent is not None:
                 bends.append(np.asarray(bent)[: writer.rows - first])
             progress.update(min(first + size, writer.rows), {})
@@ -97,12 +106,11 @@ def _batch_size(program: Program, request: Request) -> int:
 
 def _conditions(program: Program, size: int, first: int, last: int) -> Iterator[tuple[int, np.ndarray]]:
     """Number of the first row and conditions of `size` rows, as often as it takes."""
-    field = program.task.condition
 
     def rows() -> Iterator[np.ndarray]:
         while True:
             for batch in program.data.evaluate():
-                yield from batch[field][batch["mask"] > 0]
+                yield from np.asarray(program.task.told(batch))[batch["mask"] > 0]
 
     endless = itertools.islice(rows(), first, None)
     for start in range(first, last, size):

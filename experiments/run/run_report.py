@@ -33,6 +33,7 @@ def of_run(
     *,
     title: str,
     summary: Mapping[str, str],
+    curves: Mapping[str, Figure],
     baselines: Mapping[str, Mapping[str, str]] | None = None,
     cost_columns: Sequence[str] = (),
     cost: Sequence[CostRow] = (),
@@ -42,9 +43,10 @@ def of_run(
     """Reads a run folder and returns its report.
 
     Args:
-      workdir: holds `config.json` and `environment.json`, and `metrics.jsonl` if anything was measured.
+      workdir: holds `config.json` and `environment.json`.
       title: the run in a few words.
       summary: the headline: family, parameters, MACs, step time, final metrics.
+      curves: every metric over steps, see `curves_of`.
       baselines: other systems by name, with the values of the summary's names that are known of them.
       cost_columns: the headings of `cost` after the name: parameters, MACs.
       cost: the cost tree, parents before children.
@@ -56,14 +58,13 @@ def of_run(
     """
     workdir = Path(workdir)
     record = _read_json(workdir / "config.json")
-    rows = metrics.read(workdir / metrics.FILE_NAME) if (workdir / metrics.FILE_NAME).exists() else []
     sections = []
     if notes:
         sections.append(Section("Notes", [Text(note) for note in notes]))
     if baselines:
         sections.append(Section("Compared with", [_comparison(title, summary, baselines)]))
-    if rows:
-        sections.append(Section("Curves", [_curve_figure(rows, name) for name in curve_names(rows)]))
+    if curves:
+        sections.append(Section("Curves", list(curves.values())))
     if samples:
         sections.append(Section("Samples", samples))
     if cost:
@@ -79,14 +80,19 @@ def of_run(
     return Report(title, summary, sections, subtitle=record["config_file"])
 
 
-def write_plots(workdir: str | os.PathLike[str]) -> list[Path]:
-    """Draws every metric of the run into `plots/NAME.png`; returns the files."""
-    workdir = Path(workdir)
-    rows = metrics.read(workdir / metrics.FILE_NAME)
+def curves_of(workdir: str | os.PathLike[str]) -> dict[str, Figure]:
+    """Draws every metric of a run, by name; none where nothing was measured."""
+    path = Path(workdir) / metrics.FILE_NAME
+    rows = metrics.read(path) if path.exists() else []
+    return {name: _curve_figure(rows, name) for name in curve_names(rows)}
+
+
+def write_plots(workdir: str | os.PathLike[str], curves: Mapping[str, Figure]) -> list[Path]:
+    """Writes every curve to `plots/NAME.png`; returns the files."""
     files = []
-    for name in curve_names(rows):
-        files.append(workdir / "plots" / f"{name.replace('/', '_')}.png")
-        write_atomic(files[-1], curve(rows, name))
+    for name, figure in curves.items():
+        files.append(Path(workdir) / "plots" / f"{name.replace('/', '_')}.png")
+        write_atomic(files[-1], figure.png)
     return files
 
 

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from effjax.diffusion import samplers
+from effjax.config import build_kind
+from effjax.diffusion import caches, samplers
+from effjax.diffusion.caches import StepCache
 from effjax.diffusion.ddpm import DDPM
 from effjax.diffusion.examples import example_keys
-from effjax.diffusion.generate import Sampling, sample_classes
+from effjax.diffusion.generate import Sampling, calibrated, sample_classes, walk_classes
 from effjax.diffusion.known import Known
 from effjax.diffusion.masks import Mask
 from effjax.diffusion.process import kind_of
@@ -20,12 +22,16 @@ from effjax.errors import UsageError, did_you_mean
 from effjax.parallel.sharding import activate, batch_parts
 from effjax.train.program import Program
 from effjax.train.tasks.diffusion import Diffusion
-from experiments.run.clips import Clips, held_out
+from experiments.run import kind_spec
+from experiments.run.clips import Clips, held_out_clips
 from experiments.run.files import write_atomic
 from experiments.run.plots import image_grid, moving_grid
 from experiments.run.restore import load_run
+from experiments.run.told import conditions
 
 DEFAULT_SAMPLERS = {"ddpm": "ddim", "rectified_flow": "euler"}
+# Pictures that a cache which plans ahead is calibrated on.
+FEW = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Request:
 
     Attributes:
       classes: one row each; None means the first ten.
+      examples: held-out examples, of what each of which shows there is a row, instead of classes.
       per_class: pictures in a row.
       guidance: scale of classifier-free guidance; 1 is none.
       interval: the share of the process that is guided, from 0, the picture, to 1, noise.
@@ -42,9 +49,12 @@ class Request:
       seed: decides all noise.
       batch: pictures at a time.
       given: what of held-out clips is given, of which the rest is drawn; None draws whole pictures.
+      cache: what is not computed again at every step.
+      trajectory: shows so many states on the way from noise to one picture, instead of a row of pictures.
     """
 
     classes: Sequence[int] | None = None
+    examples: Sequence[int] | None = None
     per_class: int = 8
     guidance: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
@@ -53,22 +63,43 @@ class Request:
     seed: int = 0
     batch: int = 64
     given: Mask | None = None
+    cache: StepCache | None = None
+    trajectory: int | None = None
 
     def __post_init__(self) -> None:
         if self.per_class < 1:
             raise UsageError(f"--per_class={self.per_class} must be at least 1.")
-        if self.classes is not None and not self.classes:
-            raise UsageError("--classes is empty: name at least one class, as in --classes=0,1,2.")
-        if self.classes is not None and self.given is not None:
-            raise UsageError("--classes and --given exclude each other: held-out clips have their classes.")
+        if self.trajectory is not None and self.trajectory < 2:
+            raise UsageError(f"--trajectory={self.trajectory} must be at least 2: noise and picture.")
+        for name in ("classes", "examples"):
+            numbers = getattr(self, name)
+            if numbers is not None and not numbers:
+                raise UsageError(f"--{name} is empty: name at least one, as in --{name}=0,1,2.")
+            if numbers is not None and self.given is not None:
+                raise UsageError(f"--{name} and --given exclude each other: held-out clips have their own.")
+        if self.classes is not None and self.examples is not None:
+            raise UsageError("--classes and --examples exclude each other.")
+        if self.trajectory is not None and self.given is not None:
+            raise UsageError("--trajectory and --given exclude each other.")
 
 
-def class_numbers(words: Sequence[str]) -> list[int]:
-    """Reads the words of `--classes`."""
+def numbers_of(flag: str, words: Sequence[str]) -> list[int]:
+    """Reads the words of `--classes` or `--examples`."""
     try:
         return [int(word) for word in words]
     except ValueError:
-        raise UsageError(f"--classes={','.join(words)} must be numbers, as in --classes=0,1,2.") from None
+        raise UsageError(f"--{flag}={','.join(words)} must be numbers, as in --{flag}=0,1,2.") from None
+
+
+def parse_cache(spec: str) -> StepCache:
+    """Reads `--cache`: `KIND` or `KIND:FIELD=VALUE,FIELD=VALUE`, a kind in `effjax.diffusion.caches`.
+
+    Raises:
+      UsageError: for what cannot be read, an unknown kind or field, or a value that the cache refuses.
+    """
+    kind, fields = kind_spec.read("cache", spec, "cg_taylor:threshold=0.1")
+    cache: StepCache = build_kind(caches.KINDS, {"kind": kind, **fields}, f"--cache={spec}")
+    return cache
 
 
 def shares(words: Sequence[str]) -> tuple[float, float]:
@@ -110,22 +141,26 @@ def run(workdir: str, out: str, request: Request, step: int | None = None, ema: 
     if moving != out.endswith(".gif"):
         what, ending = ("videos", "gif") if moving else ("pictures", "png")
         raise UsageError(f"--out='{out}': the run makes {what}, which are written as --out=NAME.{ending}.")
-    if not moving:
-        pictures, columns = draw(program, variables, request)
-        write_atomic(out, image_grid(pictures, columns))
-        print(f"{out}: {len(pictures) // columns} classes x {columns} pictures")
-    elif request.given is None:
-        videos, columns = draw(program, variables, request)
-        write_atomic(out, moving_grid(videos, columns))
-        print(f"{out}: {len(videos) // columns} classes x {columns} videos")
-    else:
-        clips = held_out(program, request.given, request.per_class, request.seed)
+    grid, what = (moving_grid, "videos") if moving else (image_grid, "pictures")
+    if request.given is not None and moving:
+        clips = held_out_clips(program, request.given, request.per_class, request.seed)
         videos, columns = draw(program, variables, request, clips)
-        write_atomic(out, moving_grid(np.concatenate([to_bytes(clips.content), videos]), columns))
+        write_atomic(out, grid(np.concatenate([to_bytes(clips.content), videos]), columns))
         print(f"{out}: {columns} clips; mean squared error of what was not given, in [-1, 1]:")
         print(f"  drawn                        {clips.error(from_bytes(videos)):.4g}")
         print(f"  the last given value copied  {clips.error(clips.copied()):.4g}")
+        return 0
+    drawn, columns = draw(program, variables, request)
+    write_atomic(out, grid(drawn, columns))
+    across = what if request.trajectory is None else "states from noise to one of the " + what
+    print(f"{out}: {len(drawn) // columns} {rows_of(program, request)} x {columns} {across}")
     return 0
+
+
+def rows_of(program: Program, request: Request) -> str:
+    """What the rows of a grid are, in a word."""
+    knows = getattr(program.task.model, "classes", 0) > 0
+    return "classes" if request.examples is None and knows else "held-out examples"
 
 
 def shape_of(program: Program) -> tuple[int, ...]:
@@ -135,17 +170,17 @@ def shape_of(program: Program) -> tuple[int, ...]:
     return shape
 
 
-def prepared(program: Program, request: Request) -> tuple[Sampling, Sequence[int], tuple[int, ...]]:
-    """How to draw, which classes, and the shape of one picture or video.
+def prepared(program: Program, request: Request) -> tuple[Sampling, np.ndarray, tuple[int, ...]]:
+    """How to draw, what each row is told, and the shape of one picture or video.
 
     Raises:
       UsageError: for what `Sampling.check` refuses, or a run that makes latents.
     """
     task = program.task
     sampler = build_sampler(task, request.sampler, request.steps)
-    classes = request.classes if request.classes is not None else range(min(task.model.classes, 10))
-    how = Sampling(sampler, request.guidance, request.interval)
-    how.check(task, classes)
+    how = Sampling(sampler, request.guidance, request.interval, request.cache)
+    rows = conditions(program, request.classes, request.examples)
+    how.check(task, () if request.classes is None else request.classes)
     shape = shape_of(program)
     if len(shape) == 3 and request.given is not None:
         raise UsageError("--given is for runs that make videos, and this one makes pictures: leave it out.")
@@ -156,41 +191,55 @@ def prepared(program: Program, request: Request) -> tuple[Sampling, Sequence[int
         )
     if task.latents is not None and request.given is not None:
         raise UsageError("--given is for runs on pixels, and this one makes latents: leave it out.")
-    return how, classes, shape
+    if request.trajectory is not None and request.trajectory > sampler.steps:
+        raise UsageError(f"--trajectory={request.trajectory}: the sampler takes {sampler.steps} steps.")
+    return how, rows, shape
 
 
 def draw(
     program: Program, variables: Any, request: Request, clips: Clips | None = None
 ) -> tuple[UInt8[np.ndarray, "n *shape"], int]:
-    """The pictures or videos of a request, class by class, and how many each class has.
+    """The pictures or videos of a request, row by row, and how many there are in a row.
 
     Of `clips`, where there are any, each is drawn as far as it is not given.
     """
     task = program.task
-    how, classes, shape = prepared(program, request)
+    how, rows, shape = prepared(program, request)
     variables = program.experiment.train.precision.cast(variables)
-    labels, columns = np.repeat(np.asarray(classes, np.int32), request.per_class), request.per_class
-    known = None
+    columns = request.per_class if request.trajectory is None else 1
+    told, known = np.repeat(rows, columns, axis=0), None
     if clips is not None:
-        labels, columns, known = clips.labels, len(clips.labels), Known(clips.content, clips.known)
+        told, columns, known = clips.told, len(clips.told), Known(clips.content, clips.known)
+    few = np.arange(min(len(told), FEW))
+    with activate(program.mesh, program.rules):
+        keys = example_keys(jax.random.key(request.seed), jnp.asarray(few))
+        how = calibrated(task, variables, jnp.asarray(told[few]), shape, how, keys)
 
     @jax.jit
-    def sample(variables: Any, label: Any, index: Any, known: Any) -> Any:
+    def sample(variables: Any, told: Any, index: Any, known: Any) -> Any:
         keys = example_keys(jax.random.key(request.seed), index)
-        drawn = sample_classes(task, variables, label, shape, how, keys, known)
-        return task.pictures(variables, drawn)
+        if request.trajectory is None:
+            drawn = sample_classes(task, variables, told, shape, how, keys, known)
+            return task.pictures(variables, drawn)
+        states = walk_classes(task, variables, told, shape, how, keys, lambda state: state.x)[1]
+        chosen = np.linspace(0, len(states) - 1, request.trajectory).round().astype(int)
+        shown = [task.pictures(variables, states[at]) for at in chosen]  # each [B, ...]
+        return jnp.stack(shown, axis=1)
 
     parts = batch_parts(program.mesh, program.rules)
-    size = -(-min(request.batch, len(labels)) // parts) * parts  # one compiled size, which divides
+    size = -(-min(request.batch, len(told)) // parts) * parts  # one compiled size, which divides
     pictures = []
     with activate(program.mesh, program.rules):
-        for start in range(0, len(labels), size):
+        for start in range(0, len(told), size):
             index = np.arange(start, start + size)
-            row = np.minimum(index, len(labels) - 1)  # the last batch is filled up
-            rows = labels[row], index, jax.tree.map(lambda leaf: leaf[row], known)  # noqa: B023
-            laid_out = jax.device_put(jax.tree.map(jnp.asarray, rows), program.batch_sharding)
+            row = np.minimum(index, len(told) - 1)  # the last batch is filled up
+            inputs = told[row], index, jax.tree.map(lambda leaf: leaf[row], known)  # noqa: B023
+            laid_out = jax.device_put(jax.tree.map(jnp.asarray, inputs), program.batch_sharding)
             pictures.append(np.asarray(sample(variables, *laid_out)))
-    return to_bytes(np.concatenate(pictures)[: len(labels)]), columns
+    drawn = to_bytes(np.concatenate(pictures)[: len(told)])
+    if request.trajectory is None:
+        return drawn, columns
+    return drawn.reshape(-1, *drawn.shape[2:]), request.trajectory
 
 
 def to_bytes(pictures: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:

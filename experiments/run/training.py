@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from effjax.errors import Preempted, RunError, UsageError
 from effjax.experiment import resolve
 from effjax.matching import match
+from effjax.parallel.sharding import activate, to_global
 from effjax.train.checkpoint import Checkpoints
 from effjax.train.loop import Outcome, fit
 from effjax.train.nonfinite import Diagnosis
@@ -27,7 +28,7 @@ from experiments.run.formatting import count, duration, measurement
 from experiments.run.metrics import MetricsWriter
 from experiments.run.progress import Progress
 from experiments.run.restore import read_weights
-from experiments.run.run_report import of_run, write_plots, write_report
+from experiments.run.run_report import curves_of, of_run, write_plots, write_report
 from experiments.run.signals import StopFlag
 from experiments.run.workdir import Workdir
 
@@ -94,7 +95,8 @@ def first_state(program: Program) -> TrainState:
     Where only a frozen part of the task comes from a folder, the model begins with what it inherits of it.
 
     Raises:
-      UsageError: where the weights are not those of the config's model, naming every path that differs.
+      UsageError: where the weights are not those of the config's model, naming every path that differs, or
+        the data are not what the task can learn from.
     """
     task, train = program.task, program.experiment.train
     given = {}
@@ -108,7 +110,12 @@ def first_state(program: Program) -> TrainState:
         given[name] = read_weights(folder, program.shapes.collections[name], f"config.task.{name}")
     if train.start is None and hasattr(task, "inherit"):
         given["params"] = task.inherit(program.shapes.params, given)
-    return program.init(given or None)
+    state = program.init(given or None)
+    if hasattr(task, "check"):
+        rows = program.data.train(process_index=jax.process_index(), process_count=jax.process_count())
+        with activate(program.mesh, program.rules):
+            task.check(program.variables(state, ema=False), to_global(next(rows), program.batch_sharding))
+    return state
 
 
 def _without(params: Any, fresh: tuple[str, ...]) -> Any:
@@ -202,10 +209,17 @@ def _finish(path: Path, program: Program, outcome: Outcome, bad_records: Mapping
     notes = [f"Evaluator {name!r} failed: {reason}" for name, reason in outcome.failures.items()]
     if bad_records:
         notes.append(f"unreadable records replaced by the next readable one: {len(bad_records)}")
-    write_plots(path)
+    curves = curves_of(path)
+    write_plots(path, curves)
     title = f"{type(program.experiment.model).__name__}, {type(program.task).__name__.lower()}"
     report = of_run(
-        path, title=title, summary=summary, cost_columns=cost.columns, cost=cost.rows, notes=notes
+        path,
+        title=title,
+        summary=summary,
+        curves=curves,
+        cost_columns=cost.columns,
+        cost=cost.rows,
+        notes=notes,
     )
     where = write_report(path, report)
     closing_table(title, summary | {"report": str(where)})

@@ -1,58 +1,151 @@
-"""Text from a run that trained a language model."""
+"""Texts from a run that trained a language model, and what it took to write them."""
 
+import dataclasses
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from effjax.data.text import Tokenizer
-from effjax.decoding.generate import generate, left_pad
+from effjax.data.text import Tokenizer, check_vocabulary
+from effjax.decoding.beam import Beams, search
+from effjax.decoding.generate import Writing, begin, decode
+from effjax.decoding.prefill import Sequences, left_pad, prefill, slots_for
 from effjax.decoding.sampling import Sampling
 from effjax.errors import UsageError
+from experiments.run.formatting import count, duration, measurement
 from experiments.run.restore import load_run
 
 
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """Texts, and what they took; times are of compiled functions, and compiling stands by itself.
+
+    Attributes:
+      texts: what follows each prompt.
+      compile_seconds: of both functions, with a first reading of the prompts.
+      first_token_seconds: from the prompts to the first token of each; None where beams are searched, which
+        know no token before the last.
+      seconds: from the prompts to the last token.
+      tokens: that were written, up to the end of each text; with beams, those of the best.
+      cache_bytes: of the caches of all layers and prompts, of one beam.
+    """
+
+    texts: tuple[str, ...]
+    compile_seconds: float
+    first_token_seconds: float | None
+    seconds: float
+    tokens: int
+    cache_bytes: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Behind the first token of each text, or, with beams, of the whole."""
+        if self.first_token_seconds is None:
+            return self.tokens / self.seconds
+        behind = self.tokens - len(self.texts)
+        return behind / max(self.seconds - self.first_token_seconds, 1e-9)
+
+
 def write(
-    workdir: str, prompt: str, max_new: int, sampling: Sampling, seed: int, step: int | None = None
-) -> str:
-    """Loads a run and returns the prompt with what its model writes after it.
+    workdir: str,
+    prompts: Sequence[str],
+    max_new: int,
+    how: Sampling | Beams,
+    seed: int,
+    step: int | None = None,
+) -> Written:
+    """Loads a run and returns what its model writes after each prompt.
 
     Raises:
-      UsageError: for a run whose model reads no text, and as `continuation` does.
+      UsageError: for a run whose model reads no text, and as `continue_texts` does.
     """
     program, variables = load_run(workdir, step)
     tokenizer = program.data.tokenizer
     if tokenizer is None:
         raise UsageError(f"--workdir='{workdir}' holds no language model: its data has no tokenizer.")
-    return prompt + continuation(
-        program.task.model, variables, tokenizer, prompt, max_new, sampling, jax.random.key(seed)
+    return continue_texts(
+        program.task.model, variables, tokenizer, prompts, max_new, how, jax.random.key(seed)
     )
 
 
-def continuation(
+def continue_texts(
     model: Any,
     variables: Any,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompts: Sequence[str],
     max_new: int,
-    sampling: Sampling,
+    how: Sampling | Beams,
     key: jax.Array,
-) -> str:
-    """What a model writes after a prompt that begins a document, up to the document's end.
+) -> Written:
+    """What a model writes after prompts that begin documents, up to the documents' ends.
 
     Raises:
-      UsageError: for an empty prompt, no new tokens, or more of both than the model is made for.
+      UsageError: before anything is compiled: for an empty prompt, no new tokens, more of both than the model
+        is made for, or a tokenizer with tokens that the model does not have.
     """
-    if not prompt:
+    padded, lengths = _tokens(model, tokenizer, prompts, max_new)
+    slots, stop = slots_for(model, padded, max_new), tokenizer.separator
+
+    def read() -> Sequences:
+        return jax.block_until_ready(prefill(model, variables, padded, lengths, slots))
+
+    def start(sequences: Sequences) -> Writing:
+        return begin(sequences, max_new, key, stop)
+
+    begun = time.perf_counter()
+    sequences = read()
+    if isinstance(how, Beams):
+        go_on = search.lower(model, variables, sequences, max_new, how, stop).compile()
+    else:
+        go_on = decode.lower(model, variables, start(sequences), jnp.int32(1), how, stop).compile()
+    compiled = time.perf_counter() - begun
+
+    begun, first = time.perf_counter(), None
+    sequences = read()
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(sequences.caches))
+    if isinstance(how, Beams):
+        text = np.asarray(go_on(variables, sequences)[0][:, 0])
+    else:
+        writing = go_on(variables, start(sequences), jnp.int32(1))
+        jax.block_until_ready(writing.text)
+        first = time.perf_counter() - begun
+        text = np.asarray(go_on(variables, writing, jnp.int32(max_new)).text)
+    seconds = time.perf_counter() - begun
+    # The separator that ends a text is written too.
+    tokens = int(np.minimum(np.sum(text != stop, axis=1) + 1, max_new).sum())
+    texts = tuple(tokenizer.decode(row) for row in text)
+    return Written(texts, compiled, first, seconds, tokens, cache_bytes)
+
+
+def _tokens(
+    model: Any, tokenizer: Tokenizer, prompts: Sequence[str], max_new: int
+) -> tuple[jax.Array, jax.Array]:
+    """The prompts as rows of tokens that end together, and their lengths."""
+    if not prompts or not all(prompts):
         raise UsageError('--prompt is empty. Say how the text begins: --prompt="Return the ".')
-    tokens = [tokenizer.separator, *tokenizer.encode(prompt.encode()).tolist()]
-    room = max_new if model.max_length is None else model.max_length - len(tokens)
+    check_vocabulary(tokenizer, model.vocab)
+    rows = [[tokenizer.separator, *tokenizer.encode(prompt.encode()).tolist()] for prompt in prompts]
+    longest = max(map(len, rows))
+    room = max_new if model.max_length is None else model.max_length - longest
     if max_new > room:
         advice = f"--max_new={room} or less" if room > 0 else "a shorter --prompt"
         raise UsageError(
-            f"--max_new={max_new} after a prompt of {len(tokens)} tokens exceeds the {model.max_length} that "
+            f"--max_new={max_new} after a prompt of {longest} tokens exceeds the {model.max_length} that "
             f"the model is made for: give {advice}."
         )
-    prompts, lengths = left_pad([tokens])
-    new = generate(model, variables, prompts, lengths, max_new, key, sampling, tokenizer.separator)
-    return tokenizer.decode(np.asarray(new[0]))
+    padded, lengths = left_pad(rows)
+    return jnp.asarray(padded), jnp.asarray(lengths)
+
+
+def figures(written: Written) -> dict[str, str]:
+    """What it took, for people."""
+    shown = {"compiled in": duration(written.compile_seconds)}
+    if written.first_token_seconds is not None:
+        shown["time to first token"] = f"{duration(written.first_token_seconds)} (compiled)"
+    shown["tokens written"] = str(written.tokens)
+    shown["tokens a second"] = measurement(written.tokens_per_second)
+    shown["caches"] = f"{count(written.cache_bytes)}B"
+    return shown

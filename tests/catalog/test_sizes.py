@@ -21,8 +21,8 @@ SIZES = [
 ]
 
 # Variants made here, and processes, pre-training, stages and data that share the networks of others.
-OWN = ("smoke", "digits", "motion", "pydocs", "scenes")
-SHARED = ("-flow", "-22k", "-tuned", "-reflow", "-one-step", "-ucf101", "-cityscapes")
+OWN = ("smoke", "digits", "motion", "pydocs", "scenes", "regression", "autoregression")
+SHARED = ("-flow", "-22k", "-tuned", "-reflow", "-one-step", "-ucf101", "-cityscapes", "-plain")
 
 
 def module_of(path):

@@ -8,6 +8,8 @@ from effjax.data import Data
 from effjax.data.arrays import Arrays, ArrayWriter
 from effjax.errors import UsageError
 
+ORIGIN = {"run": "runs/flow", "seed": 0}
+
 
 def rows(first, count):
     number = np.arange(first, first + count)
@@ -16,7 +18,7 @@ def rows(first, count):
 
 def test_what_was_written_is_read_row_by_row(tmp_path):
     folder = tmp_path / "pairs"
-    with ArrayWriter(folder, 10) as writer:
+    with ArrayWriter(folder, 10, ORIGIN) as writer:
         for first in (0, 4, 8):
             assert not folder.exists()
             writer.write(first, rows(first, 4))  # the last two rows are too many
@@ -26,27 +28,32 @@ def test_what_was_written_is_read_row_by_row(tmp_path):
     np.testing.assert_array_equal(reader[9]["noise"], np.full((2, 3), 9.0))
     assert reader[0]["noise"].dtype == np.float32
     assert not list(tmp_path.glob("*.partial"))
+    assert json.loads((folder / "origin.json").read_text()) == ORIGIN
 
 
 def test_a_writer_that_was_stopped_goes_on(tmp_path):
     folder = tmp_path / "pairs"
-    with contextlib.suppress(KeyboardInterrupt), ArrayWriter(folder, 6) as writer:
+    with contextlib.suppress(KeyboardInterrupt), ArrayWriter(folder, 6, ORIGIN) as writer:
         writer.write(0, rows(0, 4))
         raise KeyboardInterrupt
     with pytest.raises(UsageError, match=r"pairs\.partial is not finished"):
         Arrays(str(folder)).open()
     with pytest.raises(UsageError, match="beginning of 6 rows, and 7 were asked for"):
-        ArrayWriter(folder, 7)
-    with ArrayWriter(folder, 6) as writer:
+        ArrayWriter(folder, 7, ORIGIN)
+    with pytest.raises(UsageError, match="begun with seed=0, and this is seed=1"):
+        ArrayWriter(folder, 6, {**ORIGIN, "seed": 1})
+    with pytest.raises(UsageError, match="begun with seed=0, and this is seed=None"):
+        ArrayWriter(folder, 6, {"run": "runs/flow"})
+    with ArrayWriter(folder, 6, ORIGIN) as writer:
         assert writer.done == 4
         writer.write(4, rows(4, 4))
     assert [Arrays(str(folder)).open()[i]["label"] for i in range(6)] == list(range(6))
     with pytest.raises(UsageError, match="exists: name another folder"):
-        ArrayWriter(folder, 6)
+        ArrayWriter(folder, 6, ORIGIN)
 
 
 def test_training_reads_them_like_any_source(tmp_path):
-    with ArrayWriter(tmp_path / "pairs", 8) as writer:
+    with ArrayWriter(tmp_path / "pairs", 8, ORIGIN) as writer:
         writer.write(0, rows(0, 8))
     data = Data(source=Arrays(str(tmp_path / "pairs")), batch_size=4, threads=0).open()
     first = next(data.train())
@@ -79,7 +86,7 @@ def test_folders_that_cannot_be_read(tmp_path):
 
 
 def test_the_count_never_runs_ahead_of_the_rows(tmp_path):
-    writer = ArrayWriter(tmp_path / "pairs", 6)
+    writer = ArrayWriter(tmp_path / "pairs", 6, ORIGIN)
     writer.write(0, rows(0, 3))
     said = json.loads((tmp_path / "pairs.partial" / "rows.json").read_text())
     assert said == {"done": 3, "of": 6}

@@ -108,6 +108,7 @@ def test_bytes():
     tokenizer = text.Bytes()
     assert tokenizer.encode(b"a\0b").tolist() == [97, 32, 98]
     assert tokenizer.decode(np.array([0, *"é!".encode(), 0xC3], np.int32)) == "é!\ufffd"
+    assert tokenizer.decode(np.array([97, 256 + 98, 99], np.int32)) == "ac"
     assert max(tokenizer.encode(bytes(range(256)))) < tokenizer.vocabulary_size == 256
 
 
@@ -118,6 +119,11 @@ def test_bytes():
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(kept, "FOLDER", tmp_path / "index")
     return tmp_path / "index"
+
+
+def test_a_separator_is_a_byte_too():
+    documents = text.index_documents(Corpus(), text.Bytes())
+    np.testing.assert_array_equal(documents.sizes, documents.lengths)
 
 
 def test_lengths_are_measured_once(folder):

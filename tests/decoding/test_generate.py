@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from effjax.decoding.generate import generate, left_pad
+from effjax.decoding.generate import begin, decode, generate, left_pad
+from effjax.decoding.prefill import prefill
 from effjax.decoding.sampling import Sampling
 from effjax.errors import UsageError
 from effjax.ffn import Gated
-from effjax.mixers import Attention
+from effjax.mixers import Attention, Mamba, Mamba2
 from effjax.models.lm import LM, DecoderBlock
 
 VOCAB = 19
@@ -24,14 +25,19 @@ def model():
 
 @pytest.fixture(scope="module")
 def variables(model):
+    return drawn(model)
+
+
+def drawn(model):
     shapes = meta.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
     draw = np.random.default_rng(3)
     return jax.tree.map(lambda leaf: jnp.float32(draw.normal(size=leaf.shape) * 0.5), shapes)
 
 
-def write(model, variables, prompts, max_new=6, seed=0, sampling=GREEDY, stop_token=None):
+def write(model, variables, prompts, max_new=6, seed=0, sampling=GREEDY, stop_token=None, slots=None):
     key = jax.random.key(seed)
-    return np.asarray(generate(model, variables, *left_pad(prompts), max_new, key, sampling, stop_token))
+    rows, lengths = left_pad(prompts)
+    return np.asarray(generate(model, variables, rows, lengths, max_new, key, sampling, stop_token, slots))
 
 
 def slowly(model, variables, prompt, max_new):
@@ -59,13 +65,61 @@ def test_draws_repeat_with_the_seed_and_differ_between_seeds_and_rows(model, var
     assert not np.array_equal(texts[0], texts[1])
 
 
-def test_a_text_does_not_depend_on_its_neighbours(model, variables):
-    alone, with_longer, with_other = (
-        write(model, variables, prompts, sampling=Sampling(temperature=0.8))[0]
-        for prompts in (PROMPTS[1:], [PROMPTS[1], [1] * 7], [PROMPTS[1], [4, 4]])
-    )
-    np.testing.assert_array_equal(alone, with_longer)
-    np.testing.assert_array_equal(alone, with_other)
+def test_draws_are_those_of_earlier_versions(model, variables):
+    sampling = Sampling(temperature=0.9, top_k=9, top_p=0.95)
+    texts = write(model, variables, PROMPTS, max_new=8, seed=7, sampling=sampling)
+    assert texts.tolist() == [[17, 8, 17, 7, 13, 1, 9, 3], [9, 17, 13, 6, 13, 6, 14, 2]]
+
+
+def test_a_text_may_be_written_in_pieces(model, variables):
+    hot = Sampling(temperature=2.0)
+    prompts, lengths = left_pad(PROMPTS)
+    writing = begin(prefill(model, variables, prompts, lengths, 16), 6, jax.random.key(0))
+    for until in (1, 2, 6):
+        writing = decode(model, variables, writing, until, hot)
+        assert int(writing.written) == until
+    np.testing.assert_array_equal(writing.text, write(model, variables, PROMPTS, sampling=hot))
+
+
+MIXERS = {
+    "attention": Attention(2, kv_heads=1, rotary_base=100.0, causal=True),
+    "window": Attention(2, window=3, causal=True),
+    "mamba": Mamba(state=4),
+    "mamba2": Mamba2(state=4, head=8, chunk=8),
+}
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_a_text_does_not_depend_on_its_neighbours(kind):
+    model = LM(DecoderBlock(MIXERS[kind], Gated(24)), vocab=VOCAB, dim=16, depth=2)
+    variables = drawn(model)
+    hot = Sampling(temperature=1.5)
+    texts = {
+        tuple(write(model, variables, [PROMPTS[1], *others], sampling=hot)[0].tolist())
+        for others in ((), ([1] * 7,))
+    }
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_padding_does_not_enter_what_is_kept(kind):
+    model = LM(DecoderBlock(MIXERS[kind], Gated(24)), vocab=VOCAB, dim=16, depth=2)
+    variables = drawn(model)
+    prompts, lengths = left_pad([PROMPTS[1], [1] * 7])
+
+    def next_logits(prompts, lengths):
+        at = prefill(model, variables, prompts, lengths, 8)
+        logits, _ = model.apply(
+            variables, at.tokens[:, None], at.caches, at.positions[:, None], method="step"
+        )
+        return logits
+
+    logits = jax.jit(next_logits)(prompts, lengths)[0]
+    alone = jax.jit(next_logits)(*left_pad(PROMPTS[1:]))[0]
+    np.testing.assert_allclose(logits, alone, rtol=1e-5, atol=1e-5)
+    # What stands under the padding is never looked at.
+    noise = jnp.where(jnp.arange(7)[None] < 7 - lengths[:, None], 13, prompts)
+    np.testing.assert_array_equal(jax.jit(next_logits)(noise, lengths)[0], logits)
 
 
 def test_a_text_ends_at_the_stop_token(model, variables):
@@ -86,10 +140,31 @@ def test_one_token_prompts_and_low_precision(model, variables):
     np.testing.assert_array_equal(texts, write(model, low, [[5], [7]]))  # top-1 is greedy
 
 
-def test_bad_requests_are_named(model, variables):
-    with pytest.raises(UsageError, match="the prompt is empty"):
-        write(model, variables, [[1], []])
-    with pytest.raises(UsageError, match="max_new is 0"):
-        write(model, variables, PROMPTS, max_new=0)
-    with pytest.raises(UsageError, match="17 tokens is longer than the 16"):
-        write(model, variables, PROMPTS, max_new=13)
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[1], []], {}, "the prompt is empty"),
+        (PROMPTS, {"max_new": 0}, "max_new is 0"),
+        (PROMPTS, {"max_new": 13}, "cache for 17 tokens is longer than the 16 .*max_length.*has 5 tokens"),
+        (
+            [[1] * 9],
+            {"slots": 8},
+            "a prompt of 9 tokens and 6 new ones do not fit a cache of 8 slots: give it 14",
+        ),
+        ([[1, VOCAB]], {}, "token 19 is unknown: the model has the tokens 0 to 18"),
+        ([[-1, 1]], {}, "token -1 is unknown"),
+    ],
+)
+def test_bad_requests_are_named_before_anything_is_compiled(model, variables, prompts, options, message):
+    compiled = prefill._cache_size(), decode._cache_size()
+    with pytest.raises(UsageError, match=message):
+        write(model, variables, prompts, **options)
+    assert compiled == (prefill._cache_size(), decode._cache_size())
+
+
+def test_one_compiled_prefill_serves_texts_of_many_lengths(model, variables):
+    write(model, variables, PROMPTS, max_new=2, slots=12)
+    before = prefill._cache_size()
+    longer = write(model, variables, PROMPTS, max_new=8, slots=12)
+    assert prefill._cache_size() == before
+    np.testing.assert_array_equal(longer[:, :6], write(model, variables, PROMPTS))

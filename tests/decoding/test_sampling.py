@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.decoding.sampling import Sampling, sample, top_k, top_p
+from effjax.decoding.sampling import Sampling, min_p, sample, top_k, top_p
 from effjax.errors import UsageError
 
 # Probabilities 0.1, 0.4, 0.05, 0.3, 0.15.
@@ -41,6 +41,16 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(p, tokens):
     np.testing.assert_array_equal(filtered[np.array(tokens)], LOGITS[np.array(tokens)])
 
 
+@pytest.mark.parametrize(
+    ("share", "tokens"), [(1.0, [1]), (0.74, [1, 3]), (0.76, [1]), (0.2, [0, 1, 3, 4]), (1e-9, [*range(5)])]
+)
+def test_min_p_keeps_the_tokens_near_the_likeliest(share, tokens):
+    filtered = min_p(LOGITS, share)
+    assert kept(filtered) == tokens
+    np.testing.assert_array_equal(filtered[np.array(tokens)], LOGITS[np.array(tokens)])
+    np.testing.assert_array_equal(kept(min_p(LOGITS + 7.0, share)), tokens)  # only ratios count
+
+
 def test_ties_go_to_the_smaller_number():
     assert kept(top_k(jnp.zeros(6), 2)) == [0, 1]
     assert kept(top_p(jnp.zeros(4), 0.6)) == [0, 1, 2]
@@ -48,7 +58,7 @@ def test_ties_go_to_the_smaller_number():
 
 def test_filters_work_row_by_row():
     rows = jnp.stack([LOGITS, LOGITS[::-1]])
-    for name, argument in ((top_k, 2), (top_p, 0.6)):
+    for name, argument in ((top_k, 2), (top_p, 0.6), (min_p, 0.3)):
         np.testing.assert_array_equal(name(rows, argument), jnp.stack([name(row, argument) for row in rows]))
 
 
@@ -65,6 +75,7 @@ def test_draws_follow_the_distribution():
     np.testing.assert_allclose(frequencies(Sampling(temperature=0.5)), sharper, atol=0.03)
     np.testing.assert_allclose(frequencies(Sampling(top_k=2)), [0, 4 / 7, 0, 3 / 7, 0], atol=0.03)
     np.testing.assert_allclose(frequencies(Sampling(top_p=0.6)), [0, 4 / 7, 0, 3 / 7, 0], atol=0.03)
+    np.testing.assert_allclose(frequencies(Sampling(min_p=0.7)), [0, 4 / 7, 0, 3 / 7, 0], atol=0.03)
 
 
 def test_top_p_counts_mass_after_temperature_and_top_k():
@@ -73,6 +84,12 @@ def test_top_p_counts_mass_after_temperature_and_top_k():
     assert np.flatnonzero(frequencies(Sampling(top_p=0.8))).tolist() == [1, 3, 4]
     # At temperature 1/2 the first token holds 0.58.
     assert np.flatnonzero(frequencies(Sampling(temperature=0.5, top_p=0.5))).tolist() == [1]
+
+
+def test_min_p_counts_the_share_after_temperature():
+    assert np.flatnonzero(frequencies(Sampling(min_p=0.35))).tolist() == [1, 3, 4]
+    # At temperature 1/2 the third is down to 0.14 of the first.
+    assert np.flatnonzero(frequencies(Sampling(temperature=0.5, min_p=0.35))).tolist() == [1, 3]
 
 
 def test_temperature_zero_is_greedy():
@@ -87,6 +104,8 @@ def test_temperature_zero_is_greedy():
         ({"top_k": 0}, "top_k is 0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.01}, "top_p is 1.01"),
+        ({"min_p": -0.1}, "min_p is -0.1"),
+        ({"min_p": 2.0}, "min_p is 2.0"),
     ],
 )
 def test_bad_requests_are_named(fields, message):

@@ -4,27 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from effjax.train.loop import fit
 from tests.models.test_backbones import NAMES
-from tests.train.toy import Memory, Recorder, no_weights, program_of
+from tests.train.toy import losses, program_of
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 # Toys with one head, which no tensor axis can cut: the papers fix how many channels a head has.
 WHOLE_HEADS = {key: {"data": 4, "fsdp": 2} for key in ("lowformer", "nextvit", "sparseformer")}
 CHANGES = {"train__steps": "3 steps", "train__log_every": "1 steps", "evaluators": {}}
-
-
-def losses(program):
-    recorder = Recorder()
-    fit(
-        program,
-        program.init(),
-        checkpoints=Memory(),
-        observer=recorder,
-        stop_requested=lambda: False,
-        read=no_weights,
-    )
-    return np.array(recorder.losses())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -4,26 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from effjax.train.loop import fit
-from tests.train.toy import Memory, Recorder, no_weights, program_of
+from tests.train.toy import losses, program_of
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 CHANGES = {"train__steps": "3 steps", "train__log_every": "1 steps", "evaluators": {}}
 SOME_SQUARES = (dict(size=2, patch=1, depth=1, share=0.5), dict(size=8, patch=2, depth=1))
 MODELS = {"switch_dit": {}, "lego_diffusion": {"model__bricks": SOME_SQUARES}}
-
-
-def losses(program):
-    recorder = Recorder()
-    fit(
-        program,
-        program.init(),
-        checkpoints=Memory(),
-        observer=recorder,
-        stop_requested=lambda: False,
-        read=no_weights,
-    )
-    return np.array(recorder.losses())
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
-from tests.eight.test_backbones import CHANGES, MESH, losses
-from tests.train.toy import program_of
+from tests.eight.test_backbones import CHANGES, MESH
+from tests.train.toy import losses, program_of
 
 
 def test_losses_are_those_of_one_device():

@@ -9,8 +9,7 @@ from jax.sharding import PartitionSpec
 
 from effjax.errors import UsageError
 from effjax.matching import named_leaves
-from effjax.train.loop import fit
-from tests.train.toy import FAMILIES, Memory, Recorder, no_weights, program_of
+from tests.train.toy import FAMILIES, losses, program_of
 
 MESHES = {
     "data": {"data": 8},
@@ -21,32 +20,19 @@ MESHES = {
 CHANGES = {"train__steps": "20 steps", "train__log_every": "1 steps", "evaluators": {}}
 
 
-def run(program):
-    recorder = Recorder()
-    fit(
-        program,
-        program.init(),
-        checkpoints=Memory(),
-        observer=recorder,
-        stop_requested=lambda: False,
-        read=no_weights,
-    )
-    return np.array(recorder.losses())
-
-
 @functools.cache
 def losses_on_one_device(family):
-    return run(program_of(family, devices=jax.devices()[:1], **CHANGES))
+    return losses(program_of(family, devices=jax.devices()[:1], **CHANGES))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mesh", MESHES)
 def test_losses_are_those_of_one_device(family, mesh):
     program = program_of(family, mesh=MESHES[mesh], **CHANGES)
-    losses = run(program)
-    assert len(losses) == 20
-    assert losses[-1] < losses[0]
-    np.testing.assert_allclose(losses, losses_on_one_device(family), rtol=1e-5)
+    found = losses(program)
+    assert len(found) == 20
+    assert found[-1] < found[0]
+    np.testing.assert_allclose(found, losses_on_one_device(family), rtol=1e-5)
 
 
 PARTS = {
@@ -62,11 +48,11 @@ PARTS = {
 def test_other_parts_of_a_language_model_are_cut_too(part):
     changes, mesh = PARTS[part]
     changes = {**CHANGES, **changes, "train__steps": "6 steps"}
-    single = run(program_of("language", devices=jax.devices()[:1], **changes))
+    single = losses(program_of("language", devices=jax.devices()[:1], **changes))
     program = program_of("language", mesh=mesh, **changes)
     axis = "expert" if part == "mixture" else "tensor"
     assert any(axis in leaf.sharding.spec for leaf in jax.tree.leaves(program.shapes.params))
-    np.testing.assert_allclose(run(program), single, rtol=1e-5)
+    np.testing.assert_allclose(losses(program), single, rtol=1e-5)
 
 
 def test_parameters_and_moments_are_cut_as_the_rules_say():

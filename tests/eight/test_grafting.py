@@ -3,24 +3,10 @@
 import jax
 import numpy as np
 
-from effjax.train.loop import fit
-from tests.train.toy import Memory, Recorder, no_weights, program_of
+from tests.train.toy import losses, program_of
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 CHANGES = {"train__steps": "3 steps", "train__log_every": "1 steps", "evaluators": {}}
-
-
-def losses(program):
-    recorder = Recorder()
-    fit(
-        program,
-        program.init(),
-        checkpoints=Memory(),
-        observer=recorder,
-        stop_requested=lambda: False,
-        read=no_weights,
-    )
-    return np.array(recorder.losses())
 
 
 def test_losses_are_those_of_one_device():

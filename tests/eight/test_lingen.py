@@ -3,23 +3,9 @@
 import jax
 import numpy as np
 
-from effjax.train.loop import fit
-from tests.train.toy import Memory, Recorder, no_weights, program_of
+from tests.train.toy import losses, program_of
 
 CHANGES = {"train__steps": "2 steps", "train__log_every": "1 steps", "evaluators": {}}
-
-
-def losses(program):
-    recorder = Recorder()
-    fit(
-        program,
-        program.init(),
-        checkpoints=Memory(),
-        observer=recorder,
-        stop_requested=lambda: False,
-        read=no_weights,
-    )
-    return np.array(recorder.losses())
 
 
 def test_losses_are_those_of_one_device():

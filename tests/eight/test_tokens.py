@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests.eight.test_backbones import CHANGES, MESH, losses
-from tests.train.toy import program_of
+from tests.eight.test_backbones import CHANGES, MESH
+from tests.train.toy import losses, program_of
 
 VIT = "configs.vision.vit"
 METHODS = {

@@ -11,8 +11,7 @@ from effjax.diffusion.generate import Sampling, sample_classes
 from effjax.diffusion.known import Known
 from effjax.diffusion.samplers import DDIMSampler
 from effjax.parallel.sharding import activate
-from tests.eight.test_backbones import losses
-from tests.train.toy import program_of
+from tests.train.toy import losses, program_of
 
 MODULE = "configs.diffusion.vdt"
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}

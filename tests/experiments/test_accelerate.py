@@ -85,6 +85,32 @@ def test_a_diffusion_run_is_accelerated_by_step_caches_and_by_fewer_tokens(tmp_p
 
 
 @pytest.mark.slow
+def test_a_language_run_leaves_neurons_out(tmp_path, trained):
+    workdir = tmp_path / "lm"
+    drive("train", "--config=configs/language/lm.py:smoke", f"--workdir={workdir}")
+    methods = ("cats:sparsity=0.0", "cats:sparsity=0.7,batches=2")
+    out, _ = drive("accelerate", f"--workdir={workdir}", *(f"--method={m}" for m in methods), "--rounds=2")
+    rows = json.loads((workdir / "accelerate" / "table.json").read_text())
+    assert [row["label"] for row in rows] == ["full model", *methods]
+    assert all(label in out for label in methods)
+    full, every, few = rows
+    assert full["metrics"] == every["metrics"] != few["metrics"]
+    assert full["agreement"] == every["agreement"] == 1.0 > few["agreement"]
+    assert (full["left_out"], every["left_out"]) == (0.0, 0.0)
+    assert few["left_out"] == pytest.approx(0.7, abs=0.03)
+    ffn = 2 * 3 * 32 * 96  # two layers
+    assert full["macs"] - few["macs"] == pytest.approx(2 / 3 * few["left_out"] * ffn)
+    assert (workdir / "accelerate" / "perplexity_seconds.png").read_bytes().startswith(b"\x89PNG")
+    assert (workdir / "report.html").read_text().count("<h2>Accelerated</h2>") == 1
+    for run, method, message in (
+        (workdir, "tome:keep=0.9", "none for language models: choose from cats"),
+        (trained, "cats:sparsity=0.5", "leaving neurons out is for language models"),
+    ):
+        _, errors = drive("accelerate", f"--workdir={run}", f"--method={method}", code=2)
+        assert message in errors
+
+
+@pytest.mark.slow
 def test_wrong_requests_are_one_line(trained, tmp_path):
     run = f"--workdir={trained}"
     for arguments, message in (

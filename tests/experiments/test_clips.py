@@ -18,7 +18,7 @@ from effjax.parallel.sharding import batch_sharding, merge_rules
 from effjax.train.step import Precision
 from effjax.train.tasks.diffusion import Diffusion
 from experiments.run import sampling
-from experiments.run.clips import Clips, held_out, parse
+from experiments.run.clips import Clips, held_out_clips, parse
 from experiments.run.plots import film_strips, moving_grid
 from experiments.run.sampling import Request, draw, to_bytes
 from tests.experiments.driver import drive
@@ -83,13 +83,13 @@ def test_what_is_given_is_read_like_a_method():
 
 
 def test_clips_are_the_first_real_ones_of_the_evaluation_data():
-    clips = held_out(program(), masks.Forward(given=2), 4, seed=0)
+    clips = held_out_clips(program(), masks.Forward(given=2), 4, seed=0)
     np.testing.assert_array_equal(clips.content, contents()[:4])
     assert clips.known[:, :2].all()
     assert not clips.known[:, 2:].any()
-    np.testing.assert_array_equal(clips.labels, 0)
-    assert len(held_out(program(), masks.Forward(given=2), 9, seed=0).content) == 5
-    random = [held_out(program(), masks.RandomFrames(0.5), 4, seed).known for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(clips.told, 0)
+    assert len(held_out_clips(program(), masks.Forward(given=2), 9, seed=0).content) == 5
+    random = [held_out_clips(program(), masks.RandomFrames(0.5), 4, seed).known for seed in (0, 0, 1)]
     np.testing.assert_array_equal(random[0], random[1])
     assert np.any(random[0] != random[2])
 
@@ -108,7 +108,7 @@ def test_what_is_copied_is_the_last_given_value_of_every_place():
 
 
 def test_given_frames_pass_through_and_the_rest_depends_on_the_seed_alone():
-    clips = held_out(program(), REQUEST.given, 4, seed=0)
+    clips = held_out_clips(program(), REQUEST.given, 4, seed=0)
     videos, columns = draw(program(), VARIABLES, REQUEST, clips)
     assert columns == 4
     np.testing.assert_array_equal(videos[:, :2], to_bytes(contents()[:4, :2]))
@@ -168,7 +168,9 @@ def test_refused_requests(monkeypatch):
         run("x.gif", **picture)
     with pytest.raises(UsageError, match="--given is for runs that make videos"):
         draw(program(**picture), VARIABLES, REQUEST)
-    with pytest.raises(UsageError, match="--given takes clips of the run's evaluation data, and it has none"):
+    with pytest.raises(
+        UsageError, match="held-out examples were asked for, and the run has no evaluation data"
+    ):
         run("x.gif", evaluators=False)
     with pytest.raises(UsageError, match="4 frames given of a video of 4 leave nothing to draw"):
         run("x.gif", dataclasses.replace(REQUEST, given=masks.Forward(given=4)))

@@ -9,40 +9,67 @@ import pytest
 from flax.core import meta
 
 from effjax.data.text import Bytes
+from effjax.decoding.beam import Beams
 from effjax.decoding.sampling import Sampling
 from effjax.errors import UsageError
 from effjax.ffn import Gated
 from effjax.mixers import Attention
 from effjax.models.lm import LM, DecoderBlock
-from experiments.run.writing import continuation
+from experiments.run.writing import continue_texts, figures
 
 
-def chain(following):
+def chain(following, vocab=256):
     """A model that answers each byte with the one `following` names: its blocks add nothing."""
-    model = LM(DecoderBlock(Attention(2, causal=True), Gated(8)), vocab=256, dim=256, depth=1, max_length=16)
+    block = DecoderBlock(Attention(2, causal=True), Gated(8))
+    model = LM(block, vocab=vocab, dim=256, depth=1, max_length=16)
     shapes = meta.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)["params"]
     params["norm"]["scale"] = jnp.ones(256)
-    params["embedding"] = jnp.eye(256)
+    params["embedding"] = jnp.eye(vocab, 256)
     for now, then in following.items():
         params["head"] = params["head"].at[ord(then), ord(now)].set(1.0)
     return model, {"params": params}
 
 
-def write(following, prompt, max_new):
-    model, variables = chain(following)
-    greedy = Sampling(temperature=0.0)
-    return continuation(model, variables, Bytes(), prompt, max_new, greedy, jax.random.key(0))
+GREEDY = Sampling(temperature=0.0)
+
+
+def write(following, *prompts, max_new, how=GREEDY, vocab=256):
+    model, variables = chain(following, vocab)
+    return continue_texts(model, variables, Bytes(), prompts, max_new, how, jax.random.key(0))
+
+
+CIRCLE = {"a": "b", "b": "c", "c": "\0", "\0": "a"}
 
 
 def test_it_writes_on_and_stops_at_the_end_of_the_document():
-    following = {"a": "b", "b": "c", "c": "\0", "\0": "a"}
-    assert write(following, "xa", 9) == "bc"
-    assert write(following, "xb", 1) == "c"
+    assert write(CIRCLE, "xa", max_new=9).texts == ("bc",)
+    assert write(CIRCLE, "xb", max_new=1).texts == ("c",)
+
+
+def test_several_prompts_are_written_on_at_once_and_it_says_what_that_took():
+    written = write(CIRCLE, "x", "xb", "xxxa", max_new=4)
+    assert written.texts == ("", "c", "bc")
+    assert written.tokens == 1 + 2 + 3  # the end of each counts
+    assert 0 < written.first_token_seconds < written.seconds
+    assert written.compile_seconds > 0
+    # Keys and values of 256 channels, the positions of 5 + 4 - 1 slots of 3 texts, and a counter.
+    assert written.cache_bytes == 3 * 8 * (2 * 256 + 1) * 4 + 4
+    shown = figures(written)
+    assert shown["tokens written"] == "6"
+    assert shown["time to first token"].endswith("(compiled)")
+    assert shown["caches"] == "49.25kB"
+
+
+def test_beams_find_the_likeliest_text():
+    written = write(CIRCLE, "xa", "b", max_new=6, how=Beams(3))
+    assert written.texts == ("bc", "c")
+    assert written.tokens == 5
+    assert "time to first token" not in figures(written)
 
 
 def test_the_prompt_may_be_any_text():
-    assert write({chr(0xA9): "!", "!": "\0"}, "é", 5) == "!"  # 0xA9 is the last byte of "é"
+    assert write({chr(0xA9): "!", "!": "\0"}, "é", max_new=5).texts == ("!",)  # 0xA9 is the last byte of "é"
 
 
 @pytest.mark.parametrize(
@@ -56,7 +83,12 @@ def test_the_prompt_may_be_any_text():
 )
 def test_bad_requests_are_named(prompt, max_new, message):
     with pytest.raises(UsageError, match=message):
-        write({}, prompt, max_new)
+        write({}, "b", prompt, max_new=max_new)
+
+
+def test_a_tokenizer_of_other_weights_is_refused():
+    with pytest.raises(UsageError, match="the tokenizer has 256 tokens and the model 128"):
+        write({}, "a", max_new=1, vocab=128)
 
 
 def drive(*arguments):
@@ -67,7 +99,9 @@ def drive(*arguments):
 def test_help_names_every_flag():
     shown = drive("--help")
     assert shown.returncode == 0
-    for flag in ("workdir", "prompt", "max_new", "temperature", "top_k", "top_p", "seed", "step"):
+    for flag in ("workdir", "prompt", "prompts", "max_new", "temperature", "top_k", "top_p", "min_p"):
+        assert f"--{flag}=" in shown.stdout
+    for flag in ("beams", "length_penalty", "seed", "step"):
         assert f"--{flag}=" in shown.stdout
 
 
@@ -78,6 +112,9 @@ def test_help_names_every_flag():
         (("--workdir=nowhere", "--prompt=a"), "--workdir='nowhere' holds no run"),
         (("--workdir=nowhere", "--prompt=a", "--top_p=0"), "top_p is 0.0"),
         (("--workdir=nowhere", "--prompt=a", "--temperature=-1"), "temperature is -1.0"),
+        (("--workdir=nowhere", "--prompt=a", "--beams=0"), "beams is 0"),
+        (("--workdir=nowhere",), "--prompt is missing"),
+        (("--workdir=nowhere", "--prompts=nothing.txt"), "--prompts='nothing.txt' is no file"),
     ],
 )
 def test_a_wrong_command_ends_in_one_line(arguments, message):

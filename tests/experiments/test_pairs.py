@@ -53,7 +53,7 @@ class Fragile(ArrayWriter):
 
 def test_a_pair_is_where_the_sampler_starts_and_ends_and_stopping_changes_nothing(flow, tmp_path):
     program, variables = flow
-    with ArrayWriter(tmp_path / "pairs", 20) as writer:
+    with ArrayWriter(tmp_path / "pairs", 20, {}) as writer:
         bent = pairing.write(program, variables, REQUEST, writer)
     assert bent > 0
     found = rows(tmp_path / "pairs")
@@ -74,9 +74,9 @@ def test_a_pair_is_where_the_sampler_starts_and_ends_and_stopping_changes_nothin
     for at, picture in zip(index, drawn, strict=True):
         np.testing.assert_allclose(found[at]["image"], picture, atol=1e-5)
         assert np.abs(found[at]["noise"] - found[at]["image"]).max() > 0.01
-    with contextlib.suppress(Stopped), Fragile(tmp_path / "again", 20) as writer:
+    with contextlib.suppress(Stopped), Fragile(tmp_path / "again", 20, {}) as writer:
         pairing.write(program, variables, REQUEST, writer)
-    with ArrayWriter(tmp_path / "again", 20) as writer:
+    with ArrayWriter(tmp_path / "again", 20, {}) as writer:
         assert writer.done == 8
         pairing.write(program, variables, REQUEST, writer)
     for one, other in zip(found, rows(tmp_path / "again"), strict=True):
@@ -86,7 +86,7 @@ def test_a_pair_is_where_the_sampler_starts_and_ends_and_stopping_changes_nothin
 @pytest.mark.parametrize(("stage", "latest"), [("digits-reflow", False), ("digits-one-step", True)])
 def test_the_next_flow_learns_from_pairs(flow, tmp_path, stage, latest):
     program, variables = flow
-    with ArrayWriter(tmp_path / "pairs", 64) as writer:
+    with ArrayWriter(tmp_path / "pairs", 64, {}) as writer:
         pairing.write(program, variables, REQUEST, writer)
     config = get_config(stage)
     config.model = get_config("smoke").model

@@ -113,9 +113,11 @@ def test_the_report_of_a_run_says_all_that_the_folder_knows(run_folder):
         for step in range(1, 4):
             writer.write(step, "train", {"loss": 1 / step})
         writer.write(3, "test", {"loss": 0.5, "top1/accuracy": 0.75})
+    curves = run_report.curves_of(run_folder)
     report = run_report.of_run(
         run_folder,
         title="ViT on digits",
+        curves=curves,
         summary={"accuracy": "0.75", "parameters": "5.72M"},
         baselines={"logistic regression": {"accuracy": "0.95"}},
         cost_columns=("parameters", "MACs"),
@@ -141,17 +143,17 @@ def test_the_report_of_a_run_says_all_that_the_folder_knows(run_folder):
         "Curve of top1/accuracy over steps: test ends at 0.75.",
         "four digits",
     ]
-    names = [file.relative_to(run_folder).as_posix() for file in run_report.write_plots(run_folder)]
+    names = [file.relative_to(run_folder).as_posix() for file in run_report.write_plots(run_folder, curves)]
     assert names == ["plots/loss.png", "plots/top1_accuracy.png"]
     assert all((run_folder / name).read_bytes().startswith(b"\x89PNG") for name in names)
 
 
 def test_a_run_that_measured_nothing_has_a_report(run_folder):
-    report = run_report.of_run(run_folder, title="t", summary={})
+    report = run_report.of_run(run_folder, title="t", summary={}, curves=run_report.curves_of(run_folder))
     assert [section.title for section in report.sections] == ["To run it again", "Config", "Environment"]
     Checker(render(report))
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(RunError, match=r"config\.json"):
-        run_report.of_run(tmp_path, title="t", summary={})
+        run_report.of_run(tmp_path, title="t", summary={}, curves={})

@@ -53,17 +53,37 @@ def test_a_config_trains_and_leaves_what_a_run_leaves(config, trained):
     page = (workdir / "report.html").read_text()
     assert "http://" not in page
     assert "https://" not in page
+    if (
+        Path(config).stem in ONE_A_TASK
+    ):  # here, because another test may be given to a worker that has no such run
+        evaluated_again_to_the_same_figures(workdir)
+    if Path(config).stem == "lm":
+        writes_and_is_asked(workdir)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("config", [config for config in CONFIGS if Path(config).stem in ONE_A_TASK])
-def test_a_run_is_evaluated_again_to_the_same_figures(config, trained):
-    workdir, _ = trained(config)
+def evaluated_again_to_the_same_figures(workdir):
     out, _ = drive("evaluate", f"--workdir={workdir}")
     last = {row["split"]: row for row in metric_rows(workdir) if row["split"] != "train"}
     for row in last.values():
         value = row["loss"] if "loss" in row else row["frechet"]
         assert f"{value:.4g}" in out
+
+
+def writes_and_is_asked(workdir):
+    out, err = drive(
+        "generate", f"--workdir={workdir}", "--prompt=The ", "--prompt=A list", "--max_new=8", "--min_p=0.1"
+    )
+    assert "The " in out
+    assert "A list" in out
+    for said in ("time to first token", "tokens a second", "caches"):
+        assert said in err
+        assert said not in out
+    out, _ = drive("evaluate", f"--workdir={workdir}", "--probes=copy,needle", "--lengths=16,32")
+    assert [line.split()[0] for line in out.splitlines()[1:]] == ["tokens", "copy", "needle"]
+    _, err = drive("evaluate", f"--workdir={workdir}", "--probes=coyp", code=2)
+    assert "'coyp', which is no probe. Did you mean 'copy'?" in err
+    _, err = drive("evaluate", f"--workdir={workdir}", "--probes=copy", "--lengths=65", code=2)
+    assert "--lengths names 65, and the model is made for 64 tokens" in err
 
 
 @pytest.mark.slow

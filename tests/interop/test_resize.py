@@ -13,8 +13,6 @@ from effjax.interop.resize import (
     resize_relative_bias,
 )
 
-RNG = np.random.default_rng(0)
-
 
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize(("old", "new"), [(14, 24), (24, 14), (3, 11), (16, 5), (1, 4), (5, 1)])
@@ -39,10 +37,10 @@ def test_halving_averages_as_the_widened_cubic_says():
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2])
-def test_positions_keep_the_prefix_and_planes(prefix):
+def test_positions_keep_the_prefix_and_planes(prefix, draw):
     rows, columns = np.mgrid[0:8, 0:8].astype(np.float32) + 0.5
     plane = np.stack([rows, columns, rows + columns], -1).reshape(64, 3)
-    front = RNG.standard_normal((prefix, 3)).astype(np.float32)
+    front = draw.standard_normal((prefix, 3)).astype(np.float32)
     table = resize_positions(np.concatenate([front, plane])[None], (8, 8), (16, 4), prefix)
     assert table.shape == (1, prefix + 64, 3)
     np.testing.assert_array_equal(table[0, :prefix], front)
@@ -50,14 +48,14 @@ def test_positions_keep_the_prefix_and_planes(prefix):
     np.testing.assert_allclose(grid[4:12, 2, 0], (np.arange(4, 12) + 0.5) / 2, atol=1e-5)  # inside, exact
 
 
-def test_half_precision_stays_half():
-    table = RNG.standard_normal((1, 16, 4)).astype(ml_dtypes.bfloat16)
+def test_half_precision_stays_half(draw):
+    table = draw.standard_normal((1, 16, 4)).astype(ml_dtypes.bfloat16)
     assert resize_positions(table, (4, 4), (6, 6)).dtype == ml_dtypes.bfloat16
 
 
-def test_larger_patches_give_the_same_tokens_on_enlarged_pictures():
-    kernel = RNG.standard_normal((5, 3, 8, 8)).astype(np.float32)
-    patch = RNG.standard_normal((3, 8, 8)).astype(np.float32)
+def test_larger_patches_give_the_same_tokens_on_enlarged_pictures(draw):
+    kernel = draw.standard_normal((5, 3, 8, 8)).astype(np.float32)
+    patch = draw.standard_normal((3, 8, 8)).astype(np.float32)
     grow = cubic_matrix(8, 12)
     enlarged = np.einsum("ih,jw,chw->cij", grow, grow, patch)
     tokens = np.einsum("ochw,chw->o", kernel, patch)
@@ -66,8 +64,8 @@ def test_larger_patches_give_the_same_tokens_on_enlarged_pictures():
     )
 
 
-def test_relative_bias_keeps_its_centre_and_symmetry():
-    table = RNG.standard_normal((13 * 13 + 3, 4)).astype(np.float32)
+def test_relative_bias_keeps_its_centre_and_symmetry(draw):
+    table = draw.standard_normal((13 * 13 + 3, 4)).astype(np.float32)
     grown = resize_relative_bias(table, (13, 13), (23, 23))
     assert grown.shape == (23 * 23 + 3, 4)
     np.testing.assert_array_equal(grown[-3:], table[-3:])
@@ -95,9 +93,9 @@ def test_what_cannot_be_resized_says_why(resize, found, shape, said):
     assert said in resize.prepare(found, shape, Request(picture=(16, 16)))
 
 
-def test_windows_and_grids_that_are_not_square():
-    table = RNG.standard_normal((3 * 5, 2)).astype(np.float32)
+def test_windows_and_grids_that_are_not_square(draw):
+    table = draw.standard_normal((3 * 5, 2)).astype(np.float32)
     change = RelativeBias((3, 3), source_window=(2, 3)).prepare((15, 2), (25, 2), Request())
     assert change(table).shape == (25, 2)
     change = Positions(8).prepare((1, 6, 2), (1, 4, 2), Request((16, 16), (2, 3)))
-    assert change(RNG.standard_normal((1, 6, 2)).astype(np.float32)).shape == (1, 4, 2)
+    assert change(draw.standard_normal((1, 6, 2)).astype(np.float32)).shape == (1, 4, 2)

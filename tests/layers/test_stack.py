@@ -192,3 +192,49 @@ def test_a_part_of_the_layers_keeps_their_turns():
         lambda x, part: stack.apply(held, x, each=each, turns=TURNS, part=part)[0], static_argnums=1
     )
     np.testing.assert_allclose(run(run(X, (0, 2)), (2, 7)), run(X, (0, 7)), rtol=1e-6)
+
+
+class Two(nn.Module):
+    """x <- x + inner(scale x): a scale of one's own, and a layer that may be shared."""
+
+    @nn.compact
+    def __call__(self, x, each, train=False):
+        scale = self.param("scale", nn.initializers.normal(1.0), (x.shape[-1],), jnp.float32)
+        return x + Dense(x.shape[-1], ("embed", "mlp"), name="inner")(x * scale[None]), None
+
+
+@pytest.mark.parametrize("options", [{}, {"remat": "full"}])
+def test_what_is_shared_stands_once_and_gathers_the_gradients_of_all_layers(options):
+    stack = Stack(Two(), DEPTH, shared=("inner/.*",), **options)
+    boxed = stack.init(jax.random.key(0), X)["params"]
+    assert boxed["inner"]["kernel"].names == ("embed", "mlp")
+    assert meta.unbox(boxed)["inner"]["kernel"].shape == (3, 3)
+    assert meta.unbox(boxed)["scale"].shape == (DEPTH, 3)
+    params = meta.unbox(boxed)
+    copied = {**params, "inner": jax.tree.map(lambda leaf: jnp.stack([leaf] * DEPTH), params["inner"])}
+    apart = Stack(Two(), DEPTH, **options)
+
+    def loss(stack, params):
+        return jnp.sum(stack.apply({"params": params}, X)[0] ** 2)
+
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: loss(stack, p)))(params)
+    same, each = jax.jit(jax.value_and_grad(lambda p: loss(apart, p)))(copied)
+    np.testing.assert_allclose(value, same, rtol=1e-6)
+    np.testing.assert_allclose(gradient["scale"], each["scale"], rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b.sum(0), rtol=1e-5, atol=1e-6),
+        gradient["inner"],
+        each["inner"],
+    )
+
+
+def test_all_may_be_shared_and_a_pattern_that_names_nothing_is_refused():
+    loop = Stack(Two(), DEPTH, shared=(".*",))
+    params = meta.unbox(loop.init(jax.random.key(0), X))
+    assert params["params"]["scale"].shape == (3,)
+    x = X
+    for _ in range(DEPTH):
+        x, _ = Two().apply(params, x, None)
+    np.testing.assert_allclose(loop.apply(params, X)[0], x, rtol=1e-5)
+    with pytest.raises(UsageError, match=r"'outer/.*' matches no parameter"):
+        Stack(Two(), DEPTH, shared=("outer/.*",)).init(jax.random.key(0), X)

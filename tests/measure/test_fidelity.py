@@ -8,12 +8,12 @@ import pytest
 from effjax.errors import UsageError
 from effjax.measure.fidelity import Moments, frechet_distance, precision_and_recall
 
-DRAW = np.random.default_rng(0)
-
 
 def features(count, channels=6, scale=1.0, shift=0.0):
     mixing = np.random.default_rng(1).normal(size=(channels, channels))
-    return (shift + scale * DRAW.normal(size=(count, channels)) @ mixing).astype(np.float32)
+    return (shift + scale * np.random.default_rng(count).normal(size=(count, channels)) @ mixing).astype(
+        np.float32
+    )
 
 
 def numpy_distance(a, b):

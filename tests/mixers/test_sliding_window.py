@@ -49,9 +49,11 @@ def test_gradients_are_those_of_masked_attention():
         loss = jax.jit(jax.grad(lambda p: jnp.sum(mixer.apply(p, tokens(40), Context()) ** 2)))
         return jax.tree.leaves(loss(params_of(40)))
 
-    pairs = zip(slope(SlidingWindow(2, 3)), slope(Attention(2, window=4)), strict=True)
-    for got, wanted in pairs:
-        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3)
+    found, expected = slope(SlidingWindow(2, 3)), slope(Attention(2, window=4))
+    # A bias of the keys has no gradient: what rounding leaves of it is compared with the largest of all.
+    largest = max(float(jnp.abs(leaf).max()) for leaf in expected)
+    for got, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-6 * largest)
 
 
 def test_what_it_cannot_mix_is_refused():

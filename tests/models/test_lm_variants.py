@@ -11,6 +11,7 @@ from flax.core import meta
 from effjax import models
 from effjax.config import build_kind
 from effjax.ffn import MLP, Gated, Mixture
+from effjax.ffn.router import Cosine
 from effjax.measure.analytic.shape import DecoderShape
 from effjax.mixers import Attention, Mamba
 from effjax.mixers.rotary import Llama3
@@ -31,6 +32,9 @@ VARIANTS = {
         position_table=20,
         position_offset=2,
         head_bias=True,
+    ),
+    "last_norm": LM(
+        DecoderBlock(Attention(**ROTARY), MLP(), norm="layer_plain"), VOCAB, 16, 3, last_norm="layer"
     ),
     "after": LM(
         DecoderBlock(Attention(**ROTARY, qk_norm=True, qk_norm_over="width"), Gated(20), norm_at="after"),
@@ -74,12 +78,30 @@ VARIANTS = {
     ),
     "mixed_layers": LM(DecoderBlock(Attention(**ROTARY), Gated(20)), VOCAB, 16, 3, layers=MIXED),
     "mixture": LM(DecoderBlock(Attention(**ROTARY, window=4), Mixture(4, 2, 12)), VOCAB, 16, 2),
+    "biased_mixture": LM(
+        DecoderBlock(
+            Attention(**ROTARY),
+            Mixture(
+                4,
+                2,
+                12,
+                router=Cosine(8),
+                scores="sigmoid",
+                balance_rate=0.1,
+                capacity=1.0,
+                eval_capacity=2.0,
+            ),
+        ),
+        VOCAB,
+        16,
+        2,
+    ),
     "mamba": LM(DecoderBlock(Mamba(state=4, chunk=5), None), VOCAB, 16, 2, tied=True),
     "hybrid": LM(DecoderBlock(Mamba(state=4), Gated(20)), VOCAB, 16, 2),
 }
 
 
-CLOSED = ["gpt2", "after", "one_norm", "two_norms"]
+CLOSED = ["gpt2", "last_norm", "after", "one_norm", "two_norms"]
 
 
 @functools.cache

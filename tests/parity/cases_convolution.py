@@ -1,11 +1,13 @@
 """ConvNeXt, PoolFormer and FocalNet of timm and transformers: toys with odd choices, and whole networks."""
 
 from typing import Any
+from unittest import mock
 
 import timm
 import timm.layers
 import timm.models.convnext
 import timm.models.focalnet
+import timm.models.inception_v3
 import timm.models.metaformer
 import torch
 import transformers
@@ -26,6 +28,30 @@ def _timm(name: str, config: dict[str, Any], side: int = 44, **options: Any) -> 
         images(side),
         channels_first,
         **options,
+    )
+
+
+def _fid_pools(module: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """timm's Inception with the pools of the weights for FID."""
+    average = torch.nn.functional.avg_pool2d
+
+    def pool(x: torch.Tensor, **options: Any) -> torch.Tensor:
+        if x.shape[1] == 2048:  # the last cell
+            return torch.nn.functional.max_pool2d(x, **options)
+        return average(x, count_include_pad=False, **options)
+
+    with mock.patch.object(timm.models.inception_v3.F, "avg_pool2d", pool):
+        return channels_first(module, images)
+
+
+def _inception(call: Any, **fields: Any) -> Case:
+    config = dict(num_classes=12)
+    return Case(
+        "timm:inception_v3",
+        config | fields,
+        lambda: timm.create_model("inception_v3", **config),
+        images(139, 1),
+        call,
     )
 
 
@@ -120,6 +146,8 @@ CASES = {
     ),
     "timm_focalnet_tiny_srf": _timm("focalnet_tiny_srf", dict(drop_path_rate=0.0), 224, gradient=True),
     "timm_focalnet_tiny_lrf": _timm("focalnet_tiny_lrf", {}, 224),
+    "timm_inception": _inception(channels_first),
+    "timm_inception_fid": _inception(_fid_pools, fid=True),
     "transformers_convnext": _transformers(
         "ConvNextForImageClassification", _HIDDEN, side=44, fixture=True, gradient=True
     ),

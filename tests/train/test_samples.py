@@ -24,6 +24,18 @@ def run(definition, program, read=no_weights):
     return definition.open(read)(program, program.variables(program.init(), ema=True), lambda: None)
 
 
+def never():
+    """What nobody told to stop asks between batches."""
+
+
+class Told(Exception):
+    pass
+
+
+def at_once():
+    raise Told
+
+
 @pytest.fixture(scope="module")
 def program():
     return program_of("diffusion")
@@ -92,9 +104,12 @@ def test_weights_come_from_a_folder_or_by_training(program):
         return jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, leaf.dtype), shapes)
 
     model = definition().extractor.model
-    held = Classifier(model, weights="runs/judge").variables(program, lambda batch: batch["image"], read)
+    named = Classifier(model, weights="runs/judge")
+    held = named.variables(program, lambda batch: batch["image"], read, never)
     assert asked == ["runs/judge"]
     assert all((np.asarray(leaf) == 0.5).all() for leaf in jax.tree.leaves(held))
+    with pytest.raises(UsageError, match="weights='runs/judge' is no folder"):
+        dataclasses.replace(definition(), extractor=named).open(read)
     with pytest.raises(UsageError, match=r"either weights='FOLDER'.*or fit="):
         Classifier(model)
     with pytest.raises(UsageError, match="either"):
@@ -108,6 +123,12 @@ def test_training_the_extractor_teaches_it(program):
     assert values["agreement_real"] > 0.6
 
 
+def test_a_run_that_is_told_to_stop_does_not_train_the_extractor_to_its_end(program):
+    extractor = definition().extractor
+    with pytest.raises(Told):
+        extractor.variables(program, lambda batch: batch["image"], no_weights, at_once)
+
+
 def test_only_diffusion_runs_draw(program):
     vision = program_of("vision")
     with pytest.raises(UsageError, match="needs a diffusion run, and this one is classification"):
@@ -119,8 +140,12 @@ def test_the_extractor_may_be_trained_on_data_of_its_own(program):
     data = dataclasses.replace(definition().data, batch_size=16)
     data = dataclasses.replace(data, source=dataclasses.replace(data.source, split="train[:32]"))
     own = dataclasses.replace(definition().extractor, fit="1 epochs", data=data)
-    variables, again = (own.variables(program, lambda batch: batch["none"], no_weights) for _ in range(2))
+    variables, again = (
+        own.variables(program, lambda batch: batch["none"], no_weights, never) for _ in range(2)
+    )
     jax.tree.map(np.testing.assert_array_equal, variables, again)
-    others = dataclasses.replace(own, data=None).variables(program, lambda batch: batch["image"], no_weights)
+    others = dataclasses.replace(own, data=None).variables(
+        program, lambda batch: batch["image"], no_weights, never
+    )
     different = jax.tree.map(lambda a, b: not np.array_equal(a, b), variables, others)
     assert any(jax.tree.leaves(different))

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -274,3 +275,22 @@ def test_data_may_hold_latents_already():
     frames = jax.jit(task.pictures)(variables, video)
     assert frames.shape == (2, 5, 4, 4, 1)
     np.testing.assert_allclose(frames[1, 3], task.pictures(variables, video[1])[3], atol=1e-5)
+
+
+def test_data_of_another_size_than_the_noise_are_refused():
+    pixels = Diffusion(Bright(), RectifiedFlow(), 0.0)
+    pixels.check({"params": {}}, batch())
+    with pytest.raises(UsageError, match=r"'image', has a root mean square of 100, .*pictures in \[-1, 1\]"):
+        pixels.check({"params": {}}, batch() | {"image": jnp.full((6, 4, 4, 1), 100.0)})
+    latent = Diffusion(Bright(), RectifiedFlow(), 0.0, latents=coded(encoded=True))
+    with pytest.raises(UsageError, match=r"root mean square of 0.1, .*or latents times 10"):
+        latent.check({"params": {}, "autoencoder": {}}, batch() | {"image": jnp.full((6, 2, 2, 3), 0.1)})
+    with pytest.raises(UsageError, match="latents of 4 channels, and the autoencoder's have 3"):
+        latent.shape((2, 2, 4))
+    coding = Diffusion(Bright(), RectifiedFlow(), 0.0, latents=coded())
+    variables = meta.unbox(jax.jit(coding.init)(jax.random.key(0), batch()))
+    size = float(jnp.sqrt(jnp.mean(coding.latents.encode(variables["autoencoder"], batch()["image"]) ** 2)))
+    grown = dataclasses.replace(coding.latents.model, scale=2.0 * 50 / size)
+    wrong = dataclasses.replace(coding, latents=coded(model=grown))
+    with pytest.raises(UsageError, match=r"root mean square of 50, .*scale to about"):
+        wrong.check(variables, batch())

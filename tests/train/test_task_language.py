@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from flax.core import meta
 
+from effjax.errors import UsageError
 from effjax.ffn import Gated
 from effjax.mixers import Attention
 from effjax.models.lm import LM, DecoderBlock
 from effjax.train.tasks import KINDS
 from effjax.train.tasks.language import Language, cross_entropy
 from effjax.train.tasks.mean import values
+from tests.train.toy import program_of
 
 VOCAB = 11
 
@@ -109,7 +111,7 @@ def test_finish_gives_perplexity_and_bits(model):
     assert finished["perplexity"] == pytest.approx(8.0)
     assert finished["bits_per_token"] == pytest.approx(3.0)
     assert finished["accuracy"] == 0.5
-    with_z = finish({"loss": math.log(8.0) + 0.2, "z_loss": 0.2})
+    with_z = finish({"loss": math.log(8.0) + 0.2, "z_loss": 0.2, "cross_entropy": math.log(8.0)})
     assert with_z["perplexity"] == pytest.approx(8.0)
     assert math.isfinite(finish({"loss": 1e6})["perplexity"])
 
@@ -137,3 +139,8 @@ def test_it_learns_a_sequence(model, batch):
     _, losses = jax.lax.scan(descend, variables, length=60)
     assert abs(losses[0] - math.log(VOCAB)) < 0.2
     assert losses[-1] < 0.1
+
+
+def test_a_tokenizer_that_says_more_than_the_model_knows_is_refused():
+    with pytest.raises(UsageError, match="the tokenizer has 256 tokens and the model 128"):
+        program_of("language", model__vocab=128)

@@ -3,7 +3,10 @@
 import contextlib
 import importlib
 
+import numpy as np
+
 from effjax.experiment import resolve
+from effjax.train.loop import fit
 from effjax.train.program import build_program
 
 FAMILIES = {
@@ -79,3 +82,17 @@ class Memory:
 def no_weights(folder, shapes, of):
     """What reads folders, for runs that need none."""
     raise AssertionError(f"nobody should read {folder}")
+
+
+def losses(program):
+    """Of every logged step of a whole run."""
+    recorder = Recorder()
+    fit(
+        program,
+        program.init(),
+        checkpoints=Memory(),
+        observer=recorder,
+        stop_requested=lambda: False,
+        read=no_weights,
+    )
+    return np.array(recorder.losses())

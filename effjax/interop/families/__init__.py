@@ -15,6 +15,7 @@ from effjax.interop.families import (
     nextvit,
     timm_convnext,
     timm_focalnet,
+    timm_inception,
     timm_poolformer,
     timm_swin,
     transformers_clip,
@@ -26,7 +27,16 @@ from effjax.interop.families import (
 )
 from effjax.interop.family import Family
 
-_TIMM = (timm_convnext, timm_focalnet, timm_poolformer, timm_swin, lowformer, nextvit, vit)
+_TIMM = (
+    timm_convnext,
+    timm_focalnet,
+    timm_inception,
+    timm_poolformer,
+    timm_swin,
+    lowformer,
+    nextvit,
+    vit,
+)
 _TRANSFORMERS = (
     decoder,
     gpt,

@@ -184,7 +184,7 @@ def blocks_of(block: Any, dim: int, depth: int, vectors: int) -> Transformer:
       UsageError: for a mixer or an FFN without a closed form.
     """
     mixer, ffn = block.mixer, block.ffn
-    if not isinstance(mixer, Attention) or not isinstance(ffn, Gated | MLP):
+    if type(mixer) is not Attention or not isinstance(ffn, Gated | MLP):
         raise UsageError(
             f"no closed form for {type(mixer).__name__} with {type(ffn).__name__}: count it with "
             f"effjax.measure.count."

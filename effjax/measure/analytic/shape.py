@@ -89,7 +89,8 @@ class DecoderShape:
         mixer, ffn = model.block.mixer, model.block.ffn
         slides = isinstance(mixer, Attention) and mixer.window is not None
         slides |= any(layer.window is not None for layer in model.layers)
-        if not isinstance(mixer, Attention) or not isinstance(ffn, Gated | MLP) or slides:
+        # Attention alone: what is made from it has other weights.
+        if type(mixer) is not Attention or not isinstance(ffn, Gated | MLP) or slides:
             raise UsageError(
                 f"no closed form for {type(mixer).__name__}{' with a window' if slides else ''} with "
                 f"{type(ffn).__name__}: count it with effjax.measure.count."
@@ -111,7 +112,7 @@ class DecoderShape:
             + ffn_biases(ffn.use_bias, gated, model.dim, hidden)
             + block_norms(model.block, model.dim)
             - 2 * model.dim,
-            others=(norm_size(model.block.norm, model.dim) - model.dim)
+            others=(norm_size(model.last_norm or model.block.norm, model.dim) - model.dim)
             + model.position_table * model.dim
             + (model.vocab if model.head_bias else 0),
         )

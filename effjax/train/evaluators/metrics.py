@@ -1,4 +1,10 @@
-"""The task's own metrics."""
+"""The task's own metrics, and of text the bits a byte.
+
+    bits a byte = sum of all bits / bytes of all documents
+
+Tokens of one tokenizer are longer than those of another, so that losses a token cannot be compared, nor with
+what a compressor makes of the same text; bits a byte can. Gao et al., "The Pile", 2020, section 3.1.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -44,6 +50,9 @@ class _Open:
         finished: dict[str, float] = program.task.finish(
             {name: float(value) for name, value in values(total).items()}
         )
+        size = self.data.bytes_per_token
+        if size is not None and "bits_per_token" in finished:
+            finished["bits_per_byte"] = finished["bits_per_token"] / size
         return finished
 
 

@@ -62,7 +62,12 @@ class Samples:
     ema: bool = True
 
     def open(self, read: ReadWeights) -> Evaluation:
-        """The evaluator with its data open."""
+        """The evaluator with its data open.
+
+        Raises:
+          UsageError: where the extractor's weights are not there.
+        """
+        self.extractor.check()
         return _Open(self, read)
 
     @property
@@ -98,7 +103,7 @@ class _Open:
         with activate(program.mesh, program.rules):
             if self._weights is None:
                 shown = functools.partial(show, variables)
-                self._weights = definition.extractor.variables(program, shown, self.read)
+                self._weights = definition.extractor.variables(program, shown, self.read, check_stop)
             if self._real is None:
                 self._real = _Seen.gathered(
                     (look(self._weights, show(variables, batch)), batch, everywhere)

@@ -36,6 +36,7 @@ from effjax.train.tasks.classification import Classification
 from effjax.train.tasks.diffusion import Diffusion
 from effjax.train.tasks.distillation import Distillation
 from effjax.train.tasks.grafting import Grafting
+from effjax.train.tasks.in_context import InContext
 from effjax.train.tasks.language import Language
 from effjax.train.tasks.pose import Pose
 
@@ -46,6 +47,7 @@ KINDS = {
     "diffusion": Diffusion,
     "distillation": Distillation,
     "grafting": Grafting,
+    "in_context": InContext,
     "language": Language,
     "pose": Pose,
 }

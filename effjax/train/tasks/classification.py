@@ -1,6 +1,8 @@
 """Image classification with soft targets.
 
 loss = - sum_c t_c log softmax(logits)_c,     t smoothed and, in training, mixed
+
+What the model sows as `losses` is added in training.
 """
 
 import dataclasses
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
+from effjax.train.tasks.auxiliary import LOSSES, with_auxiliary
 from effjax.train.tasks.mean import Mean, Means
 from effjax.train.tasks.mixing import Mixing, mix, one_hot
 
@@ -48,14 +51,14 @@ class Classification:
 
     def loss(self, variables: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Means, Any]:
         """Cross-entropy with the soft targets, and agreement with their largest entry."""
-        mutable = [name for name in variables if name != "params"]
+        mutable = [LOSSES, *(name for name in variables if name != "params")]
         logits, collections = self.model.apply(
             variables, batch["image"], train=True, rngs={"dropout": key}, mutable=mutable
         )
         logits = logits.astype(jnp.float32)  # [B, classes]
         right = jnp.argmax(logits, -1) == jnp.argmax(batch["target"], -1)  # [B]
         loss = -jnp.sum(batch["target"] * jax.nn.log_softmax(logits), axis=-1)  # [B]
-        return {"loss": Mean.of(loss), "accuracy": Mean.of(right)}, collections
+        return with_auxiliary({"loss": Mean.of(loss), "accuracy": Mean.of(right)}, collections)
 
     def metrics(self, variables: Any, batch: Batch) -> Means:
         """Cross-entropy with the labels and top-1 accuracy."""

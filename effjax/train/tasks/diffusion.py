@@ -41,6 +41,9 @@ AUTOENCODER, PREDICTIONS = "autoencoder", "predictions"
 
 # Steps of the golden ratio cover [0, 1) evenly, whatever their number.
 _GOLDEN = 0.6180339887498949
+# Root mean squares of pictures in [-1, 1] and of latents of unit spread lie well within; of bytes, and of the
+# latents of an autoencoder whose scale was forgotten, beyond.
+_SIZES = 0.2, 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +138,24 @@ class Diffusion:
         model = self.latents.model  # whose parameters are the same for pictures of any size
         held = model.init(key, jnp.zeros((1, model.factor, model.factor, model.channels)))
         return {**made, AUTOENCODER: dict(held)}
+
+    def check(self, variables: Any, batch: Batch) -> None:
+        """Refuses data that are far larger or smaller than the noise that is mixed into them.
+
+        Raises:
+          UsageError: where the root mean square of what is noised is not near 1.
+        """
+        size = float(jnp.sqrt(jnp.mean(jax.jit(self._noised)(variables, batch) ** 2)))
+        if not _SIZES[0] <= size <= _SIZES[1]:
+            if self.latents is not None and not self.latents.encoded:
+                scale = self.latents.model.scale / size
+                remedy = f"set config.task.latents.model.scale to about {scale:.3g}"
+            else:
+                remedy = f"take pictures in [-1, 1] (the transform to_float), or latents times {1 / size:.3g}"
+            raise UsageError(
+                f"what is noised, {self.content!r}, has a root mean square of {size:.3g}, the noise of 1: "
+                f"{remedy}."
+            )
 
     def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
         """Draws time, noise, dropped labels and masks, independently for each example."""
@@ -246,8 +267,8 @@ class Diffusion:
         latents = self.latents.encode(variables[AUTOENCODER], content, batch.get("code"))
         return jax.lax.stop_gradient(latents)
 
-    def told(self, batch: Batch) -> Array:
-        """What the model is told of each example."""
+    def told(self, batch: Mapping[str, Any]) -> Any:
+        """What the model is told of each example, of a batch on the host or on devices."""
         if self.condition is None:
             return jnp.zeros(batch[self.content].shape[:1], jnp.int32)
         return batch[self.condition]

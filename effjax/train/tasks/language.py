@@ -2,8 +2,8 @@
 
     loss = sum_i w_i (-log p(target_i) + z_loss log^2 Z_i) / sum_i w_i,      Z_i = sum_v exp(logit_iv)
 
-in nats a token. The second term keeps the normaliser Z near 1: Chowdhery et al. 2022, section 5, with
-z_loss = 1e-4.
+in nats a token, and what the model sows as `losses`. The second term keeps the normaliser Z near 1:
+Chowdhery et al. 2022, section 5, with z_loss = 1e-4.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from effjax.train.tasks.auxiliary import LOSSES, with_auxiliary
 from effjax.train.tasks.mean import Mean, Means
 
 Batch = Mapping[str, Array]
@@ -63,8 +64,11 @@ class Language:
         return batch
 
     def loss(self, variables: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Means, Any]:
-        """Cross-entropy with the z-loss, whose share also stands by itself, and accuracy."""
-        mutable = [name for name in variables if name != "params"]
+        """Cross-entropy with the other losses, whose shares also stand by themselves, and accuracy.
+
+        Where there are others, the cross-entropy alone is `cross_entropy`.
+        """
+        mutable = [LOSSES, *(name for name in variables if name != "params")]
         logits, collections = self.model.apply(
             variables,
             batch["tokens"],
@@ -75,11 +79,13 @@ class Language:
             mutable=mutable,
         )
         means, log_z = self._means(logits, batch, batch["weights"])
+        plain = means["loss"]
         if self.z_loss:
             penalty = Mean.of(self.z_loss * log_z**2, batch["weights"])
             total = dataclasses.replace(means["loss"], total=means["loss"].total + penalty.total)
             means = {**means, "loss": total, "z_loss": penalty}
-        return means, collections
+        means, collections = with_auxiliary(means, collections)
+        return (means if means["loss"] is plain else {**means, "cross_entropy": plain}), collections
 
     def metrics(self, variables: Any, batch: Batch) -> Means:
         """Cross-entropy and accuracy."""
@@ -97,8 +103,8 @@ class Language:
         return jnp.argmax(logits, -1)
 
     def finish(self, values: dict[str, float]) -> dict[str, float]:
-        """Adds the perplexity and the bits a token, which are bits a byte where tokens are bytes."""
-        nats = values["loss"] - values.get("z_loss", 0.0)
+        """Adds the perplexity and the bits a token."""
+        nats = values.get("cross_entropy", values["loss"])
         # Past e^700 a double overflows and the figure says nothing anyway.
         return {**values, "perplexity": math.exp(min(nats, 700.0)), "bits_per_token": nats / math.log(2.0)}
 

@@ -8,8 +8,6 @@ import pytest
 from effjax.diffusion.caches.schedule import best_updates, bubbled, similarity, volatility
 from effjax.errors import UsageError
 
-DRAW = np.random.default_rng(0)
-
 
 def worth(alike, chosen):
     """What a schedule is worth, call by call."""
@@ -17,8 +15,8 @@ def worth(alike, chosen):
 
 
 @pytest.mark.parametrize("updates", [1, 2, 3, 5, 8])
-def test_nothing_is_better_of_all_there_is(updates):
-    outputs = DRAW.normal(size=(8, 20)).cumsum(axis=0)
+def test_nothing_is_better_of_all_there_is(updates, draw):
+    outputs = draw.normal(size=(8, 20)).cumsum(axis=0)
     alike = similarity(outputs)
     chosen = best_updates(alike, updates)
     every = [(0, *rest) for rest in itertools.combinations(range(1, 8), updates - 1)]
@@ -48,8 +46,8 @@ def test_similarity_is_the_cosine():
     assert np.all(np.isfinite(similarity(np.zeros((2, 3)))))
 
 
-def test_volatility_is_the_mean_difference_of_all_pairs():
-    outputs = DRAW.normal(size=(5, 2, 3))
+def test_volatility_is_the_mean_difference_of_all_pairs(draw):
+    outputs = draw.normal(size=(5, 2, 3))
     pairs = [np.mean(np.abs(outputs[i] - outputs[j])) for i in range(5) for j in range(i + 1, 5)]
     assert volatility(outputs) == pytest.approx(np.mean(pairs))
 
@@ -71,10 +69,10 @@ def test_the_union_adds_the_updates_of_feed_forward_branches_behind():
     np.testing.assert_array_equal(bubbled(fresh, volatile, 0), fresh)
 
 
-def test_the_union_never_takes_an_update_away():
-    fresh = DRAW.random((9, 4, 2)) < 0.3
+def test_the_union_never_takes_an_update_away(draw):
+    fresh = draw.random((9, 4, 2)) < 0.3
     for union in range(9):
-        assert np.all(bubbled(fresh, DRAW.random((4, 2)), union) >= fresh)
+        assert np.all(bubbled(fresh, draw.random((4, 2)), union) >= fresh)
 
 
 def test_refusals():

@@ -1,0 +1,164 @@
+"""Spark attention: the first channels of a head say which keys a query needs, the others how much of them.
+
+    s = q[:r] k[:r] / sqrt(r)
+    p = softmax(s where s is among its statistical top-k, else -inf)
+    y_n = sum_m p_nm softplus(q_n[r:] k_m[r:] / sqrt(d - r)) v_m
+
+About `active` keys have a weight, the others' values and last channels need not be read. With no more keys
+than that all have. The threshold that the paper subtracts from s cancels in the softmax. Parameters and cache
+are those of `effjax.mixers.attention`.
+
+The paper's text on two points could not be had: here both parts are scaled by their own width, and rotary
+positions turn each part by itself, with the frequencies of its own width, so that both products know
+distances alone. This is the masked form: all keys are read.
+
+You et al., "Spark Transformer: Reactivating Sparsity in FFN and Attention", NeurIPS 2025, arXiv:2506.06644,
+section 2. In Gemma-2 2B: d = 256, r = 128, 256 keys.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from effjax.decoding.cache import AXES, Cache, append, init_cache, visible
+from effjax.errors import UsageError
+from effjax.layers.dense import Dense
+from effjax.layers.statistical_topk import among
+from effjax.mixers import rotary
+from effjax.mixers.context import Context
+from effjax.mixers.dot_product import band, both, dot_products, softmax, weighted_sum
+
+
+class SparkAttention(nn.Module):
+    """Causal attention of every token to about `active` tokens before it.
+
+    Attributes:
+      heads: query heads.
+      predictor: r above, the channels of a head that choose keys.
+      active: keys that a query is meant to keep.
+      kv_heads: key/value heads; None means `heads`.
+      head_dim: channels of a head; None means width / heads.
+      rotary_base: base of the rotary frequencies; None means no rotary positions.
+      window: how many tokens back a token sees, itself included; None means all.
+    """
+
+    heads: int
+    predictor: int
+    active: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    rotary_base: float | None = None
+    window: int | None = None
+
+    def __call__(
+        self, x: Float[Array, "b n c"], context: Context, train: bool = False
+    ) -> Float[Array, "b n c"]:
+        """Mixes the tokens of whole sequences."""
+        return self.attend(x, context, None)[0]
+
+    def step(
+        self, x: Float[Array, "b n c"], cache: Cache, context: Context
+    ) -> tuple[Float[Array, "b n c"], Cache]:
+        """Mixes the next `n` tokens of each sequence with those in the cache, and adds them to it.
+
+        Raises:
+          UsageError: for more tokens than the cache has slots.
+        """
+        return self.attend(x, context, cache)
+
+    @nn.nowrap
+    def init_cache(self, batch: int, slots: int, width: int, dtype: DTypeLike = jnp.float32) -> Cache:
+        """Makes an empty cache for sequences of up to `slots` tokens of `width` channels."""
+        groups, size = self.sizes(width)
+        return init_cache(batch, slots, groups, size, dtype)
+
+    @nn.nowrap
+    def cache_axes(self) -> Cache:
+        """Names of the axes of a cache."""
+        return AXES
+
+    @nn.compact
+    def attend(
+        self, x: Float[Array, "b n c"], context: Context, cache: Cache | None
+    ) -> tuple[Float[Array, "b n c"], Any]:
+        """Attends among the tokens of `x` (no cache), or from them to the cache they are added to."""
+        if context.rotary is not None:
+            raise UsageError("Spark attention has one rotary base for all layers: set its rotary_base.")
+        positions = context.positions
+        if positions is None:
+            following = jnp.arange(x.shape[1]) + (0 if cache is None else cache.written)
+            positions = jnp.broadcast_to(following[None], x.shape[:2])
+        q, k, v = self.project(x, positions)
+        window = self.window if context.window is None else context.window
+        if cache is None:
+            order = jnp.arange(x.shape[1])
+            allowed = both(context.mask(), (order[:, None] >= order[None, :])[None, None])
+            if window is not None:
+                allowed = allowed & band(x.shape[1], jnp.asarray(window), causal=True)
+        else:
+            cache = append(cache, k, v, positions)
+            k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)  # [B, S, G, D]
+            allowed = visible(cache, positions)
+            if window is not None:
+                allowed = allowed & (cache.positions[:, None, None, :] > positions[:, None, :, None] - window)
+        y = weighted_sum(self.weights(q, k, allowed).astype(v.dtype), v)  # [B, N, H, D]
+        axes = ("heads", "head_dim", "embed")
+        return Dense(x.shape[-1], axes, inputs=2, use_bias=False, name="output")(y), cache  # [B, N, C]
+
+    @nn.nowrap
+    def weights(
+        self, q: Float[Array, "b n h d"], k: Float[Array, "b s g d"], allowed: Bool[Array, "#b 1 n s"]
+    ) -> Float[Array, "b h n s"]:
+        """How much of each value a query takes, in float32."""
+        r, rest = self.predictor, q.shape[-1] - self.predictor
+        scores = dot_products(q[..., :r], k[..., :r]) * r**-0.5  # [B, H, N, S]
+        chosen = among(jax.lax.stop_gradient(scores), allowed, self.active)  # [B, H, N, S]
+        weights = softmax(jnp.where(chosen, scores, -0.7 * jnp.finfo(scores.dtype).max))
+        return weights * jax.nn.softplus(dot_products(q[..., r:], k[..., r:]) * rest**-0.5)
+
+    @nn.nowrap
+    def sizes(self, width: int) -> tuple[int, int]:
+        """Returns how many key/value heads there are, and the channels of a head."""
+        groups = self.heads if self.kv_heads is None else self.kv_heads
+        size = self.head_dim or width // self.heads
+        if self.heads % groups or (self.head_dim is None and width % self.heads):
+            raise UsageError(
+                f"heads={self.heads} must be a multiple of kv_heads={groups}, and divide the width {width} "
+                f"where head_dim is not set."
+            )
+        parts = (self.predictor, size - self.predictor)
+        if min(parts) < 1 or (self.rotary_base is not None and any(part % 2 for part in parts)):
+            raise UsageError(
+                f"predictor={self.predictor} of {size} channels: take some, leave some, and cut no pair that "
+                f"rotary positions turn."
+            )
+        return groups, size
+
+    @nn.nowrap
+    def project(
+        self, x: Float[Array, "b n c"], positions: Int[Array, "b n"]
+    ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n g d"], Float[Array, "b n g d"]]:
+        """Returns queries `[B, N, H, D]`, keys and values `[B, N, G, D]`."""
+        groups, size = self.sizes(x.shape[-1])
+        q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
+        q = Dense((self.heads, size), q_axes, use_bias=False, name="query")(x)  # [B, N, H, D]
+        k = Dense((groups, size), kv_axes, use_bias=False, name="key")(x)  # [B, N, G, D]
+        v = Dense((groups, size), kv_axes, use_bias=False, name="value")(x)  # [B, N, G, D]
+        if self.rotary_base is not None:
+            q, k = self.turned(q, positions), self.turned(k, positions)
+        q = nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim"))
+        k = nn.with_logical_constraint(k, ("batch", "length", "kv_heads", "head_dim"))
+        v = nn.with_logical_constraint(v, ("batch", "length", "kv_heads", "head_dim"))
+        return q, k, v
+
+    @nn.nowrap
+    def turned(self, x: Float[Array, "b n h d"], positions: Int[Array, "b n"]) -> Float[Array, "b n h d"]:
+        """Rotary positions of the two parts of a head, each by itself."""
+        assert self.rotary_base is not None
+        parts = jnp.split(x, [self.predictor], axis=-1)
+        tables = [rotary.table(self.rotary_base, part.shape[-1], None, None)[0] for part in parts]
+        turned = [rotary.rotate(p, positions, t) for p, t in zip(parts, tables, strict=True)]
+        return jnp.concatenate(turned, axis=-1)

@@ -1,0 +1,62 @@
+"""What a trained language model finds in its context: probes at several lengths."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from effjax.config import build
+from effjax.data import Data
+from effjax.data.probes import KINDS, Probe
+from effjax.errors import UsageError, did_you_mean
+from effjax.train.evaluators import Metrics
+from effjax.train.program import Program
+from effjax.train.tasks.language import Language
+from experiments.run.restore import read_weights
+
+
+def probe_table(
+    program: Program, variables: Any, names: Sequence[str], lengths: Sequence[int], examples: int
+) -> list[list[str]]:
+    """A row for each probe: its name, and the share of right answers at each length.
+
+    A run that was trained on a probe is asked with the tokens of that one, and any other with all of its own.
+
+    Raises:
+      UsageError: before anything is compiled: for a run that is no language model, an unknown probe, or a
+        length that a probe or the model does not take.
+    """
+    task = program.task
+    if not isinstance(task, Language):
+        raise UsageError(f"--probes needs a language model, and this run is {type(task).__name__.lower()}.")
+    for name in names:
+        if name not in KINDS:
+            raise UsageError(f"--probes names {name!r}, which is no probe. {did_you_mean(name, KINDS)}")
+    model: Any = task.model
+    limit = model.max_length
+    if limit is not None and max(lengths) > limit:
+        raise UsageError(
+            f"--lengths names {max(lengths)}, and the model is made for {limit} tokens (max_length): leave "
+            f"longer ones out."
+        )
+    evaluators = {
+        (name, length): Metrics(probe_data(program, name, length, examples), every="1 steps").open(
+            read_weights
+        )
+        for name in names
+        for length in lengths
+    }
+    shares = {
+        which: evaluator(program, variables, lambda: None)["accuracy"]
+        for which, evaluator in evaluators.items()
+    }
+    return [[name, *(f"{shares[name, length]:.3f}" for length in lengths)] for name in names]
+
+
+def probe_data(program: Program, name: str, length: int, examples: int) -> Data:
+    """Sequences that no training has seen."""
+    trained = program.experiment.data.source
+    known = isinstance(trained, Probe)
+    vocab = trained.vocab if known else program.experiment.model.vocab
+    task = dict(kind=name)
+    source = dict(kind="probe", task=task, length=length, vocab=vocab, examples=examples, seed=2**31)
+    batch = program.experiment.data.batch_size
+    return build(Data, dict(source=source, batch_size=batch, threads=0), f"--probes={name}")

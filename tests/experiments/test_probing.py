@@ -1,0 +1,61 @@
+"""The table of probes, of models that were not trained."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.data.probes import Probe
+from effjax.errors import UsageError
+from effjax.train.tasks.mean import Mean
+from experiments.run.probing import probe_data, probe_table
+from tests.train.toy import program_of
+
+
+@pytest.fixture(scope="module")
+def program():
+    return program_of("language")
+
+
+class Answering:
+    """A program whose model answers every second question rightly."""
+
+    def __init__(self, program):
+        self.experiment, self.task = program.experiment, program.task
+        self.batch_sharding = program.batch_sharding
+
+    def metrics(self, variables, batch):
+        weights = batch["weights"] * batch["mask"][:, None]
+        right = jnp.broadcast_to(jnp.arange(len(weights))[:, None] % 2 == 0, weights.shape)
+        return {"loss": Mean.of(weights, weights), "accuracy": Mean.of(right, weights)}
+
+
+def test_a_row_a_probe_and_a_column_a_length(program):
+    rows = probe_table(Answering(program), {}, ["copy", "needle"], [16, 32], examples=16)
+    assert rows == [["copy", "0.500", "0.500"], ["needle", "0.500", "0.500"]]
+
+
+def test_a_model_is_asked_with_its_own_tokens_and_none_that_it_has_seen(program):
+    data = probe_data(program, "recall", 32, examples=8)
+    assert isinstance(data.source, Probe)
+    assert data.source.vocab == program.experiment.model.vocab
+    assert data.source.seed != 0
+    tokens = np.concatenate([batch["tokens"].reshape(-1) for batch in data.open().evaluate()])
+    assert tokens.max() > 128
+
+
+@pytest.mark.parametrize(
+    ("names", "lengths", "message"),
+    [
+        (["coyp"], [16], "'coyp', which is no probe. Did you mean 'copy'?"),
+        (["copy"], [16, 65], "--lengths names 65, and the model is made for 64 tokens"),
+        (["needle"], [8], "needle needs at least 10 tokens, and length=8"),
+    ],
+)
+def test_bad_requests_are_named(program, names, lengths, message):
+    with pytest.raises(UsageError, match=message):
+        probe_table(Answering(program), {}, names, lengths, examples=4)
+
+
+def test_what_is_no_language_model_is_refused():
+    with pytest.raises(UsageError, match="--probes needs a language model, and this run is classification"):
+        probe_table(program_of("vision"), {}, ["copy"], [16], examples=4)
