@@ -24,7 +24,7 @@ test: $(STAMP)  ## the whole suite
 
 parity: $(STAMP)  ## our models against timm, transformers and diffusers; installs torch
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev,parity]'
-	$(BIN)/python -m pytest -n 2 tests/parity
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/parity
 
 check: lint types fast  ## what every commit passes: lint, types, fast tests
 

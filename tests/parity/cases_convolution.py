@@ -7,7 +7,6 @@ import timm
 import timm.layers
 import timm.models.convnext
 import timm.models.focalnet
-import timm.models.inception_v3
 import timm.models.metaformer
 import torch
 import transformers
@@ -40,7 +39,7 @@ def _fid_pools(module: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.max_pool2d(x, **options)
         return average(x, count_include_pad=False, **options)
 
-    with mock.patch.object(timm.models.inception_v3.F, "avg_pool2d", pool):
+    with mock.patch.object(torch.nn.functional, "avg_pool2d", pool):
         return channels_first(module, images)
 
 

@@ -75,6 +75,7 @@ def case(kind: str, base: dict[str, Any], count: int = 20, **fields: Any) -> Cas
     options = {key: fields.pop(key) for key in ("gradient", "fixture", "published") if key in fields}
     config = CONFIG_MAPPING[kind](**{**base, **fields})
     config._attn_implementation = "eager"
+    config._experts_implementation = "eager"  # the default knows no float64
     return Case(
         source=f"transformers:{kind}",
         config=config.to_dict(),
