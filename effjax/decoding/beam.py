@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from effjax.decoding.prefill import Sequences, prefill, slots_for
 from effjax.errors import UsageError
+from effjax.layers.stack import Layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,4 +178,9 @@ def _rows(caches: Any, axes: Any, rows: Int[Array, " n"]) -> Any:
     def taken(leaf: Array, names: tuple[str | None, ...]) -> Array:
         return jnp.take(leaf, rows, axis=1 + names.index("batch")) if "batch" in names else leaf
 
-    return jax.tree.map(taken, caches, axes)
+    def taken_apart(leaf: Any, names: tuple[str | None, ...]) -> Any:
+        if not isinstance(leaf, Layers):
+            return taken(leaf, names)
+        return Layers(tuple(taken(each[None], names)[0] for each in leaf.each))
+
+    return jax.tree.map(taken_apart, caches, axes, is_leaf=lambda leaf: isinstance(leaf, Layers))

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from effjax.errors import UsageError
+from effjax.layers.stack import apart, is_apart
 
 
 @flax.struct.dataclass
@@ -101,7 +102,8 @@ def prefill(
 
     Args:
       model: with `init_cache(batch, slots, dtype)` and `step(tokens, caches, positions)`, as `LM` has.
-      variables: of the model; caches take the dtype that the parameters promote to.
+      variables: of the model; caches take the dtype that the parameters promote to. Where its layers stand
+        apart, so do the caches.
       prompts: tokens, padded in front; see `left_pad`.
       lengths: how many tokens of each row are the prompt, at least 1.
       slots: how many tokens the caches hold; see `slots_for`.
@@ -111,6 +113,7 @@ def prefill(
     """
     batch, size = prompts.shape
     caches = model.init_cache(batch, slots, jnp.result_type(*jax.tree.leaves(variables["params"])))
+    caches = apart(caches) if is_apart(variables) else caches
     positions = jnp.arange(size)[None, :] - (size - lengths)[:, None]  # [B, n], negative on padding
     if size > 1:
         _, caches = model.apply(variables, prompts[:, :-1], caches, positions[:, :-1], method="step")

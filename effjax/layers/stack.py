@@ -4,6 +4,9 @@ The parameters of all layers are stacked: a kernel `[i, o]` of the block stands 
 o]`, at the path it would have in one block, with the logical axis `layers` in front. A forward pass is
 `jax.lax.scan` over these slices, so that compile time does not grow with depth, and rematerialisation is a
 policy on the scan's body. Other variables (batch statistics, sown values) are stacked in the same way.
+
+A scan copies each layer's slice out of the stack. Where layers are read once a token that copy is most of the
+time, and `apart` lays the layers out one by one: the stack then runs them one by one.
 """
 
 import functools
@@ -12,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax.core import meta
@@ -29,6 +33,43 @@ REMAT: dict[str, Callable[..., Any] | None] = {
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+@flax.struct.dataclass
+class Layers:
+    """What stands in a tree instead of an array with depth in front: the array of every layer.
+
+    Attributes:
+      each: arrays of one shape, or of None.
+    """
+
+    each: tuple[Any, ...]
+
+    def __getitem__(self, layer: int) -> Any:
+        return self.each[layer]
+
+
+def apart(tree: Any) -> Any:
+    """Takes the layers of a tree with depth in front apart: every array becomes `Layers`.
+
+    A `Stack` whose parameters are so runs its layers one by one, in a program that grows with the depth, and
+    wants what it is given for `each` layer so; it hands back what the layers return so.
+    """
+    return jax.tree.map(lambda leaf: Layers(tuple(leaf)), tree)
+
+
+def layer_of(tree: Any, layer: int) -> Any:
+    """One layer's slice of a tree with depth in front, whether in one piece or apart."""
+    return jax.tree.map(lambda leaf: leaf[layer], tree, is_leaf=_is_layers)
+
+
+def is_apart(tree: Any) -> bool:
+    """Whether layers stand apart anywhere in a tree."""
+    return any(map(_is_layers, jax.tree.leaves(tree, is_leaf=_is_layers)))
+
+
+def _is_layers(leaf: Any) -> bool:
+    return isinstance(leaf, Layers)
 
 
 class Stack(nn.Module):
@@ -83,7 +124,7 @@ class Stack(nn.Module):
         Args:
           x: what goes through the layers.
           *shared: the same for all layers.
-          each: trees whose leaves have a slice for every layer.
+          each: trees whose leaves have a slice for every layer, or are `Layers`.
           method: of the block.
           train: passed to the block.
           points: layers whose block is given a `point`, and may change the shape of `x`. Where there are any,
@@ -100,19 +141,19 @@ class Stack(nn.Module):
         block = self.block.clone(parent=None, name=None)
 
         if self.is_initializing():
-            first = jax.tree.map(lambda leaf: leaf[0], each)
+            first = layer_of(each, 0)
 
             def init(key):
                 return block.init({"params": key}, x, first, *shared, method=method)
 
             stacked = jax.vmap(init)(jax.random.split(self.make_rng("params"), self.depth))
-            own, common = self._apart(stacked)
+            own, common = self._split(stacked)
             own = meta.add_axis(own, 0, {nn.PARTITION_NAME: "layers"})
             _put(self, _together(own, jax.tree.map(lambda leaf: leaf[0], common)))
 
         # What an earlier pass sowed is no layer's.
         variables = {name: meta.unbox(v) for name, v in self.variables.items() if name != "intermediates"}
-        variables, common = self._apart(variables)
+        variables, common = self._split(variables)
         assert self.scope is not None
         mutable = intersect_filters(self.scope.mutable, DenyList("params")) if part is None else False
         watched = not self.is_initializing() and self.is_mutable_collection("intermediates")
@@ -157,16 +198,20 @@ class Stack(nn.Module):
         parts, seen, outs = [], [], {}
         first, last = (0, self.depth) if part is None else part
         borders, size = {*points, *(layer + 1 for layer in points), *before}, len(turns)
+        one_by_one = is_apart(variables)
+        borders = set(range(self.depth)) if one_by_one else borders
         for start, stop in _segments(first, last, borders, size):
             x = before[start](x, train) if start in before else x
-            cut = slices if stop - start == self.depth else jax.tree.map(lambda a: a[start:stop], slices)  # noqa: B023
             if stop - start == 1:
                 told = points.get(start, turns[start % size] if turns else None)
                 step = checkpointed(functools.partial(layer, point=told), True)
-                alone = functools.partial(step, slices=jax.tree.map(lambda leaf: leaf[0], cut))
-                x, made = through(alone, x)
-                outs[start], changed, entered = jax.tree.map(lambda leaf: leaf[None], made)
+                alone = functools.partial(step, slices=layer_of(slices, start))
+                x, (out, *made) = through(alone, x)
+                changed, entered = jax.tree.map(lambda leaf: leaf[None], made)
+                outs[start] = out if one_by_one else jax.tree.map(lambda leaf: leaf[None], out)
             else:
+                whole = stop - start == self.depth
+                cut = slices if whole else jax.tree.map(lambda a: a[start:stop], slices)  # noqa: B023
                 body, count = round_of(start), (stop - start) // max(size, 1)
                 xs = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), cut) if turns else cut
                 scan = functools.partial(
@@ -184,18 +229,26 @@ class Stack(nn.Module):
         if watched:
             self.sow("intermediates", "stream", (*seen, jax.tree.map(lambda leaf: leaf[None], x)))
         if points or before:
-            return x, {layer: jax.tree.map(lambda leaf: leaf[0], outs[layer]) for layer in points}
+            return x, {layer: outs[layer] if one_by_one else layer_of(outs[layer], 0) for layer in points}
+        join = (lambda *leaves: Layers(leaves)) if one_by_one else _joined
         made = list(outs.values())
-        return x, made[0] if len(made) == 1 else jax.tree.map(_joined, *made)
+        return x, made[0] if len(made) == 1 and not one_by_one else jax.tree.map(join, *made)
 
     @nn.nowrap
-    def _apart(self, variables: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def apart(self, params: Any) -> Any:
+        """Its parameters with the layers apart; what the layers share stays as it is."""
+        own, common = self._split({"params": params})
+        return _together({"params": apart(own["params"])}, common)["params"]
+
+    @nn.nowrap
+    def _split(self, variables: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The variables that every layer has for itself, and the parameters that all share."""
         if not self.shared:
             return variables, {}
         boxes = flatten_dict(variables["params"])
         rules = [(pattern, True) for pattern in self.shared]
-        told = flatten_dict(match(rules, meta.unbox(variables["params"]), default=False, where="shared"))
+        paths = unflatten_dict(dict.fromkeys(boxes, 0))
+        told = flatten_dict(match(rules, paths, default=False, where="shared"))
         own, common = ({path: boxes[path] for path in boxes if told[path] == one} for one in (False, True))
         return {**variables, "params": unflatten_dict(own)}, {"params": unflatten_dict(common)}
 

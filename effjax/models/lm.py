@@ -247,6 +247,12 @@ class LM(nn.Module):
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (self.depth, *leaf.shape)), cache)
 
     @nn.nowrap
+    def layers_apart(self, variables: Any) -> Any:
+        """The same variables with the layers apart, see `effjax.layers.stack.apart`: for decoding."""
+        params, stack = variables["params"], Stack(self.block, self.depth, shared=self.shared)
+        return {**variables, "params": {**params, "blocks": stack.apart(params["blocks"])}}
+
+    @nn.nowrap
     def cache_axes(self) -> Any:
         """Names of the axes of one layer's cache; depth comes in front of them."""
         return self.block.mixer.cache_axes()

@@ -144,6 +144,7 @@ def _step(program: Program, variables: Any, prompt: jax.Array) -> Any:
     variables = {**variables, "params": program.experiment.train.precision.cast(variables["params"])}
     if hasattr(model.block.ffn, "by_rows"):
         model, variables = by_rows(model, variables)
+    variables = model.layers_apart(variables)
     step = jax.jit(lambda variables, token, caches: model.apply(variables, token, caches, method="step"))
     with activate(program.mesh, program.rules):
         dtype = jnp.result_type(*jax.tree.leaves(variables["params"]))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax.core import meta
 
+from effjax.decoding.beam import Beams, beam_search
 from effjax.decoding.generate import begin, decode, generate, left_pad
 from effjax.decoding.prefill import prefill
 from effjax.decoding.sampling import Sampling
@@ -55,6 +56,17 @@ def test_greedy_equals_running_the_whole_text_again(model, variables):
     for prompt, text in zip(PROMPTS, texts, strict=True):
         assert text.tolist() == slowly(model, variables, prompt, 6)
     np.testing.assert_array_equal(write(model, variables, PROMPTS, seed=1), texts)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [[3]]])
+def test_layers_that_stand_apart_write_the_same(model, variables, prompts):
+    apart = model.layers_apart(variables)
+    np.testing.assert_array_equal(write(model, apart, prompts), write(model, variables, prompts))
+    rows, lengths = left_pad(prompts)
+    texts, scores = beam_search(model, apart, rows, lengths, 5, Beams(3), 7)
+    expected, found = beam_search(model, variables, rows, lengths, 5, Beams(3), 7)
+    np.testing.assert_array_equal(texts, expected)
+    np.testing.assert_allclose(scores, found, rtol=1e-6)
 
 
 def test_draws_repeat_with_the_seed_and_differ_between_seeds_and_rows(model, variables):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import meta
 
 from effjax.layers.dense import Dense
 
@@ -43,3 +44,25 @@ def test_blocks_round_less():
         return np.abs(np.asarray(layer.clone(block=block).apply(variables, x), np.float64) - exact).max()
 
     assert error(128) < error(None)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("features", "inputs", "shape"), [((3, 4), 1, (1, 1, 6)), (5, 2, (1, 2, 3))])
+def test_a_single_row_is_projected_like_many(dtype, features, inputs, shape):
+    axes = (None,) * (inputs + len(np.atleast_1d(features)))
+    layer = Dense(features, axes, inputs=inputs)
+    x = jax.random.normal(jax.random.key(1), (5, *shape[1:])).astype(dtype)
+    params = meta.unbox(layer.init(jax.random.key(0), x))
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    run = jax.jit(layer.apply)
+    one, many = run(params, x[:1]), run(params, x)[:1]
+    assert one.shape == many.shape
+    np.testing.assert_allclose(
+        one.astype(jnp.float32), many.astype(jnp.float32), rtol=1e-6 if dtype == jnp.float32 else 1e-2
+    )
+    slope = jax.jit(jax.grad(lambda x: jnp.sum(layer.apply(params, x).astype(jnp.float32) ** 2)))
+    np.testing.assert_allclose(
+        slope(x[:1]).astype(jnp.float32),
+        slope(x)[:1].astype(jnp.float32),
+        rtol=1e-5 if dtype == jnp.float32 else 3e-2,
+    )

@@ -7,7 +7,7 @@ from flax.core import meta
 
 from effjax.errors import UsageError
 from effjax.layers.dense import Dense
-from effjax.layers.stack import Stack
+from effjax.layers.stack import Layers, Stack, apart
 
 
 class Layer(nn.Module):
@@ -238,3 +238,18 @@ def test_all_may_be_shared_and_a_pattern_that_names_nothing_is_refused():
     np.testing.assert_allclose(loop.apply(params, X)[0], x, rtol=1e-5)
     with pytest.raises(UsageError, match=r"'outer/.*' matches no parameter"):
         Stack(Two(), DEPTH, shared=("outer/.*",)).init(jax.random.key(0), X)
+
+
+@pytest.mark.parametrize("shared", [(), ("dense/bias",)])
+def test_layers_that_stand_apart_give_the_same(shared):
+    stack = Stack(Layer(), DEPTH, shared=shared)
+    params = meta.unbox(variables(stack))["params"]
+    laid = stack.apart(params)
+    assert isinstance(laid["dense"]["kernel"], Layers)
+    assert isinstance(laid["dense"]["bias"], Layers) == (not shared)
+    run = lambda params, each: stack.apply({"params": params}, X, SHARED, each=each)
+    (x, means), (y, found) = run(params, EACH), run(laid, apart(EACH))
+    np.testing.assert_array_equal(x, y)
+    np.testing.assert_array_equal(means, jnp.stack(found.each))
+    scans = lambda params: str(jax.make_jaxpr(run)(params, EACH)).count("scan")
+    assert (scans(params), scans(laid)) == (1, 0)
