@@ -21,8 +21,9 @@ Results = Float[Array, "m o"]
 Kernels = Float[Array, "e i o"]
 Sizes = Int[Array, " e"]
 
-# Rows of a block, and of those that take what is left of a run.
-_BLOCKS = (256, 64)
+# Rows of a block: the largest while they fit, and what is left of a run goes into the smallest that holds it.
+# Every block lays its matrix out anew for the processor, so that few large ones beat many small ones.
+_BLOCKS = (32, 64, 128, 192, 256, 384, 512)
 
 
 def grouped(rows: Float[Array, "m i"], kernels: Float[Array, "e i o"], sizes: Sizes) -> Float[Array, "m o"]:
@@ -74,20 +75,33 @@ def run_by_run(rows: Rows, kernels: Float[Array, "e a b"], sizes: Sizes, transpo
     """The product as a loop over the runs; `transposed` multiplies with the matrices turned over."""
     contracted = (((1,), (1 if transposed else 0,)), ((), ()))
     inputs, outputs = kernels.shape[1:][::-1] if transposed else kernels.shape[1:]
+    large = _blocks(len(rows))[-1]
 
     def run(expert: Int[Array, ""], at: Int[Array, ""], end: Int[Array, ""], out: Results) -> Results:
         kernel = jax.lax.dynamic_index_in_dim(kernels, expert, keepdims=False)
 
-        def block(size: int, start: Int[Array, ""], mine: Array | None, out: Results) -> Results:
+        def product(size: int, start: Int[Array, ""]) -> Array:
             x = jax.lax.dynamic_slice(rows, (start, 0), (size, inputs))
-            y = jax.lax.dot_general(x, kernel, contracted)  # [block, O]
-            if mine is not None:
-                # Rows before the run keep what they have; those behind it are written again by theirs.
-                before = jax.lax.dynamic_slice(out, (start, 0), (size, outputs))
-                y = jnp.where(mine[:, None], y, before)
-            return jax.lax.dynamic_update_slice(out, y, (start, 0))
+            return jax.lax.dot_general(x, kernel, contracted)  # [size, O]
 
-        return _blocks(block, len(rows), at, end, out)
+        def whole(i: Int[Array, ""], out: Results) -> Results:
+            start = at + i * large
+            return jax.lax.dynamic_update_slice(out, product(large, start), (start, 0))
+
+        def window(size: int, first: Int[Array, ""], start: Int[Array, ""]) -> Array:
+            """What is left of the run, in a window of the largest size."""
+            within = jnp.minimum(first, len(rows) - size)
+            y = product(size, within) if size else jnp.zeros((0, outputs), rows.dtype)
+            return jax.lax.dynamic_update_slice(jnp.zeros((large, outputs), y.dtype), y, (within - start, 0))
+
+        out = jax.lax.fori_loop(0, (end - at) // large, whole, out)
+        first = end - (end - at) % large
+        start = jnp.minimum(first, len(rows) - large)
+        y = _smallest(window, end - first, len(rows), first, start)  # [large, O]
+        mine = start + jnp.arange(large)
+        before = jax.lax.dynamic_slice(out, (start, 0), (large, outputs))
+        y = jnp.where(((mine >= first) & (mine < end))[:, None], y, before)
+        return jax.lax.dynamic_update_slice(out, y, (start, 0))
 
     return _runs(run, sizes, jnp.zeros((len(rows), outputs), rows.dtype))
 
@@ -96,16 +110,27 @@ def kernel_gradient(rows: Rows, g: Results, sizes: Sizes) -> Kernels:
     """The gradient of the matrices: of each, the products of the rows of its run."""
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     shape = rows.shape[1], g.shape[1]
+    large = _blocks(len(rows))[-1]
 
     def run(expert: Int[Array, ""], at: Int[Array, ""], end: Int[Array, ""], out: Kernels) -> Kernels:
-        def block(size: int, start: Int[Array, ""], mine: Array | None, total: Array) -> Array:
+        def product(size: int, start: Int[Array, ""], first: Int[Array, ""] | None = None) -> Array:
             x = jax.lax.dynamic_slice(rows, (start, 0), (size, shape[0]))
-            if mine is not None:
-                x = jnp.where(mine[:, None], x, 0)
+            if first is not None:
+                places = start + jnp.arange(size)
+                x = jnp.where(((places >= first) & (places < end))[:, None], x, 0)
             y = jax.lax.dynamic_slice(g, (start, 0), (size, shape[1]))
-            return total + jnp.einsum("mi,mo->io", x, y, preferred_element_type=wide)
+            return jnp.einsum("mi,mo->io", x, y, preferred_element_type=wide)
 
-        total = _blocks(block, len(rows), at, end, jnp.zeros(shape, wide))
+        def rest(size: int, first: Int[Array, ""]) -> Array:
+            if size == 0:
+                return jnp.zeros(shape, wide)
+            return product(size, jnp.minimum(first, len(rows) - size), first)
+
+        first = end - (end - at) % large
+        total = _smallest(rest, end - first, len(rows), first)
+        total = jax.lax.fori_loop(
+            0, (end - at) // large, lambda i, total: total + product(large, at + i * large), total
+        )
         return jax.lax.dynamic_update_index_in_dim(out, total.astype(out.dtype), expert, 0)
 
     return _runs(run, sizes, jnp.zeros((len(sizes), *shape), rows.dtype))
@@ -123,22 +148,13 @@ def _runs(run: Callable[..., Array], sizes: Sizes, out: Array) -> Array:
     return jax.lax.fori_loop(0, jnp.sum(sizes > 0), one, out)
 
 
-def _blocks(block: Callable[..., Any], rows: int, at: Int[Array, ""], end: Int[Array, ""], out: Any) -> Any:
-    """Goes over the rows from `at` to `end`: large blocks while they fit, small ones over the rest.
+def _blocks(rows: int) -> list[int]:
+    """Sizes of blocks of so many rows, the largest last."""
+    return sorted({min(size, rows) for size in _BLOCKS})
 
-    A small block may hold rows that are not of this run: behind it, and where the rows end, before it.
-    """
-    large, small = (min(size, rows) for size in _BLOCKS)
-    fitting = (end - at) // large
 
-    def whole(i: Int[Array, ""], out: Any) -> Any:
-        return block(large, at + i * large, None, out)
-
-    def rest(i: Int[Array, ""], out: Any) -> Any:
-        first = at + fitting * large + i * small
-        start = jnp.minimum(first, rows - small)
-        places = start + jnp.arange(small)
-        return block(small, start, (places >= first) & (places < end), out)
-
-    out = jax.lax.fori_loop(0, fitting, whole, out)
-    return jax.lax.fori_loop(0, (end - at - fitting * large + small - 1) // small, rest, out)
+def _smallest(block: Callable[..., Array], left: Int[Array, ""], rows: int, *args: Any) -> Array:
+    """`block` of the smallest size that holds what is left; of 0 where that is nothing."""
+    sizes = [0, *_blocks(rows)]
+    ways = [functools.partial(block, size) for size in sizes]
+    return jax.lax.switch(jnp.searchsorted(jnp.asarray(sizes), left), ways, *args)
