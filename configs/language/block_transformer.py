@@ -52,11 +52,8 @@ def get_config(variant: str = "pydocs") -> ConfigDict:
     if size.vocab == 256:
         config = pydocs(size.length, smoke=variant == "smoke")
     else:
-        config = corpus(size.length)
-        config.data.batch_size = size.rows
-        config.optimizer.lr = size.lr
-        config.optimizer.schedule.warmup = f"{768_000 // size.rows} steps"
-        config.train.steps = f"{572_000 * 256 // size.rows} steps"
+        steps, warmup = (f"{rows // size.rows} steps" for rows in (572_000 * 256, 768_000))
+        config = corpus(size.length, size.lr, warmup, steps, size.rows)
     decoder = dict(
         mixer=dict(
             kind="attention",
@@ -83,5 +80,4 @@ def get_config(variant: str = "pydocs") -> ConfigDict:
         remat="full" if size.depth > 4 else "none",
         unroll=1 if size.depth > 4 else size.depth,
     )
-    config.task = dict(kind="language", z_loss=0.0)
     return config

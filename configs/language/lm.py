@@ -83,7 +83,6 @@ def experiment(size: Size, smoke: bool) -> ConfigDict:
         # A short stack gains a seventh from being unrolled on a CPU; a deep one would compile for minutes.
         unroll=1 if size.depth > 12 else size.depth,
     )
-    config.task = dict(kind="language", z_loss=0.0)
     return config
 
 
@@ -94,6 +93,7 @@ def pydocs(length: int, smoke: bool) -> ConfigDict:
     every = "10 steps" if smoke else "25%"
     return ConfigDict(
         dict(
+            task=dict(kind="language", z_loss=0.0),
             data=dict(
                 source=source | dict(split="train"),
                 packing=packing,
@@ -124,29 +124,36 @@ def pydocs(length: int, smoke: bool) -> ConfigDict:
     )
 
 
-def corpus(length: int) -> ConfigDict:
-    """Documents of one's own: about 0.5M tokens a step, 100 billion in all."""
+def corpus(
+    length: int,
+    lr: float = 3e-4,
+    warmup: str = "2000 steps",
+    steps: str = "200k steps",
+    batch_size: int | None = None,
+) -> ConfigDict:
+    """Documents of one's own; by default about 0.5M tokens a step, 100 billion in all."""
     tokenizer = dict(kind="tokenizer_file", path="data/tokenizer.json")
     packing = dict(length=length, tokenizer=tokenizer)
-    batch_size = 2**19 // length
+    rows = 2**19 // length
     return ConfigDict(
         dict(
+            task=dict(kind="language", z_loss=0.0),
             data=dict(
                 source=dict(kind="jsonl", path="data/train.jsonl"),
                 packing=packing,
-                batch_size=batch_size,
+                batch_size=rows if batch_size is None else batch_size,
                 threads=8,
             ),
             optimizer=dict(
                 kind="adamw",
-                lr=3e-4,
+                lr=lr,
                 b2=0.95,
                 weight_decay=0.1,
                 clip=1.0,
-                schedule=dict(kind="cosine", warmup="2000 steps", end=0.1),
+                schedule=dict(kind="cosine", warmup=warmup, end=0.1),
             ),
             train=dict(
-                steps="200k steps",
+                steps=steps,
                 precision=dict(compute="bfloat16"),
                 log_every="100 steps",
                 checkpoint_every="2000 steps",
@@ -157,7 +164,7 @@ def corpus(length: int) -> ConfigDict:
                     data=dict(
                         source=dict(kind="jsonl", path="data/validation.jsonl"),
                         packing=packing,
-                        batch_size=batch_size,
+                        batch_size=rows,
                         threads=8,
                     ),
                     every="2000 steps",

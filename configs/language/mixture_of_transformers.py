@@ -55,7 +55,6 @@ def get_config(variant: str = "digits") -> ConfigDict:
     size = SIZES[variant]
     config = digits(size.length, variant) if size.vocab == 256 else corpus(size.length)
     config.model = model(size)
-    config.task = dict(kind="language", z_loss=0.0)
     return config
 
 

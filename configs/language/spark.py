@@ -77,5 +77,4 @@ def gemma(sparse: bool) -> ConfigDict:
         logit_cap=30.0,
         remat="full",
     )
-    config.task = dict(kind="language", z_loss=0.0)
     return config

@@ -63,14 +63,9 @@ def get_config(variant: str = "pydocs") -> ConfigDict:
     if size.vocab == 256:
         config = pydocs(size.length, smoke=variant == "smoke")
     else:
-        config = corpus(size.length)
-        config.optimizer.lr = 6e-4
-        config.optimizer.schedule.warmup = "1%"
-        config.train.steps = size.steps
-        if size.length == 2048:
-            config.data.batch_size = 1024
+        rows = 1024 if size.length == 2048 else None
+        config = corpus(size.length, lr=6e-4, warmup="1%", steps=size.steps, batch_size=rows)
     config.model = model(size)
-    config.task = dict(kind="language", z_loss=0.0)
     return config
 
 

@@ -52,11 +52,7 @@ def get_config(variant: str = "pydocs") -> ConfigDict:
     if size.vocab == 256:
         config = pydocs(size.length, smoke=variant == "smoke")
     else:
-        config = corpus(size.length)
-        config.data.batch_size = 768
-        config.optimizer.lr = 4e-4
-        config.optimizer.schedule.warmup = "3179 steps"
-        config.train.steps = "158_946 steps"
+        config = corpus(size.length, lr=4e-4, warmup="3179 steps", steps="158_946 steps", batch_size=768)
     config.optimizer.learning_rate = ((".*/ffn/(inputs|values)", 4.0),)
     config.model = dict(
         kind="lm",
@@ -92,5 +88,4 @@ def get_config(variant: str = "pydocs") -> ConfigDict:
         remat="full" if size.depth > 12 else "none",
         unroll=1 if size.depth > 12 else size.depth,
     )
-    config.task = dict(kind="language", z_loss=0.0)
     return config
