@@ -6,9 +6,11 @@
     20 steps of a toy on the bytes of Python's documentation: seconds.
 `pydocs`
     8 experts of which a token takes 2, each with half the channels of the FFN of `lm.py:pydocs`: 5.17M
-    parameters, of which a token meets 1.63M. 1000 steps, not run yet.
+    parameters, of which a token meets 1.63M. 1000 steps, ten minutes of CPU time: 1.916 bits a byte on the
+    held-out documents.
 `pydocs-dense`
-    Its dense twin, `lm.py:pydocs`: as many multiply-accumulates a token, but for the routers' 0.3%.
+    Its dense twin, `lm.py:pydocs`: as many multiply-accumulates a token, but for the routers' 0.3%. 2.016
+    bits a byte.
 `mixtral-8x7b`
     Jiang et al. 2024, table 1: 46.7B parameters, 12.9B active. Not run here.
 `olmoe-1b-7b`

@@ -11,9 +11,14 @@ parameters, 62.5% less.
 
 Here g_e = chosen p_e / sum_{T} p, which is 1 for a router that prefers none. The paper leaves it open.
 
+    x <- B_j(x) for the `chosen` blocks j of a group           see `effjax.models.blocks.mixture`
+
+Then blocks are put in groups, of which each example runs some. Both steps are followed by distillation, the
+task `dense2moe`, whose teacher is the network before.
+
 Source: Zheng et al., "Dense2MoE: Restructuring Diffusion Transformer to MoE for Efficient Text-to-Image
 Generation", ICCV 2025; its code is not published. Of the paper the reviews that quote its sizes and formulas
-were read, not the text. Mixture of Blocks is not built.
+were read, not the text.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +32,8 @@ from effjax.errors import UsageError
 from effjax.ffn.mixture import Mixture
 from effjax.ffn.mlp import MLP
 from effjax.models.blocks.adaln import DiTBlock
+from effjax.models.blocks.mixture import MixtureOfBlocks
+from effjax.models.blocks.several import copied
 from effjax.models.dit import DiT
 
 Params = Mapping[str, Any]
@@ -148,6 +155,38 @@ def to_experts(
         ).reshape(dealt.shape)
     blocks = {**params["blocks"], "ffn": made}
     return model.clone(block=block.clone(ffn=ffn)), {**params, "blocks": blocks}
+
+
+def to_groups(
+    model: DiT, params: Params, size: int, chosen: int, key: PRNGKeyArray, balance: float = 0.01
+) -> tuple[DiT, dict[str, Any]]:
+    """Returns the network with every `size` blocks as a mixture of blocks, and its parameters.
+
+    Args:
+      model: a DiT of single blocks, all told the same condition.
+      params: of it.
+      size: blocks of a group.
+      chosen: how many of them run.
+      key: draws the routers.
+      balance: weight of the loss that keeps blocks in even use.
+
+    Raises:
+      UsageError: for groups that do not tile the depth, or other blocks.
+    """
+    if not isinstance(model.block, DiTBlock) or model.condition != "shared":
+        raise UsageError("groups are made of DiT's own blocks, with condition='shared'.")
+    if size < 1 or model.depth % size:
+        raise UsageError(f"{model.depth} blocks make no groups of {size}: choose a divisor.")
+    group = MixtureOfBlocks(tuple(copied(model.block) for _ in range(size)), chosen=chosen, balance=balance)
+    groups = model.depth // size
+    router = {
+        "kernel": 0.02 * jax.random.normal(key, (groups, model.dim, size)),
+        "bias": jnp.zeros((groups, size)),
+    }
+    held = params["blocks"]
+    dealt = {f"members_{j}": jax.tree.map(lambda leaf: leaf[j::size], held) for j in range(size)}  # noqa: B023
+    blocks = {**dealt, "router": router}
+    return model.clone(block=group, depth=groups), {**params, "blocks": blocks}
 
 
 def pruned(

@@ -16,7 +16,6 @@ Source: Chandrasegaran et al., "Exploring Diffusion Transformer Designs via Graf
 3, 4.1 and 6. Layers to graft are counted from 0 there: of every two the second, of every four the last three.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -31,7 +30,7 @@ from effjax.errors import UsageError
 from effjax.layers.stack import streams
 from effjax.mixers.context import Context
 from effjax.models.blocks.adaln import Layer
-from effjax.models.blocks.several import Cycle, Parallel, members
+from effjax.models.blocks.several import Cycle, Parallel, copied, members
 from effjax.models.dit import DiT, Stream
 
 Operator = Literal["mixer", "ffn"]
@@ -70,7 +69,7 @@ def grafted(
     blocks = [model.block.clone(**({} if i < kept else changes)) for i in range(every)]
     if every == 1:
         return model.clone(block=blocks[0])
-    return model.clone(block=Cycle(tuple(map(_apart, blocks))), depth=model.depth // every)
+    return model.clone(block=Cycle(tuple(map(copied, blocks))), depth=model.depth // every)
 
 
 def halved(model: DiT) -> DiT:
@@ -81,14 +80,7 @@ def halved(model: DiT) -> DiT:
     """
     if model.depth % 2:
         raise UsageError(f"depth={model.depth} is odd: blocks stand side by side in pairs.")
-    return model.clone(block=Parallel((_apart(model.block), _apart(model.block))), depth=model.depth // 2)
-
-
-def _apart(module: nn.Module) -> nn.Module:
-    """The same definition made of other instances, which share no parameters with it."""
-    values = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.name != "parent"}  # type: ignore[arg-type]
-    parts: dict[str, Any] = {name: _apart(v) for name, v in values.items() if isinstance(v, nn.Module)}
-    return module.clone(**parts)
+    return model.clone(block=Parallel((copied(model.block), copied(model.block))), depth=model.depth // 2)
 
 
 def replaced(student: DiT, teacher: DiT, anew: tuple[Operator, ...] = ()) -> tuple[frozenset[Operator], ...]:

@@ -18,7 +18,7 @@ f. `needed` tells what the first would be.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -34,15 +34,17 @@ Scores = Literal["softmax", "sigmoid"]
 class Routes:
     """Rows for the experts, those of one expert next to each other, in the order in which they were served.
 
+    The fields are annotated `Any` because the same class also carries their shapes, and layers in front.
+
     Attributes:
       token: `[M]`, which token each row is; the number of tokens where the row is empty, as the last may be.
       weight: `[M]`, what its expert's output is multiplied with; 0 where it is empty.
       sizes: `[E]`, rows of each expert.
     """
 
-    token: Int[Array, " m"]
-    weight: Float[Array, " m"]
-    sizes: Int[Array, " e"]
+    token: Any
+    weight: Any
+    sizes: Any
 
     @property
     def expert(self) -> Int[Array, " m"]:

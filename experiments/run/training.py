@@ -109,13 +109,18 @@ def first_state(program: Program) -> TrainState:
             raise UsageError(f"config.task.weights is missing: the folder with the weights of the {name}.")
         given[name] = read_weights(folder, program.shapes.collections[name], f"config.task.{name}")
     if train.start is None and hasattr(task, "inherit"):
-        given["params"] = task.inherit(program.shapes.params, given)
+        given["params"] = task.inherit(program.shapes.params, given, lambda: _rows(program))
     state = program.init(given or None)
     if hasattr(task, "check"):
-        rows = program.data.train(process_index=jax.process_index(), process_count=jax.process_count())
         with activate(program.mesh, program.rules):
-            task.check(program.variables(state, ema=False), to_global(next(rows), program.batch_sharding))
+            task.check(program.variables(state, ema=False), next(_rows(program)))
     return state
+
+
+def _rows(program: Program) -> Iterator[Any]:
+    """Batches of training data, from the first."""
+    rows = program.data.train(process_index=jax.process_index(), process_count=jax.process_count())
+    return (to_global(row, program.batch_sharding) for row in rows)
 
 
 def _without(params: Any, fresh: tuple[str, ...]) -> Any:

@@ -7,7 +7,13 @@ makes embeddings of other times.
 """
 
 from effjax.models.blocks.denoising_layer import LAYERS
+from effjax.models.blocks.mixture import MixtureOfBlocks
 from effjax.models.blocks.several import Cycle, Parallel
 from effjax.models.blocks.switch_dit import SwitchDiTBlock
 
-KINDS = LAYERS | {"cycle": Cycle, "parallel": Parallel, "switch_dit": SwitchDiTBlock}
+KINDS = LAYERS | {
+    "cycle": Cycle,
+    "mixture_of_blocks": MixtureOfBlocks,
+    "parallel": Parallel,
+    "switch_dit": SwitchDiTBlock,
+}

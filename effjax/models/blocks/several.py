@@ -105,6 +105,13 @@ def members(block: nn.Module) -> tuple[nn.Module, ...]:
     return block.members if isinstance(block, Several) else (block,)
 
 
+def copied(module: nn.Module) -> nn.Module:
+    """The same definition made of other instances, which share no parameters with it."""
+    values = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.name != "parent"}  # type: ignore[arg-type]
+    parts: dict[str, Any] = {name: copied(v) for name, v in values.items() if isinstance(v, nn.Module)}
+    return module.clone(**parts)
+
+
 def _together(kept: list[Any]) -> Float[Array, "branches b n c"] | None:
     return None if kept[0] is None else jnp.concatenate(kept)
 

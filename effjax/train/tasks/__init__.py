@@ -20,8 +20,9 @@ and where not all variables are the model's own
         names at the top of the parameters, and collections, that the trained model works without
     frozen
         collections that start from a folder and stay as they are: `{name: folder}`
-    inherit(shapes, collections) -> params
-        parameters that start from what these collections hold, of those with such shapes
+    inherit(shapes, collections, batches) -> params
+        parameters that start from what these collections hold, of those with such shapes; `batches()` are
+        those of training
 
 `means` are `Mean(total, count)` pairs, so that accumulated micro-batches and evaluation batches add up to
 the figures of one large batch.
@@ -33,6 +34,7 @@ from typing import Any
 from effjax.train.tasks.alignment import Alignment
 from effjax.train.tasks.autoencoding import Autoencoding
 from effjax.train.tasks.classification import Classification
+from effjax.train.tasks.dense2moe import Dense2MoE
 from effjax.train.tasks.diffusion import Diffusion
 from effjax.train.tasks.distillation import Distillation
 from effjax.train.tasks.grafting import Grafting
@@ -44,6 +46,7 @@ KINDS = {
     "alignment": Alignment,
     "autoencoding": Autoencoding,
     "classification": Classification,
+    "dense2moe": Dense2MoE,
     "diffusion": Diffusion,
     "distillation": Distillation,
     "grafting": Grafting,

@@ -69,7 +69,7 @@ class Alignment:
         """Collections that are read from a folder and stay as they are."""
         return {"teacher": self.weights}
 
-    def inherit(self, shapes: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    def inherit(self, shapes: Any, given: Mapping[str, Any], batches: Any) -> dict[str, Any]:
         """Parameters that the student begins with, of the collections read from folders; others are drawn."""
         return inherited(shapes, given["teacher"]["params"]) if self.inherits else {}
 

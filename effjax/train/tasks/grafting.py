@@ -72,7 +72,7 @@ class Grafting(Diffusion):
         """Collections that are read from a folder and stay as they are."""
         return {**super().frozen, "teacher": self.weights}
 
-    def inherit(self, shapes: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    def inherit(self, shapes: Any, given: Mapping[str, Any], batches: Any) -> dict[str, Any]:
         """All parameters but those of new operators."""
         return inherited(*self._networks, given["teacher"]["params"], self.anew)
 
