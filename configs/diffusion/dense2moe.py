@@ -10,9 +10,11 @@
     Groups of blocks with experts, of a toy on digits, trained from nothing: seconds.
 `digits-experts`
     A shared expert of a quarter of each FFN's neurons and twelve of the others, of which a token takes two:
-    37.5% of the FFN's parameters. 300 steps, taught by the DiT of `configs/diffusion/dit.py:digits`.
+    37.5% of the FFN's parameters. 300 steps, taught by the DiT of `configs/diffusion/dit.py:digits`, two
+    minutes of CPU time: a held-out loss of 0.2313 (the DiT has 0.2294), class agreement 100%.
 `digits-blocks`
-    Of every three of its blocks two are run. 300 steps, taught by the run before.
+    Of every three of its blocks two are run. 300 steps, taught by the run before, two minutes: a held-out
+    loss of 0.2456, class agreement 100%.
 `xl2-experts`, `xl2-blocks`
     The same of DiT-XL/2 on latents of ImageNet, of every four blocks two. The paper's own is FLUX.1, which is
     not here; steps and batches are ours. Not run here.

@@ -5,7 +5,8 @@
 `smoke`
     20 steps of a toy on the bytes of Python's documentation: seconds.
 `pydocs`
-    24 layers of width 64, 300 steps of 2,048 bytes.
+    24 layers of width 64, 300 steps of 4,096 bytes, five minutes on one core: 3.60, 3.78 and 3.64 bits a byte
+    of held-out text with seeds 0 to 2, without the scaling 4.04, 4.28 and 3.94.
 `130m`, `250m`, `350m`, `1b`
     The authors' sizes, those of GaLore, on documents in `data/train.jsonl` with the tokenizer of
     `data/tokenizer.json`. Not run here; on C4 they report perplexities of 25.76, 20.35, 18.20 and 15.71,

@@ -116,6 +116,7 @@ class ATS:
     needs: ClassVar[tuple[str, ...]] = ("attention", "values")
     place: ClassVar[Place] = "in_mixer"
     proportional: ClassVar[bool] = False
+    adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:

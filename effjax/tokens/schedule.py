@@ -32,6 +32,11 @@ class Schedule:
             sorted({bucket for entry in self.entries.values() for bucket in getattr(entry, "buckets", ())})
         )
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether the number of tokens of any entry depends on the picture."""
+        return any(getattr(entry, "adaptive", False) for entry in self.entries.values())
+
     def points(self, depth: int) -> dict[int, Any]:
         """The entries by layer.
 

@@ -13,7 +13,9 @@ from effjax.compress.methods import KINDS as COMPRESSIONS
 from effjax.diffusion.caches import StepCache
 from effjax.errors import UsageError, did_you_mean
 from effjax.experiment import resolve
+from effjax.measure.adaptive import macs_by_example
 from effjax.measure.latency import Comparison, compare
+from effjax.models.vit import ViT
 from effjax.parallel.sharding import activate, to_global
 from effjax.tokens.solve import solve
 from effjax.train.program import Program, build_program
@@ -42,7 +44,8 @@ class Measured:
       settings: the method with every field, as text.
       metrics: of the evaluator: accuracy, loss.
       agreement: share of the examples on which the full model says the same; None where nothing is said.
-      macs: of one example.
+      macs: of one example; where the number of tokens depends on it, the average of a batch, of the tokens
+        that exist.
       tokens: of one example, before the first block and behind each, averages over examples.
       batch: examples in a timed batch.
       seconds: of one batch, the median of several.
@@ -215,7 +218,7 @@ def measure(
             settings="" if label == WHOLE else repr(made.experiment.model.reduce),
             metrics=evaluation(made, variables, lambda: None),
             agreement=agreement(said[label], said[WHOLE]),
-            macs=costs[label].macs,
+            macs=_macs(made, variables, first, costs[label].macs),
             tokens=shown[label],
             batch=timed_batch,
             seconds=timed.timings[label].median,
@@ -228,6 +231,14 @@ def measure(
         return rows, None
     images = visible(np.asarray(first["image"][:6], np.float32))
     return rows, sheet(images, {asked.label: places[asked.label][: len(images)] for asked in methods})
+
+
+def _macs(program: Program, variables: Any, batch: Mapping[str, Any], bound: int) -> int:
+    """MACs of an example: the bound that its shapes give, or the average where a method stays below it."""
+    model = program.experiment.model
+    if not (isinstance(model, ViT) and getattr(model.reduce, "adaptive", False)):
+        return bound
+    return round(float(np.mean(macs_by_example(model, variables, batch["image"]))))
 
 
 def _batches(program: Program, data: Any) -> Iterator[Mapping[str, jax.Array]]:

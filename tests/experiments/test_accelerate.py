@@ -41,7 +41,10 @@ def test_a_run_is_accelerated_by_methods_beside_each_other(trained):
     page = (trained / "report.html").read_text()
     assert page.count("<h2>Accelerated</h2>") == 1
     assert all(method in page for method in methods)
-    drive("accelerate", f"--workdir={trained}", "--method=tome:remove=1", "--rounds=1")
+    drive("accelerate", f"--workdir={trained}", "--method=tome:remove=1", "--method=ats", "--rounds=1")
+    whole, _, sampled = json.loads((trained / "accelerate" / "table.json").read_text())
+    assert sampled["macs"] < whole["macs"]  # of the tokens that exist, not of those that there is room for
+    assert sampled["tokens"][1] < 16
     page = (trained / "report.html").read_text()
     assert page.count("<h2>Accelerated</h2>") == 1
     assert "tome:remove=1" in page
