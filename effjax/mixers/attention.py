@@ -21,20 +21,21 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Float, Int
 
 from effjax.config import part
-from effjax.decoding.cache import AXES, Cache, append, init_cache, visible
+from effjax.decoding.cache import Cache, append, visible
 from effjax.errors import UsageError, did_you_mean
 from effjax.layers.dense import Dense
 from effjax.layers.norms import NormKind, norm
 from effjax.mixers import rotary
+from effjax.mixers.cached import KeyValue
 from effjax.mixers.context import Context
 from effjax.mixers.dot_product import attention_weights, band, softmax_attention, weighted_sum
 from effjax.mixers.stats import Stats, Watch
 
 
-class Attention(nn.Module):
+class Attention(KeyValue):
     """Softmax attention of every token to every token.
 
     Attributes:
@@ -109,37 +110,6 @@ class Attention(nn.Module):
         if strange := [name for name in needs if name not in known]:
             raise UsageError(f"attention knows nothing of {strange[0]!r}. {did_you_mean(strange[0], known)}")
         return self.attend(x, context, None, Watch(needs, choose))
-
-    def step(
-        self, x: Float[Array, "b n c"], cache: Cache, context: Context
-    ) -> tuple[Float[Array, "b n c"], Cache]:
-        """Mixes the next `n` tokens of each sequence with those in the cache, and adds them to it.
-
-        Args:
-          x: one token or a whole prompt; the same code serves both.
-          cache: what `init_cache` made and earlier steps filled.
-          context: only `positions` may be given: where the new tokens stand, negative for padding. By default
-            they follow what is in the cache.
-
-        Raises:
-          UsageError: for a context with more than positions, or more tokens than the cache has slots.
-        """
-        if not (context.segments is context.valid is context.size is None):
-            raise UsageError(
-                "a cached step knows its tokens by position alone: give no segments, valid or size."
-            )
-        return self.attend(x, context, cache)
-
-    @nn.nowrap
-    def init_cache(self, batch: int, slots: int, width: int, dtype: DTypeLike = jnp.float32) -> Cache:
-        """Makes an empty cache for sequences of up to `slots` tokens of `width` channels."""
-        groups, size = self.sizes(width)
-        return init_cache(batch, slots, groups, size, dtype)
-
-    @nn.nowrap
-    def cache_axes(self) -> Cache:
-        """Names of the axes of a cache."""
-        return AXES
 
     @nn.compact
     def attend(

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float
 
-from effjax.errors import UsageError
 from effjax.layers.dense import Dense
+from effjax.mixers.cached import Recurrent
 from effjax.mixers.context import Context
 from effjax.mixers.selective import Selective, kept
 
@@ -45,7 +45,7 @@ class State:
 AXES = State(inputs=("batch", None, "mlp"), hidden=("batch", "mlp", None), written=())
 
 
-class Mamba(Selective):
+class Mamba(Recurrent, Selective):
     """A gated selective state space layer, with the attributes of `Selective` and these.
 
     Attributes:
@@ -59,30 +59,6 @@ class Mamba(Selective):
     expand: float = 2.0
     use_bias: bool = False
     activation: Literal["silu"] = "silu"
-
-    def __call__(
-        self, x: Float[Array, "b n c"], context: Context, train: bool = False
-    ) -> Float[Array, "b n c"]:
-        """Mixes the tokens of whole sequences; documents of a packed row do not see each other."""
-        y, _ = self.mix(x, context, None)
-        return y
-
-    def step(
-        self, x: Float[Array, "b n c"], cache: State, context: Context
-    ) -> tuple[Float[Array, "b n c"], State]:
-        """Mixes the next `n` tokens, given the state that those before have left.
-
-        Args:
-          x: one token or a whole prompt.
-          cache: what `init_cache` made and earlier steps filled.
-          context: of it `positions` count, negative for padding in front.
-
-        Raises:
-          UsageError: for a context with segments, valid or size.
-        """
-        if not (context.segments is context.valid is context.size is None):
-            raise UsageError("a step knows padding by position alone: give no segments, valid or size.")
-        return self.mix(x, context, cache)
 
     @nn.nowrap
     def init_cache(self, batch: int, slots: int, width: int, dtype: DTypeLike = jnp.float32) -> State:

@@ -20,8 +20,8 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
-from effjax.errors import UsageError
 from effjax.layers.dense import Dense
+from effjax.mixers.cached import Recurrent
 from effjax.mixers.context import Context
 from effjax.mixers.duality import Duality, GatedNorm, project
 from effjax.mixers.mamba import existing
@@ -55,7 +55,7 @@ AXES = State(
 )
 
 
-class Mamba2(Duality):
+class Mamba2(Recurrent, Duality):
     """A gated state space layer of heads, with the attributes of `Duality` and these.
 
     Attributes:
@@ -69,30 +69,6 @@ class Mamba2(Duality):
     expand: float = 2.0
     use_bias: bool = False
     epsilon: float = 1e-5
-
-    def __call__(
-        self, x: Float[Array, "b n c"], context: Context, train: bool = False
-    ) -> Float[Array, "b n c"]:
-        """Mixes the tokens of whole sequences; documents of a packed row do not see each other."""
-        y, _ = self.mix(x, context, None)
-        return y
-
-    def step(
-        self, x: Float[Array, "b n c"], cache: State, context: Context
-    ) -> tuple[Float[Array, "b n c"], State]:
-        """Mixes the next `n` tokens, given the state that those before have left.
-
-        Args:
-          x: one token or a whole prompt.
-          cache: what `init_cache` made and earlier steps filled.
-          context: of it `positions` count, negative for padding in front.
-
-        Raises:
-          UsageError: for a context with segments, valid or size.
-        """
-        if not (context.segments is context.valid is context.size is None):
-            raise UsageError("a step knows padding by position alone: give no segments, valid or size.")
-        return self.mix(x, context, cache)
 
     @nn.nowrap
     def init_cache(self, batch: int, slots: int, width: int, dtype: DTypeLike = jnp.float32) -> State:

@@ -21,18 +21,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from effjax.decoding.cache import AXES, Cache, append, init_cache, visible
+from effjax.decoding.cache import Cache, append, visible
 from effjax.errors import UsageError
 from effjax.layers.dense import Dense
 from effjax.layers.statistical_topk import among
 from effjax.mixers import rotary
+from effjax.mixers.cached import KeyValue
 from effjax.mixers.context import Context
 from effjax.mixers.dot_product import band, both, dot_products, softmax, weighted_sum
 
 
-class SparkAttention(nn.Module):
+class SparkAttention(KeyValue):
     """Causal attention of every token to about `active` tokens before it.
 
     Attributes:
@@ -58,27 +59,6 @@ class SparkAttention(nn.Module):
     ) -> Float[Array, "b n c"]:
         """Mixes the tokens of whole sequences."""
         return self.attend(x, context, None)[0]
-
-    def step(
-        self, x: Float[Array, "b n c"], cache: Cache, context: Context
-    ) -> tuple[Float[Array, "b n c"], Cache]:
-        """Mixes the next `n` tokens of each sequence with those in the cache, and adds them to it.
-
-        Raises:
-          UsageError: for more tokens than the cache has slots.
-        """
-        return self.attend(x, context, cache)
-
-    @nn.nowrap
-    def init_cache(self, batch: int, slots: int, width: int, dtype: DTypeLike = jnp.float32) -> Cache:
-        """Makes an empty cache for sequences of up to `slots` tokens of `width` channels."""
-        groups, size = self.sizes(width)
-        return init_cache(batch, slots, groups, size, dtype)
-
-    @nn.nowrap
-    def cache_axes(self) -> Cache:
-        """Names of the axes of a cache."""
-        return AXES
 
     @nn.compact
     def attend(
