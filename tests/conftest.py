@@ -31,7 +31,7 @@ install_import_hook(
 
 # Tests that took long when `pytest -n 2 --write-slow` last timed them all, one a line: they are marked slow.
 SLOW = Path(__file__).with_name("slow.txt")
-SECONDS = 0.7
+SECONDS = 0.5
 
 
 @pytest.fixture
