@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from effjax.config import part
-from effjax.decoding.cache import Cache, append, visible
+from effjax.decoding.cache import Cache
 from effjax.errors import UsageError, did_you_mean
 from effjax.layers.dense import Dense
 from effjax.layers.norms import NormKind, norm
@@ -143,13 +143,14 @@ class Attention(KeyValue):
                 return self._watched(x, q, k, v, options, watch, context)
             y = softmax_attention(q, k, v, **options)  # [B, N, H, D]
         else:
-            cache = append(cache, k, v, positions)
-            k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)  # [B, S, G, D]
-            mask = visible(cache, positions, self.causal)
-            window = self.window if context.window is None else context.window
-            if window is not None:
-                mask = mask & (cache.positions[:, None, None, :] > positions[:, None, :, None] - window)
-            y = softmax_attention(q, k, v, mask=mask, causal=False, **options)  # [B, N, H, D]
+            y, cache = self.remember(
+                *(q, k, v, positions, cache, context),
+                lambda keys, allowed, bias: attention_weights(
+                    q, keys, mask=allowed, causal=False, bias=bias, **options
+                ),
+                self.causal,
+                self.window,
+            )  # [B, N, H, D]
         return self.output(y, x.shape[-1], context), cache
 
     @nn.nowrap

@@ -3,15 +3,30 @@
 `step` is the other view of the same layer: the next tokens, given what those before have left.
 """
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-from effjax.decoding.cache import AXES, Cache, init_cache
+from effjax.decoding.cache import Cache, visible
+from effjax.decoding.policies.policy import Policy
 from effjax.errors import UsageError
 from effjax.mixers.context import Context
+from effjax.mixers.dot_product import weighted_sum
+
+
+@runtime_checkable
+class Weigh(Protocol):
+    """How much of each value the queries of a mixer take, in float32."""
+
+    def __call__(
+        self,
+        keys: Float[Array, "b s g d"],
+        allowed: Bool[Array, "#b #h #n s"],
+        bias: Float[Array, "b h 1 s"] | None,
+    ) -> Float[Array, "b h n s"]:
+        """Weights of the keys where they are allowed; the bias is added to the logits."""
 
 
 class KeyValue(nn.Module):
@@ -45,15 +60,69 @@ class KeyValue(nn.Module):
         return self.attend(x, context, cache)
 
     @nn.nowrap
-    def init_cache(self, batch: int, slots: int, width: int, dtype: DTypeLike = jnp.float32) -> Cache:
-        """Makes an empty cache for sequences of up to `slots` tokens of `width` channels."""
-        groups, size = self.sizes(width)
-        return init_cache(batch, slots, groups, size, dtype)
+    def remember(
+        self,
+        q: Float[Array, "b n h d"],
+        k: Float[Array, "b n g d"],
+        v: Float[Array, "b n g d"],
+        positions: Int[Array, "b n"],
+        cache: Cache,
+        context: Context,
+        weigh: Weigh,
+        causal: bool = True,
+        window: int | None = None,
+    ) -> tuple[Float[Array, "b n h d"], Cache]:
+        """Adds tokens to the cache, and lets them look at what its policy keeps.
+
+        Args:
+          q: queries of the new tokens.
+          k: their keys.
+          v: their values.
+          positions: of the new tokens.
+          cache: of those before.
+          context: its `cache` is the policy, None to keep all; its `window` goes before the mixer's.
+          weigh: weights of keys, given the mask and what is added to the logits.
+          causal: whether a token sees only itself and tokens before it.
+          window: the mixer's.
+        """
+        window = window if context.window is None else context.window
+
+        def look(
+            keys: Array,
+            values: Array,
+            held: Array,
+            size: Array | None = None,
+            among: Array | None = None,
+            tell: bool = False,
+        ) -> tuple[Array, Array | None]:
+            allowed = visible(held, positions, causal, window)  # [B, 1 or G, 1 or N, S]
+            allowed = allowed if among is None else allowed & among
+            bias = None if size is None else jnp.log(size).swapaxes(1, 2)[:, :, None, :]  # [B, G, 1, S]
+            each = q.shape[2] // keys.shape[2]
+            allowed = allowed if allowed.shape[1] == 1 else jnp.repeat(allowed, each, axis=1)
+            bias = None if bias is None else jnp.repeat(bias, each, axis=1)
+            weights = weigh(keys, allowed, bias)  # [B, H, N, S]
+            return weighted_sum(weights.astype(values.dtype), values), weights if tell else None
+
+        return (context.cache or Policy()).attend(cache, q, k, v, positions, look)
 
     @nn.nowrap
-    def cache_axes(self) -> Cache:
+    def init_cache(
+        self,
+        batch: int,
+        slots: int,
+        width: int,
+        dtype: DTypeLike = jnp.float32,
+        policy: Policy | None = None,
+    ) -> Cache:
+        """Makes an empty cache for sequences of up to `slots` tokens of `width` channels; None keeps all."""
+        groups, size = self.sizes(width)
+        return (policy or Policy()).init(batch, slots, groups, size, dtype)
+
+    @nn.nowrap
+    def cache_axes(self, policy: Policy | None = None) -> Cache:
         """Names of the axes of a cache."""
-        return AXES
+        return (policy or Policy()).axes()
 
 
 class Recurrent(nn.Module):

@@ -29,6 +29,8 @@ class Context:
       grid: rows and columns that the tokens are laid out in, row by row, where nothing else is among them;
         frames, rows and columns of a video.
       modality: which modality each token is of, an `effjax.layers.modal.Modalities`.
+      cache: which tokens a layer that decodes keeps, an `effjax.decoding.policies.policy.Policy`; None keeps
+        all.
       turn: number of the layer among those that do different things in turn.
     """
 
@@ -42,6 +44,7 @@ class Context:
     modality: Any = None
     share: float | None = flax.struct.field(pytree_node=False, default=None)
     grid: Any = flax.struct.field(pytree_node=False, default=None)
+    cache: Any = flax.struct.field(pytree_node=False, default=None)
     turn: int | None = flax.struct.field(pytree_node=False, default=None)
 
     def mask(self) -> Bool[Array, "b 1 n n"] | None:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from effjax.decoding.cache import Cache, append, visible
+from effjax.decoding.cache import Cache
 from effjax.errors import UsageError
 from effjax.layers.dense import Dense
 from effjax.layers.statistical_topk import among
@@ -72,29 +72,34 @@ class SparkAttention(KeyValue):
             following = jnp.arange(x.shape[1]) + (0 if cache is None else cache.written)
             positions = jnp.broadcast_to(following[None], x.shape[:2])
         q, k, v = self.project(x, positions)
-        window = self.window if context.window is None else context.window
         if cache is None:
             order = jnp.arange(x.shape[1])
             allowed = both(context.mask(), (order[:, None] >= order[None, :])[None, None])
+            window = self.window if context.window is None else context.window
             if window is not None:
                 allowed = allowed & band(x.shape[1], jnp.asarray(window), causal=True)
+            y = weighted_sum(self.weights(q, k, allowed).astype(v.dtype), v)  # [B, N, H, D]
         else:
-            cache = append(cache, k, v, positions)
-            k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)  # [B, S, G, D]
-            allowed = visible(cache, positions)
-            if window is not None:
-                allowed = allowed & (cache.positions[:, None, None, :] > positions[:, None, :, None] - window)
-        y = weighted_sum(self.weights(q, k, allowed).astype(v.dtype), v)  # [B, N, H, D]
+            y, cache = self.remember(
+                *(q, k, v, positions, cache, context),
+                lambda keys, allowed, bias: self.weights(q, keys, allowed, bias),
+                window=self.window,
+            )  # [B, N, H, D]
         axes = ("heads", "head_dim", "embed")
         return Dense(x.shape[-1], axes, inputs=2, use_bias=False, name="output")(y), cache  # [B, N, C]
 
     @nn.nowrap
     def weights(
-        self, q: Float[Array, "b n h d"], k: Float[Array, "b s g d"], allowed: Bool[Array, "#b 1 n s"]
+        self,
+        q: Float[Array, "b n h d"],
+        k: Float[Array, "b s g d"],
+        allowed: Bool[Array, "#b #h n s"],
+        bias: Float[Array, "b h 1 s"] | None = None,
     ) -> Float[Array, "b h n s"]:
-        """How much of each value a query takes, in float32."""
+        """How much of each value a query takes, in float32; the bias is added to the scores."""
         r, rest = self.predictor, q.shape[-1] - self.predictor
         scores = dot_products(q[..., :r], k[..., :r]) * r**-0.5  # [B, H, N, S]
+        scores = scores if bias is None else scores + bias
         chosen = among(jax.lax.stop_gradient(scores), allowed, self.active)  # [B, H, N, S]
         weights = softmax(jnp.where(chosen, scores, -0.7 * jnp.finfo(scores.dtype).max))
         return weights * jax.nn.softplus(dot_products(q[..., r:], k[..., r:]) * rest**-0.5)

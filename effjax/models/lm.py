@@ -22,11 +22,14 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from effjax import ffn, mixers
 from effjax.config import part
+from effjax.decoding.policies.kinds import POLICIES
+from effjax.decoding.policies.policy import Policy
 from effjax.errors import UsageError
 from effjax.layers.dense import named, truncated_normal, zeros
 from effjax.layers.norms import NormKind, norm
 from effjax.layers.stack import Stack
 from effjax.mixers import rotary
+from effjax.mixers.cached import KeyValue
 from effjax.mixers.context import Context
 
 
@@ -173,6 +176,8 @@ class LM(nn.Module):
       norm_scaling: whether what the norms before the branches give is divided by the square root of the
         layer's number, counted from 1: see `effjax.compress.norm_scaling`.
       last_norm: kind of the norm before the head; None takes that of the block.
+      cache: which tokens are kept while it decodes, a kind in `effjax.decoding.policies.kinds`; None keeps
+        all. A clone with another one keeps the parameters.
     """
 
     block: DecoderBlock
@@ -193,6 +198,7 @@ class LM(nn.Module):
     shared: tuple[str, ...] = ()
     norm_scaling: bool = False
     last_norm: NormKind | None = None
+    cache: Policy | None = part(POLICIES, default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,17 +239,17 @@ class LM(nn.Module):
           caches: what `init_cache` made and earlier steps filled.
           positions: place of each token in its sequence, negative for padding; by default the caches' slots.
         """
-        return self.forward(tokens, Context(positions=positions), caches, False)
+        return self.forward(tokens, Context(positions=positions, cache=self.cache), caches, False)
 
     @nn.nowrap
     def init_cache(self, batch: int, slots: int, dtype: DTypeLike = jnp.float32) -> Any:
         """Makes the empty caches of all layers, depth in front, for sequences of up to `slots` tokens.
 
         Raises:
-          UsageError: for more slots than `max_length`.
+          UsageError: for more slots than `max_length`, or a policy where layers keep no keys and values.
         """
         self.check_length(slots)
-        cache = self.block.mixer.init_cache(batch, slots, self.dim, dtype)
+        cache = self.block.mixer.init_cache(batch, slots, self.dim, dtype, **self._policy())
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (self.depth, *leaf.shape)), cache)
 
     @nn.nowrap
@@ -255,7 +261,18 @@ class LM(nn.Module):
     @nn.nowrap
     def cache_axes(self) -> Any:
         """Names of the axes of one layer's cache; depth comes in front of them."""
-        return self.block.mixer.cache_axes()
+        return self.block.mixer.cache_axes(**self._policy())
+
+    @nn.nowrap
+    def _policy(self) -> dict[str, Policy]:
+        if self.cache is None:
+            return {}
+        if not isinstance(self.block.mixer, KeyValue):
+            raise UsageError(
+                f"cache={type(self.cache).__name__} chooses among keys and values, and "
+                f"{type(self.block.mixer).__name__} keeps none: leave the policy out."
+            )
+        return {"policy": self.cache}
 
     @nn.nowrap
     def check_length(self, tokens: int) -> None:

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.decoding.cache import append, init_cache, visible
+from effjax.decoding.cache import EMPTY, append, init_cache, visible
 from effjax.errors import UsageError
 
 
@@ -21,24 +21,26 @@ def test_tokens_go_into_the_next_slots():
     assert int(cache.written) == 4
     np.testing.assert_array_equal(cache.keys[0, :, 0, 0], [1, 2, 3, 4, 0])
     np.testing.assert_array_equal(cache.values[1, :, 0, 3], [-1, -2, -3, -4, 0])
-    np.testing.assert_array_equal(cache.positions, [[0, 1, 2, 3, -1], [-1, 0, 1, 2, -1]])
+    np.testing.assert_array_equal(cache.positions, [[0, 1, 2, 3, EMPTY], [-1, 0, 1, 2, EMPTY]])
 
 
 def test_queries_see_what_is_held_and_not_later():
     cache = append(init_cache(2, 4, 1, 4), *block(1, 3), jnp.array([[0, 1, 2], [-1, 0, 1]]))
     queries = jnp.array([[1, 2], [-1, 1]])
     np.testing.assert_array_equal(
-        visible(cache, queries)[:, 0],
+        visible(cache.positions, queries)[:, 0],
         [[[1, 1, 0, 0], [1, 1, 1, 0]], [[0, 0, 0, 0], [0, 1, 1, 0]]],
     )
     np.testing.assert_array_equal(
-        visible(cache, queries, causal=False)[:, 0, 0], [[1, 1, 1, 0], [0, 1, 1, 0]]
+        visible(cache.positions, queries, causal=False)[:, 0, 0], [[1, 1, 1, 0], [0, 1, 1, 0]]
     )
 
 
 def test_what_is_seen_follows_positions_and_not_slots():
     cache = append(init_cache(2, 3, 1, 4), *block(1, 3), jnp.array([[2, 0, 1], [0, 2, 1]]))
-    np.testing.assert_array_equal(visible(cache, jnp.array([[1], [1]]))[:, 0, 0], [[0, 1, 1], [1, 0, 1]])
+    np.testing.assert_array_equal(
+        visible(cache.positions, jnp.array([[1], [1]]))[:, 0, 0], [[0, 1, 1], [1, 0, 1]]
+    )
 
 
 def test_a_cache_passes_through_transformations():

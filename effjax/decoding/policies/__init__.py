@@ -1,0 +1,1 @@
+"""Which tokens a cache keeps, and which of them a query reads."""

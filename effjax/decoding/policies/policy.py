@@ -1,0 +1,129 @@
+"""What every cache policy can do; as it stands it keeps all tokens, and every query reads all of them.
+
+    cache <- add(cache, k, v)
+    y = p V,   p = softmax(q K^T + log size)            K, V = what is held
+    cache <- observe(cache, p)                          where the policy watches
+
+A model whose `cache` is a policy decodes under it, with the parameters that it has:
+`model.clone(cache=Window(64))`. The mixer says how queries look (`Look`): its scale, its mask, its sparsity;
+the policy says what there is to be looked at.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from effjax.config import part
+from effjax.decoding.cache import AXES, Cache, append, init_cache
+from effjax.decoding.storage.kinds import STORAGES
+from effjax.decoding.storage.plain import Plain
+from effjax.decoding.storage.storage import Storage
+
+
+@runtime_checkable
+class Look(Protocol):
+    """What the queries of the new tokens take from some slots: a mixer's own softmax, with its own mask."""
+
+    def __call__(
+        self,
+        keys: Float[Array, "b s groups d"],
+        values: Float[Array, "b s groups e"],
+        held: Int[Array, "b s *groups"],
+        size: Float[Array, "b s groups"] | None = None,
+        among: Bool[Array, "#b #groups #n s"] | None = None,
+        tell: bool = False,
+    ) -> tuple[Float[Array, "b n h e"], Float[Array, "b h n s"] | None]:
+        """Returns what the heads take, and how much of each slot.
+
+        Args:
+          keys: of the slots.
+          values: of the slots.
+          held: their positions, negative for none; of all heads alike or of each group.
+          size: how many tokens each stands for: its logarithm is added to the logits.
+          among: which of them each query may see at all.
+          tell: whether the weights are asked for, in float32; else None stands in their place.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Keeps all.
+
+    Attributes:
+      storage: in which form keys and values are held, a kind in `effjax.decoding.storage.kinds`.
+    """
+
+    _: dataclasses.KW_ONLY
+    storage: Storage = part(STORAGES, default=Plain())
+
+    # Whether `observe` wants to know how much of each slot was taken.
+    watches: ClassVar[bool] = False
+
+    def room(self, slots: int) -> int:
+        """How many slots a sequence of up to `slots` tokens needs."""
+        return slots
+
+    def attended(self, tokens: int) -> float:
+        """How many keys a decoding step reads on average, where the sequence has so many tokens."""
+        return float(tokens)
+
+    def init(self, batch: int, slots: int, groups: int, head_dim: int, dtype: DTypeLike) -> Cache:
+        """Makes the empty cache of one layer, for sequences of up to `slots` tokens."""
+        return init_cache(batch, self.room(slots), groups, head_dim, dtype, self.storage)
+
+    def axes(self) -> Cache:
+        """Names of the axes of that cache."""
+        return dataclasses.replace(AXES, keys=self.storage.axes("keys"), values=self.storage.axes("values"))
+
+    def attend(
+        self,
+        cache: Cache,
+        queries: Float[Array, "b n h d"],
+        keys: Float[Array, "b n groups d"],
+        values: Float[Array, "b n groups d"],
+        positions: Int[Array, "b n"],
+        look: Look,
+    ) -> tuple[Float[Array, "b n h d"], Cache]:
+        """Adds `n` tokens to the cache, and lets them look at what is in it.
+
+        Args:
+          cache: what `init` made and earlier calls filled.
+          queries: of the new tokens; `look` has them too.
+          keys: of the new tokens.
+          values: of the new tokens.
+          positions: of the new tokens; negative for padding, which stands in front.
+          look: what the new tokens take from slots.
+
+        Returns:
+          What the heads take from the values, and the cache.
+        """
+        cache = self.add(cache, keys, values, positions)
+        held = self.read(cache.keys, keys), self.read(cache.values, values)  # [B, S, G, D]
+        y, weights = look(*held, cache.positions, cache.size, tell=self.watches)  # [B, N, H, D]
+        return y, cache if weights is None else self.observe(cache, weights)
+
+    def add(
+        self,
+        cache: Cache,
+        keys: Float[Array, "b n groups d"],
+        values: Float[Array, "b n groups d"],
+        positions: Int[Array, "b n"],
+    ) -> Cache:
+        """Puts new tokens into the cache."""
+        return append(cache, keys, values, positions, self.storage)
+
+    def observe(self, cache: Cache, weights: Float[Array, "b h n s"]) -> Cache:
+        """Learns from how much of each slot was taken."""
+        raise NotImplementedError
+
+    def read(self, held: Any, like: Float[Array, "b n groups d"]) -> Float[Array, "b s groups d"]:
+        """All keys or values that are held, in the dtype of new ones."""
+        return self.storage.read(held).astype(like.dtype)
+
+
+def attention_taken(weights: Float[Array, "b h n s"], groups: int) -> Float[Array, "b s groups"]:
+    """How much of each slot all queries of a group's heads took together."""
+    b, h, n, s = weights.shape
+    return jnp.sum(weights.reshape(b, groups, h // groups * n, s), axis=2).swapaxes(1, 2)

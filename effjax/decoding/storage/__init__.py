@@ -1,0 +1,1 @@
+"""How keys and values are held: as they are, in few bits, in pages."""
