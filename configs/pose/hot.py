@@ -6,9 +6,10 @@
     20 steps of a toy on `motion`: seconds.
 `motion`, `motion-attention`
     An hourglass of 0.03M parameters on the embedded clips: 21 of 64 frames between its first layer and its
-    head, and all of them again on straight lines or by the published attention.
+    head, and all of them again on straight lines or by the published attention. 14.2 MMACs a clip, 40 mm
+    after three minutes on one CPU core; the attention stays at 173 mm.
 `motion-base`
-    The same without a waist.
+    The same without a waist: 27.2 MMACs, 42 mm after five minutes.
 `mixste`, `hot-mixste`
     Clips of 243 frames of 17 joints; the hourglass keeps 81 of them after three of eight layers. Human3.6M
     is not in tfds: prepare a data set `human36m` with the fields `seen` and `joints`, from the pelvis and in
