@@ -16,7 +16,16 @@ other libraries come through experiments.convert and a config that names their d
 Of a diffusion run it draws the same pictures by each method, and prints at how many calls of the network
 all layers ran, how far the pictures are from the full model's, and the measured time. There a method may also
 be a kind of `effjax.diffusion.caches`.
+
+    python -m experiments.accelerate --workdir=runs/probes --evaluator=needle --method=window:budget=64 \\
+        --method="heavy_hitters:budget=64,storage=plain()"
+
+Of a language model's run methods are those of `effjax.compress`, or kinds of `effjax.decoding.policies`:
+under each of these the evaluator's rows are decoded token by token, and accuracy, bytes of the caches, keys
+read, MACs and time of a token are printed, and drawn as quality against bytes.
 """
+
+from typing import Any
 
 from absl import flags
 
@@ -29,6 +38,9 @@ METHODS = flags.DEFINE_multi_string("method", [], "KIND:FIELD=VALUE,...; may be 
 EVALUATOR = flags.DEFINE_string("evaluator", None, "of the config; the first by default")
 BATCH = flags.DEFINE_integer("batch", None, "examples a timed batch; what the evaluator takes by default")
 ROUNDS = flags.DEFINE_integer("rounds", 10, "timings of each model, taken in turn")
+EXAMPLES = flags.DEFINE_integer(
+    "examples", 256, "of a language run: rows decoded under a cache policy, at most"
+)
 GUIDANCE = flags.DEFINE_float("guidance", 1.0, "of a diffusion run: scale of classifier-free guidance")
 SAMPLER = flags.DEFINE_string("sampler", None, "of a diffusion run: as in experiments.sample")
 STEPS = flags.DEFINE_integer("sampler_steps", None, "of a diffusion run: steps of the sampler")
@@ -39,10 +51,17 @@ def main(argv: list[str]) -> None:
     """Measures and reports."""
     del argv
     # Imported here, so that --help and a wrong flag answer at once.
+    from effjax.decoding.policies.policy import Policy
     from effjax.errors import UsageError
     from effjax.train.tasks.diffusion import Diffusion
     from effjax.train.tasks.language import Language
-    from experiments.run import accelerated_language, accelerated_sampling, accelerating, sampling
+    from experiments.run import (
+        accelerated_caches,
+        accelerated_language,
+        accelerated_sampling,
+        accelerating,
+        sampling,
+    )
     from experiments.run.method_spec import parse
 
     if not METHODS.value:
@@ -61,9 +80,14 @@ def main(argv: list[str]) -> None:
         accelerated_sampling.run(source, methods, request, rounds=ROUNDS.value, out=OUT.value)
         return
     if isinstance(source.program.task, Language):
-        accelerated_language.run(
-            source, methods, evaluator=EVALUATOR.value, rounds=ROUNDS.value, out=OUT.value
-        )
+        policies = [isinstance(asked.method, Policy) for asked in methods]
+        if any(policies) and not all(policies):
+            raise UsageError("cache policies are measured token by token: ask for others by themselves.")
+        said: dict[str, Any] = dict(evaluator=EVALUATOR.value, rounds=ROUNDS.value, out=OUT.value)
+        if all(policies):
+            accelerated_caches.run(source, methods, examples=EXAMPLES.value, **said)
+        else:
+            accelerated_language.run(source, methods, **said)
         return
     accelerating.run(
         source,

@@ -112,9 +112,14 @@ def prefill(
       UsageError: for more slots than the model is made for.
     """
     batch, size = prompts.shape
-    caches = model.init_cache(batch, slots, jnp.result_type(*jax.tree.leaves(variables["params"])))
-    caches = apart(caches) if is_apart(variables) else caches
+    caches = new_caches(model, variables, batch, slots)
     positions = jnp.arange(size)[None, :] - (size - lengths)[:, None]  # [B, n], negative on padding
     if size > 1:
         _, caches = model.apply(variables, prompts[:, :-1], caches, positions[:, :-1], method="step")
     return Sequences(caches, prompts[:, -1].astype(jnp.int32), (lengths - 1).astype(jnp.int32))
+
+
+def new_caches(model: nn.Module, variables: Any, batch: int, slots: int) -> Any:
+    """Empty caches in the dtype that the parameters promote to, apart where the model's layers are."""
+    caches = model.init_cache(batch, slots, jnp.result_type(*jax.tree.leaves(variables["params"])))
+    return apart(caches) if is_apart(variables) else caches

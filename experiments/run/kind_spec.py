@@ -7,7 +7,7 @@ from effjax.errors import UsageError
 
 
 def read(flag: str, spec: str, example: str) -> tuple[str, dict[str, Any]]:
-    """The kind and its fields; values are Python literals or bare words.
+    """The kind and its fields; values are Python literals, bare words, or kinds themselves: `plain()`.
 
     Args:
       flag: that it was typed behind, for messages.
@@ -30,6 +30,9 @@ def read(flag: str, spec: str, example: str) -> tuple[str, dict[str, Any]]:
 def _value(where: str, node: ast.expr) -> Any:
     if isinstance(node, ast.Name):
         return node.id
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+        fields = {str(word.arg): _value(where, word.value) for word in node.keywords if word.arg}
+        return {"kind": node.func.id, **fields}
     try:
         return ast.literal_eval(node)
     except ValueError:

@@ -6,12 +6,14 @@ from typing import Any
 from effjax import tokens
 from effjax.compress import methods
 from effjax.config import build_kind
+from effjax.decoding.policies.kinds import POLICIES
 from effjax.diffusion import caches
 from effjax.errors import UsageError
 from experiments.run import kind_spec
 
-# What reduces tokens, what skips work between the steps of a sampler, and what leaves neurons out.
-KINDS = {**tokens.KINDS, **caches.KINDS, **methods.KINDS}
+# What reduces tokens, what skips work between the steps of a sampler, what leaves neurons out, and what a
+# language model keeps in its caches.
+KINDS = {**tokens.KINDS, **caches.KINDS, **methods.KINDS, **POLICIES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Asked:
 
 
 def parse(spec: str) -> Asked:
-    """Reads `KIND` or `KIND:FIELD=VALUE,FIELD=VALUE`; values are Python literals or bare words.
+    """Reads `KIND` or `KIND:FIELD=VALUE,FIELD=VALUE`, see `kind_spec`.
 
     `macs=0.5` stands for the strength that leaves half of the network's MACs.
 
