@@ -38,12 +38,12 @@ def drawn(model, seed, scale):
 
 @pytest.fixture(scope="module")
 def target():
-    return build(max_length=17)
+    return build(max_length=17, seed=11, scale=0.8)
 
 
 @pytest.fixture(scope="module")
 def small():
-    model, variables = build(dim=8, depth=1, seed=4)
+    model, variables = build(dim=8, depth=1, seed=4)  # right by chance alone
     return ModelDraft(model, 3), variables
 
 
@@ -165,24 +165,27 @@ def test_texts_follow_the_distribution_of_the_model(kind, sampling):
     assert len(set(tally.calls.tolist())) > 1
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("kind", ["model", "layers", "lookup"])
+@pytest.mark.parametrize(("kind", "tokens"), [("model", 1), ("layers", 3), ("lookup", 3)])
 def test_greedy_texts_are_those_without_a_draft(target, small, kind, tokens):
+    few, cut = fewer_layers(*target, [0])
     drafting = {
         "model": (ModelDraft(small[0].model, tokens), small[1]),
-        "layers": (ModelDraft(fewer_layers(*target, [0])[0], tokens), fewer_layers(*target, [0])[1]),
+        "layers": (ModelDraft(few, tokens), cut),
         "lookup": (PromptLookup(2, tokens), None),
     }[kind]
     text, tally = write(target, drafting)
     np.testing.assert_array_equal(text, plainly(target))
     np.testing.assert_array_equal(tally.written, [9, 9, 9])
-    assert np.all(tally.calls <= 9)
+    # A call adds a token of the model's own, but for a last one that has no room for it.
+    assert set((tally.calls + tally.accepted - tally.written).tolist()) <= {0, 1}
+    assert np.any(tally.accepted > 0)
+    assert np.any(tally.accepted < tally.tested)
 
 
 def test_texts_may_be_as_long_as_the_model_is_made_for(small):
     block = DecoderBlock(Attention(2, causal=True), Gated(24))
     model = LM(block, vocab=VOCAB, dim=16, depth=2, max_length=13, position_table=13)
-    target = model, drawn(model, 3, 0.5)
+    target = model, drawn(model, 11, 0.8)
     text, _ = write(target, small)  # 5 + 9 - 1
     np.testing.assert_array_equal(text, plainly(target))
 
@@ -197,17 +200,13 @@ def test_layers_that_stand_apart_write_the_same(target, small):
 def test_texts_end_at_the_stop_token(target):
     free = plainly(target)
     itself = ModelDraft(target[0], 4), target[1]
-    ends = {
-        stop: [row.tolist().index(stop) + 1 if stop in row else 9 for row in free] for stop in set(free.flat)
-    }
-    # One among the first proposals, and one among the next, while other texts go on.
-    early = next(stop for stop, end in ends.items() if 2 <= min(end) <= 4 < max(end))
-    late = next(stop for stop, end in ends.items() if 6 <= min(end) < 9)
-    for stop in (early, late):
-        text, tally = write(target, itself, stop_token=int(stop))
-        np.testing.assert_array_equal(text, plainly(target, stop_token=int(stop)))
-        np.testing.assert_array_equal(tally.written, ends[stop])
-        np.testing.assert_array_equal(tally.calls, -(-np.array(ends[stop]) // 5))
+    # Among the first proposals while others go on; then in all texts, at different calls.
+    for stop, ends in ((3, [3, 9, 9]), (2, [6, 1, 8])):
+        assert [row.tolist().index(stop) + 1 if stop in row else 9 for row in free] == ends
+        text, tally = write(target, itself, stop_token=stop)
+        np.testing.assert_array_equal(text, plainly(target, stop_token=stop))
+        np.testing.assert_array_equal(tally.written, ends)
+        np.testing.assert_array_equal(tally.calls, -(-np.array(ends) // 5))
         assert float(tally.acceptance) == 1.0
 
 
