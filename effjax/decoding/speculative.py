@@ -18,6 +18,9 @@ Sources: Leviathan, Kalman and Matias, "Fast Inference from Transformers via Spe
 arXiv:2211.17192, algorithm 1; Chen et al., "Accelerating Large Language Model Decoding with Speculative
 Sampling", 2023, arXiv:2302.01318, algorithm 2.
 
+One step of several tokens must say what several steps of one say: experts with a capacity, which drop tokens
+for those that are read with them, do not.
+
 The functions are those of `effjax.decoding.generate`, with a draft. Texts advance by different numbers of
 tokens; each has its own count of slots in the caches, and takes back what was refused.
 """

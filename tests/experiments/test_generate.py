@@ -183,10 +183,10 @@ def test_help_names_every_flag():
         (("--workdir=nowhere", "--prompt=a", "--top_p=0"), "top_p is 0.0"),
         (("--workdir=nowhere", "--prompt=a", "--temperature=-1"), "temperature is -1.0"),
         (("--workdir=nowhere", "--prompt=a", "--beams=0"), "beams is 0"),
-        (("--workdir=nowhere", "--prompt=a", "--draft_layers=0,b"), "--draft_layers: 'b' is no layer"),
-        (("--workdir=nowhere", "--prompt=a", "--draft=x", "--beams=2"), "--beams draws nothing"),
         (("--workdir=nowhere",), "--prompt is missing"),
         (("--workdir=nowhere", "--prompts=nothing.txt"), "--prompts='nothing.txt' is no file"),
+        (("--workdir=nowhere", "--prompt=a", "--draft_layers=0,b"), "--draft_layers: 'b' is no layer"),
+        (("--workdir=nowhere", "--prompt=a", "--draft=x", "--beams=2"), "--beams draws nothing"),
     ],
 )
 def test_a_wrong_command_ends_in_one_line(arguments, message):
