@@ -4,11 +4,20 @@
     python -m experiments.generate --workdir=runs/lm --prompt="Return the " --top_k=40 --seed=1
     python -m experiments.generate --workdir=runs/lm --prompt="Return" --prompt="The class" --beams=4
     python -m experiments.generate --workdir=runs/lm --prompts=prompts.txt --min_p=0.1 --top_p=1
+    python -m experiments.generate --workdir=runs/lm --prompt="Return" --draft=runs/small --draft_tokens=4
+    python -m experiments.generate --workdir=runs/lm --prompt="Return" --draft_layers=0,1,3
 
 Prints each prompt and what follows it, up to the end of the document or --max_new tokens; all prompts are
 written on at once. The same seed gives the same texts; --temperature=0 always takes the most likely token,
-and --beams searches for the likeliest text. What it took (time to the first token, tokens a second, bytes of
-the caches; measured after compiling) goes to standard error, so that the texts can be piped.
+and --beams searches for the likeliest text.
+
+A draft proposes tokens, of which the model checks several in one step; texts follow the same distribution as
+without, and are the same at --temperature=0. --draft names a run of a smaller model of the same tokenizer,
+--draft_layers some layers of the model itself, and --draft_words looks in the text for what followed the same
+words before.
+
+What it took (time to the first token, tokens a second, bytes of the caches, how much was accepted; measured
+after compiling) goes to standard error, so that the texts can be piped.
 """
 
 from pathlib import Path
@@ -33,6 +42,14 @@ BEAMS = flags.DEFINE_integer(
 LENGTH_PENALTY = flags.DEFINE_float(
     "length_penalty", 1.0, "of --beams: power of the length that divides the log-probability of a text"
 )
+DRAFT = flags.DEFINE_string("draft", None, "folder of a run whose model proposes tokens")
+DRAFT_LAYERS = flags.DEFINE_list(
+    "draft_layers", None, "layers of the model itself that propose tokens, from 0: 0,1,3"
+)
+DRAFT_WORDS = flags.DEFINE_integer(
+    "draft_words", None, "propose what followed at most this many last tokens where they stood before"
+)
+DRAFT_TOKENS = flags.DEFINE_integer("draft_tokens", None, "how many are proposed at a time; by default 4")
 SEED = flags.DEFINE_integer("seed", 0, "of the draws")
 STEP = flags.DEFINE_integer("step", None, "step of the checkpoint; by default the newest")
 
@@ -48,6 +65,7 @@ def main(argv: list[str]) -> int:
     from effjax.errors import UsageError
     from experiments.run import writing
     from experiments.run.closing import closing_table
+    from experiments.run.drafting import Drafting
 
     if WORKDIR.value is None:
         raise UsageError("--workdir is missing. Name a run that was trained: --workdir=runs/NAME.")
@@ -57,7 +75,11 @@ def main(argv: list[str]) -> int:
     how: Sampling | Beams = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
     if BEAMS.value is not None:
         how = Beams(BEAMS.value, LENGTH_PENALTY.value)
-    written = writing.write(WORKDIR.value, prompts, MAX_NEW.value, how, SEED.value, STEP.value)
+    drafting = None
+    if not DRAFT.value is DRAFT_LAYERS.value is DRAFT_WORDS.value is DRAFT_TOKENS.value is None:
+        tokens = {} if DRAFT_TOKENS.value is None else {"tokens": DRAFT_TOKENS.value}
+        drafting = Drafting(DRAFT.value, _layers(DRAFT_LAYERS.value), DRAFT_WORDS.value, **tokens)
+    written = writing.write(WORKDIR.value, prompts, MAX_NEW.value, how, SEED.value, STEP.value, drafting)
     for prompt, text in zip(prompts, written.texts, strict=True):
         print(prompt + text)
     closing_table(
@@ -66,6 +88,16 @@ def main(argv: list[str]) -> int:
         Console(stderr=True, highlight=False),
     )
     return 0
+
+
+def _layers(numbers: list[str] | None) -> tuple[int, ...] | None:
+    from effjax.errors import UsageError
+
+    if numbers is None:
+        return None
+    if strange := [number for number in numbers if not number.strip().isdecimal()]:
+        raise UsageError(f"--draft_layers: '{strange[0]}' is no layer. Give numbers: --draft_layers=0,1,3.")
+    return tuple(int(number) for number in numbers)
 
 
 def _lines(path: str) -> list[str]:

@@ -74,12 +74,8 @@ def _rank(logits: Float[Array, "*batch v"]) -> Int[Array, "*batch v"]:
     return jnp.argsort(order, axis=-1)
 
 
-def sample(
-    logits: Float[Array, " v"], key: PRNGKeyArray | Key[Array, ""], sampling: Sampling
-) -> Int[Array, ""]:
-    """Draws one token from one sequence's logits."""
-    if sampling.temperature == 0.0:
-        return jnp.argmax(logits)
+def filtered(logits: Float[Array, "*batch v"], sampling: Sampling) -> Float[Array, "*batch v"]:
+    """Logits over a temperature above 0, with -inf for the tokens that the filters drop."""
     logits = logits.astype(jnp.float32) / sampling.temperature
     if sampling.top_k is not None:
         logits = top_k(logits, sampling.top_k)
@@ -87,4 +83,20 @@ def sample(
         logits = top_p(logits, sampling.top_p)
     if sampling.min_p > 0.0:
         logits = min_p(logits, sampling.min_p)
-    return jax.random.categorical(key, logits)
+    return logits
+
+
+def probabilities(logits: Float[Array, "*batch v"], sampling: Sampling) -> Float[Array, "*batch v"]:
+    """What `sample` draws from, in float32; greedy decoding gives everything to one token."""
+    if sampling.temperature == 0.0:
+        return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.float32)
+    return jax.nn.softmax(filtered(logits, sampling), axis=-1)
+
+
+def sample(
+    logits: Float[Array, " v"], key: PRNGKeyArray | Key[Array, ""], sampling: Sampling
+) -> Int[Array, ""]:
+    """Draws one token from one sequence's logits."""
+    if sampling.temperature == 0.0:
+        return jnp.argmax(logits)
+    return jax.random.categorical(key, filtered(logits, sampling))

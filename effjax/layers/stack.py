@@ -11,7 +11,7 @@ time, and `apart` lays the layers out one by one: the stack then runs them one b
 
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -61,6 +61,17 @@ def apart(tree: Any) -> Any:
 def layer_of(tree: Any, layer: int) -> Any:
     """One layer's slice of a tree with depth in front, whether in one piece or apart."""
     return jax.tree.map(lambda leaf: leaf[layer], tree, is_leaf=_is_layers)
+
+
+def layers_of(tree: Any, layers: Sequence[int]) -> Any:
+    """A tree with these layers alone, in this order; layers that stand apart are not copied."""
+
+    def taken(leaf: Any) -> Any:
+        if _is_layers(leaf):
+            return Layers(tuple(leaf[layer] for layer in layers))
+        return leaf[jnp.asarray(layers)]
+
+    return jax.tree.map(taken, tree, is_leaf=_is_layers)
 
 
 def is_apart(tree: Any) -> bool:
@@ -239,6 +250,12 @@ class Stack(nn.Module):
         """Its parameters with the layers apart; what the layers share stays as it is."""
         own, common = self._split({"params": params})
         return _together({"params": apart(own["params"])}, common)["params"]
+
+    @nn.nowrap
+    def layers_of(self, params: Any, layers: Sequence[int]) -> Any:
+        """Its parameters with these layers alone, see `layers_of`; what the layers share stays as it is."""
+        own, common = self._split({"params": params})
+        return _together({"params": layers_of(own["params"], layers)}, common)["params"]
 
     @nn.nowrap
     def _split(self, variables: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.data.text import Tokenizer, check_vocabulary
+from effjax.decoding import speculative
 from effjax.decoding.beam import Beams, search
-from effjax.decoding.generate import Writing, begin, decode
+from effjax.decoding.drafts import Draft
+from effjax.decoding.generate import begin, decode
 from effjax.decoding.prefill import Sequences, left_pad, prefill, slots_for
 from effjax.decoding.sampling import Sampling
 from effjax.errors import UsageError
+from experiments.run.drafting import Drafting
 from experiments.run.formatting import count, duration, measurement
 from experiments.run.restore import load_run
 
@@ -30,7 +33,10 @@ class Written:
         know no token before the last.
       seconds: from the prompts to the last token.
       tokens: that were written, up to the end of each text; with beams, those of the best.
-      cache_bytes: of the caches of all layers and prompts, of one beam.
+      cache_bytes: of the caches of all layers and prompts, of one beam; with those of a draft.
+      first_tokens: that were there after `first_token_seconds`.
+      acceptance: of a draft's proposals, the share that was accepted; None without a draft.
+      tokens_per_call: that a step of the model wrote to a text; None without a draft.
     """
 
     texts: tuple[str, ...]
@@ -39,13 +45,16 @@ class Written:
     seconds: float
     tokens: int
     cache_bytes: int
+    first_tokens: int = 0
+    acceptance: float | None = None
+    tokens_per_call: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
-        """Behind the first token of each text, or, with beams, of the whole."""
+        """Behind the first tokens of each text, or, with beams, of the whole."""
         if self.first_token_seconds is None:
             return self.tokens / self.seconds
-        behind = self.tokens - len(self.texts)
+        behind = self.tokens - self.first_tokens
         return behind / max(self.seconds - self.first_token_seconds, 1e-9)
 
 
@@ -56,18 +65,20 @@ def write(
     how: Sampling | Beams,
     seed: int,
     step: int | None = None,
+    drafting: Drafting | None = None,
 ) -> Written:
     """Loads a run and returns what its model writes after each prompt.
 
     Raises:
       UsageError: for a run whose model reads no text, and as `continue_texts` does.
     """
+    _check(how, drafting)
     program, variables = load_run(workdir, step)
     tokenizer = program.data.tokenizer
     if tokenizer is None:
         raise UsageError(f"--workdir='{workdir}' holds no language model: its data has no tokenizer.")
     return continue_texts(
-        program.task.model, variables, tokenizer, prompts, max_new, how, jax.random.key(seed)
+        program.task.model, variables, tokenizer, prompts, max_new, how, jax.random.key(seed), drafting
     )
 
 
@@ -79,47 +90,112 @@ def continue_texts(
     max_new: int,
     how: Sampling | Beams,
     key: jax.Array,
+    drafting: Drafting | None = None,
 ) -> Written:
     """What a model writes after prompts that begin documents, up to the documents' ends.
 
     Raises:
       UsageError: before anything is compiled: for an empty prompt, no new tokens, more of both than the model
-        is made for, or a tokenizer with tokens that the model does not have.
+        is made for, a tokenizer with tokens that the model does not have, beams with a draft, or a draft that
+        does not suit.
     """
+    _check(how, drafting)
     # A token reads every weight once: nothing is copied on the way.
     variables = model.layers_apart(variables) if hasattr(model, "layers_apart") else variables
-    padded, lengths = _tokens(model, tokenizer, prompts, max_new)
-    slots, stop = slots_for(model, padded, max_new), tokenizer.separator
+    rows, stop = _tokens(model, tokenizer, prompts, max_new), tokenizer.separator
+    slots_for(model, rows[0], max_new)
+    if isinstance(how, Beams):
+        text, took = _search(model, variables, rows, max_new, how, stop)
+    else:
+        draft = None if drafting is None else drafting.made(model, variables, tokenizer)
+        text, took = _draw(model, variables, draft, rows, max_new, how, key, stop)
+    # The separator that ends a text is written too.
+    tokens = int(np.minimum(np.sum(text != stop, axis=1) + 1, max_new).sum())
+    return Written(texts=tuple(tokenizer.decode(row) for row in text), tokens=tokens, **took)
+
+
+def _check(how: Sampling | Beams, drafting: Drafting | None) -> None:
+    if drafting is not None and isinstance(how, Beams):
+        raise UsageError("--beams draws nothing, and a draft only helps to draw: leave one of them out.")
+
+
+def _search(
+    model: Any, variables: Any, prompts: tuple[jax.Array, jax.Array], max_new: int, beams: Beams, stop: int
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The likeliest texts, and what they took: fields of `Written`."""
+    slots = slots_for(model, prompts[0], max_new)
 
     def read() -> Sequences:
-        return jax.block_until_ready(prefill(model, variables, padded, lengths, slots))
+        return jax.block_until_ready(prefill(model, variables, *prompts, slots))
 
-    def start(sequences: Sequences) -> Writing:
-        return begin(sequences, max_new, key, stop)
+    begun = time.perf_counter()
+    found = search.lower(model, variables, read(), max_new, beams, stop).compile()
+    compiled = time.perf_counter() - begun
 
     begun = time.perf_counter()
     sequences = read()
-    if isinstance(how, Beams):
-        go_on = search.lower(model, variables, sequences, max_new, how, stop).compile()
+    text = np.asarray(found(variables, sequences)[0][:, 0])
+    seconds = time.perf_counter() - begun
+    return text, dict(
+        compile_seconds=compiled,
+        first_token_seconds=None,
+        seconds=seconds,
+        cache_bytes=_bytes(sequences.caches),
+    )
+
+
+def _draw(
+    model: Any,
+    variables: Any,
+    draft: tuple[Draft, Any] | None,
+    prompts: tuple[jax.Array, jax.Array],
+    max_new: int,
+    sampling: Sampling,
+    key: jax.Array,
+    stop: int,
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Texts that are drawn, and what they took: fields of `Written`."""
+    slots, one = slots_for(model, prompts[0], max_new), jnp.int32(1)
+
+    def start() -> Any:
+        if draft is None:
+            return begin(prefill(model, variables, *prompts, slots), max_new, key, stop)
+        return speculative.begin(model, variables, *draft, *prompts, max_new, key, stop)
+
+    begun = time.perf_counter()
+    if draft is None:
+        given: tuple[Any, ...] = (variables,)
+        go_on = decode.lower(model, variables, start(), one, sampling, stop).compile()
     else:
-        go_on = decode.lower(model, variables, start(sequences), jnp.int32(1), how, stop).compile()
+        given = (variables, draft[1])
+        go_on = speculative.decode.lower(model, variables, *draft, start(), one, sampling, stop).compile()
     compiled = time.perf_counter() - begun
 
-    begun, first = time.perf_counter(), None
-    sequences = read()
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(sequences.caches))
-    if isinstance(how, Beams):
-        text = np.asarray(go_on(variables, sequences)[0][:, 0])
-    else:
-        writing = go_on(variables, start(sequences), jnp.int32(1))
-        jax.block_until_ready(writing.text)
-        first = time.perf_counter() - begun
-        text = np.asarray(go_on(variables, writing, jnp.int32(max_new)).text)
+    begun = time.perf_counter()
+    writing = start()
+    cache_bytes = _bytes(writing.sequences.caches) + (0 if draft is None else _bytes(writing.draft))
+    writing = jax.block_until_ready(go_on(*given, writing, one))
+    first = time.perf_counter() - begun
+    # With a draft the first step may write several.
+    first_tokens = len(writing.text) if draft is None else int(jnp.sum(writing.tally.written))
+    writing = go_on(*given, writing, jnp.int32(max_new))
+    text = np.asarray(writing.text)
     seconds = time.perf_counter() - begun
-    # The separator that ends a text is written too.
-    tokens = int(np.minimum(np.sum(text != stop, axis=1) + 1, max_new).sum())
-    texts = tuple(tokenizer.decode(row) for row in text)
-    return Written(texts, compiled, first, seconds, tokens, cache_bytes)
+    took: dict[str, Any] = dict(
+        compile_seconds=compiled,
+        first_token_seconds=first,
+        first_tokens=first_tokens,
+        seconds=seconds,
+        cache_bytes=cache_bytes,
+    )
+    if draft is not None:
+        tally = writing.tally
+        took |= dict(acceptance=float(tally.acceptance), tokens_per_call=float(tally.tokens_per_call))
+    return text, took
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _tokens(
@@ -149,5 +225,8 @@ def figures(written: Written) -> dict[str, str]:
         shown["time to first token"] = f"{duration(written.first_token_seconds)} (compiled)"
     shown["tokens written"] = str(written.tokens)
     shown["tokens a second"] = measurement(written.tokens_per_second)
+    if written.acceptance is not None and written.tokens_per_call is not None:
+        shown["proposals accepted"] = f"{100 * written.acceptance:.1f}%"
+        shown["tokens a step"] = f"{written.tokens_per_call:.2f}"
     shown["caches"] = f"{count(written.cache_bytes)}B"
     return shown

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from effjax.errors import UsageError
 from effjax.ffn import Gated
 from effjax.mixers import Attention
 from effjax.models.lm import LM, DecoderBlock
+from experiments.run.drafting import Drafting
 from experiments.run.writing import continue_texts, figures
 
 
@@ -34,9 +36,9 @@ def chain(following, vocab=256):
 GREEDY = Sampling(temperature=0.0)
 
 
-def write(following, *prompts, max_new, how=GREEDY, vocab=256):
+def write(following, *prompts, max_new, how=GREEDY, vocab=256, drafting=None):
     model, variables = chain(following, vocab)
-    return continue_texts(model, variables, Bytes(), prompts, max_new, how, jax.random.key(0))
+    return continue_texts(model, variables, Bytes(), prompts, max_new, how, jax.random.key(0), drafting)
 
 
 CIRCLE = {"a": "b", "b": "c", "c": "\0", "\0": "a"}
@@ -66,6 +68,72 @@ def test_beams_find_the_likeliest_text():
     assert written.texts == ("bc", "c")
     assert written.tokens == 5
     assert "time to first token" not in figures(written)
+
+
+@pytest.mark.parametrize("drafting", [Drafting(layers=(0,), tokens=2), Drafting(words=2, tokens=2)])
+def test_a_draft_proposes_and_the_texts_stay(drafting):
+    written = write({**CIRCLE, "c": "a"}, "xabc", "xxb", max_new=9, drafting=drafting)
+    assert written.texts == ("abcabcabc", "cabcabcab")
+    assert written.tokens == 18
+    if drafting.layers:
+        assert written.acceptance == 1.0
+        assert written.tokens_per_call == 3.0
+        assert written.first_tokens == 6
+        # Model and draft have slots for the text, 5 + 9 - 1, and for proposals, 2 + 1; and a count a text.
+        assert written.cache_bytes == 2 * 2 * (16 * (2 * 256 + 1) + 1) * 4 + 2 * (4 + 1)
+    shown = figures(written)
+    assert float(shown["tokens a step"]) > 1.5
+    assert shown["proposals accepted"].endswith("%")
+    assert "tokens a step" not in figures(write(CIRCLE, "xa", max_new=9))
+
+
+def test_a_run_may_be_the_draft(monkeypatch):
+    model, variables = chain({**CIRCLE, "b": "x"})
+
+    def load(workdir):
+        assert workdir == "runs/small"
+        data = types.SimpleNamespace(tokenizer=Bytes())
+        return types.SimpleNamespace(data=data, task=types.SimpleNamespace(model=model)), variables
+
+    monkeypatch.setattr("experiments.run.drafting.load_run", load)
+    written = write(CIRCLE, "xa", "b", max_new=9, drafting=Drafting("runs/small"))
+    assert written.texts == ("bc", "c")
+    # Of `a` it knows what follows, and of `b` not; then of `c`.
+    assert written.acceptance == pytest.approx(3 / 5)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [(None, "holds no language model"), (types.SimpleNamespace(identity="other"), "another tokenizer")],
+)
+def test_a_draft_that_reads_something_else_is_refused(monkeypatch, tokenizer, message):
+    program = types.SimpleNamespace(data=types.SimpleNamespace(tokenizer=tokenizer))
+    monkeypatch.setattr("experiments.run.drafting.load_run", lambda workdir: (program, {}))
+    with pytest.raises(UsageError, match=rf"--draft='runs/small' .*{message}"):
+        write(CIRCLE, "a", max_new=4, drafting=Drafting("runs/small"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"words": 0}, "--draft_words=0: give 1 or more"),
+        ({"run": "x", "tokens": 0}, "--draft_tokens=0: give 1 or more"),
+        ({"tokens": 3}, "none of --draft, --draft_layers, --draft_words is given"),
+        ({"run": "x", "words": 2}, "--draft and --draft_words are given"),
+    ],
+)
+def test_one_draft_is_named(fields, message):
+    with pytest.raises(UsageError, match=message):
+        Drafting(**fields)
+
+
+def test_drafts_that_cannot_be_are_refused():
+    with pytest.raises(UsageError, match="layer 3 is not there: the model has the layers 0 to 0"):
+        write(CIRCLE, "a", max_new=4, drafting=Drafting(layers=(0, 3)))
+    with pytest.raises(UsageError, match="SimpleNamespace has no stack to leave layers out of"):
+        Drafting(layers=(0,)).made(types.SimpleNamespace(), {}, Bytes())
+    with pytest.raises(UsageError, match="--beams draws nothing"):
+        write(CIRCLE, "a", max_new=4, how=Beams(2), drafting=Drafting(words=2))
 
 
 def test_the_prompt_may_be_any_text():
@@ -103,6 +171,8 @@ def test_help_names_every_flag():
         assert f"--{flag}=" in shown.stdout
     for flag in ("beams", "length_penalty", "seed", "step"):
         assert f"--{flag}=" in shown.stdout
+    for flag in ("draft", "draft_layers", "draft_words", "draft_tokens"):
+        assert f"--{flag}=" in shown.stdout
 
 
 @pytest.mark.parametrize(
@@ -115,6 +185,8 @@ def test_help_names_every_flag():
         (("--workdir=nowhere", "--prompt=a", "--beams=0"), "beams is 0"),
         (("--workdir=nowhere",), "--prompt is missing"),
         (("--workdir=nowhere", "--prompts=nothing.txt"), "--prompts='nothing.txt' is no file"),
+        (("--workdir=nowhere", "--prompt=a", "--draft_layers=0,b"), "--draft_layers: 'b' is no layer"),
+        (("--workdir=nowhere", "--prompt=a", "--draft=x", "--beams=2"), "--beams draws nothing"),
     ],
 )
 def test_a_wrong_command_ends_in_one_line(arguments, message):

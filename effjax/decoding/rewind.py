@@ -1,0 +1,66 @@
+"""Taking tokens back out of key/value caches.
+
+A token that was written too early is forgotten by two changes: its slot's position becomes negative, so that
+no query sees it, and the count of slots in use falls, so that the next token takes its place. Keys and values
+stay where they are. Sequences may take back different numbers, so each has its own count from then on.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from effjax.decoding.cache import Cache
+from effjax.errors import UsageError
+from effjax.layers.stack import Layers
+
+
+def rewind(caches: Any, lengths: Int[Array, " b"]) -> Any:
+    """Caches as they were before any token at position `lengths` or later was written.
+
+    Args:
+      caches: of all layers, with depth in front or apart, in a tree of `Cache`. What is taken back must be
+        what was written last; slots of padding in front of a prompt stay in use.
+      lengths: tokens that each sequence keeps. One that has no more than that keeps all.
+
+    Returns:
+      The caches, with a count of slots in use for every sequence.
+    """
+
+    def taken_back(
+        positions: Int[Array, "b slots"], written: Int[Array, "*b"]
+    ) -> tuple[Int[Array, "b slots"], Int[Array, " b"]]:
+        late = positions >= lengths[:, None]  # [B, S]
+        return jnp.where(late, -1, positions), written - jnp.sum(late, axis=1)
+
+    def of_all_layers(cache: Cache) -> Cache:
+        if isinstance(cache.positions, Layers):
+            each = zip(cache.positions.each, cache.written.each, strict=True)
+            made = zip(*(taken_back(*one) for one in each), strict=True)
+            positions, written = (Layers(leaves) for leaves in made)
+            return dataclasses.replace(cache, positions=positions, written=written)
+        stacked = jax.vmap(taken_back)(cache.positions, cache.written)
+        return dataclasses.replace(cache, positions=stacked[0], written=stacked[1])
+
+    return jax.tree.map(of_all_layers, caches, is_leaf=_is_cache)
+
+
+def check_rewinds(model: nn.Module) -> None:
+    """Refuses a model that keeps anything else than keys and values.
+
+    Raises:
+      UsageError: for a recurrent state, which has no way back.
+    """
+    kept = jax.eval_shape(lambda: model.init_cache(1, 2))
+    if strange := [leaf for leaf in jax.tree.leaves(kept, is_leaf=_is_cache) if not _is_cache(leaf)]:
+        raise UsageError(
+            f"tokens cannot be taken back out of what the model keeps: it has a state of the shape "
+            f"{strange[0].shape} besides keys and values. Speculative decoding needs attention in all layers."
+        )
+
+
+def _is_cache(leaf: Any) -> bool:
+    return isinstance(leaf, Cache)
