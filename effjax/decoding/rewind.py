@@ -49,11 +49,17 @@ def rewind(caches: Any, lengths: Int[Array, " b"]) -> Any:
 
 
 def check_rewinds(model: nn.Module) -> None:
-    """Refuses a model that keeps anything else than keys and values.
+    """Refuses a model that keeps anything else than keys and values, or gives their slots away.
 
     Raises:
-      UsageError: for a recurrent state, which has no way back.
+      UsageError: for a recurrent state, or a policy that has evicted or merged; there is no way back.
     """
+    policy = getattr(model, "cache", None)
+    if policy is not None and not policy.rewinds:
+        raise UsageError(
+            f"cache={type(policy).__name__} gives slots away that a refused token would have to give back: "
+            f"leave the policy out of speculative decoding."
+        )
     kept = jax.eval_shape(lambda: model.init_cache(1, 2))
     if strange := [leaf for leaf in jax.tree.leaves(kept, is_leaf=_is_cache) if not _is_cache(leaf)]:
         raise UsageError(

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from effjax.decoding.cache import append, init_cache, visible
+from effjax.decoding.cache import EMPTY, append, init_cache, visible
+from effjax.decoding.policies.policy import Policy
+from effjax.decoding.policies.window import Window
 from effjax.decoding.prefill import left_pad, prefill
 from effjax.decoding.rewind import check_rewinds, rewind
 from effjax.errors import UsageError
@@ -36,12 +38,16 @@ def test_each_sequence_takes_back_its_own(laid):
     cache = append(init_cache(2, 6, 1, 4), numbers, numbers, jnp.array([[0, 1, 2, 3], [-1, 0, 1, 2]]))
     cache = layer(rewind(laid(cache), jnp.array([2, 9])))
     np.testing.assert_array_equal(cache.written, [2, 4])
-    np.testing.assert_array_equal(cache.positions, [[0, 1, -1, -1, -1, -1], [-1, 0, 1, 2, -1, -1]])
+    np.testing.assert_array_equal(
+        cache.positions, [[0, 1, -1, -1, EMPTY, EMPTY], [-1, 0, 1, 2, EMPTY, EMPTY]]
+    )
     # What was taken back is not seen, not even by what comes later.
-    np.testing.assert_array_equal(visible(cache, jnp.array([[5], [5]]))[0, 0, 0], [1, 1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(
+        visible(cache.positions, jnp.array([[5], [5]]))[0, 0, 0], [1, 1, 0, 0, 0, 0]
+    )
     new = jnp.full((2, 2, 1, 4), 7.0)
     cache = append(cache, new, new, jnp.array([[2, 3], [3, -1]]))
-    np.testing.assert_array_equal(cache.positions, [[0, 1, 2, 3, -1, -1], [-1, 0, 1, 2, 3, -1]])
+    np.testing.assert_array_equal(cache.positions, [[0, 1, 2, 3, EMPTY, EMPTY], [-1, 0, 1, 2, 3, -1]])
     np.testing.assert_array_equal(cache.keys[0, :, 0, 0], [0, 1, 7, 7, 0, 0])
     np.testing.assert_array_equal(cache.written, [4, 5])
 
@@ -71,3 +77,9 @@ def test_a_recurrent_state_has_no_way_back():
     recurrent = LM(DecoderBlock(Mamba(state=4), None), vocab=11, dim=8, depth=2)
     with pytest.raises(UsageError, match=r"tokens cannot be taken back .* needs attention in all layers"):
         check_rewinds(recurrent)
+
+
+def test_slots_that_were_given_away_do_not_come_back():
+    check_rewinds(MODEL.clone(cache=Policy()))
+    with pytest.raises(UsageError, match="cache=Window gives slots away"):
+        check_rewinds(MODEL.clone(cache=Window(budget=8)))

@@ -8,7 +8,7 @@ it is the cache that keeps all, slot for slot.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
@@ -31,6 +31,8 @@ class Evicting(Policy):
     """
 
     budget: int = 256
+
+    rewinds: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.budget < 1:

@@ -60,6 +60,8 @@ class Policy:
 
     # Whether `observe` wants to know how much of each slot was taken.
     watches: ClassVar[bool] = False
+    # Whether tokens that were written last can be taken back: `effjax.decoding.rewind`.
+    rewinds: ClassVar[bool] = True
 
     def room(self, slots: int) -> int:
         """How many slots a sequence of up to `slots` tokens needs."""
