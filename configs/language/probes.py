@@ -16,7 +16,14 @@ with one difference: embeddings enter with the size of what the first layer adds
     three pairs was 2 rows of 9 found needles (0.992 right at 64) and no recall (0.100); 200 more with the
     shares here and without needles of 32 tokens found recall (0.990, and 0.945 of the needles).
 `probes`
-    From there to 256 tokens.
+    From there 200 steps on up to 256 tokens. Right answers of the run made so, on 128 unseen sequences each:
+
+        tokens    64     128    256    512 (longer than any trained on)
+        recall    1.000  1.000  1.000  0.997      16 pairs at 64 tokens, 31 from 128 on
+        needle    0.998  1.000  1.000  0.943
+
+    Times were not taken on a machine of its own; beside ten other programs these last 200 steps took five
+    minutes on 2 cores.
 """
 
 import dataclasses
