@@ -9,6 +9,13 @@
 `|` is the token 1 and everything else is drawn anew for each sequence, so that weights can hold no answer:
 what a model gets right it fetched from its context. Only answers have the weight 1. A model is trained on
 them by `source=dict(kind="probe", task=dict(kind="recall"), length=64)`, and any language model can be asked.
+On several at once by
+
+    source=dict(kind="probe_mixture", length=256, parts=(
+        dict(task=dict(kind="recall"), length=64, share=3), dict(task=dict(kind="needle"))))
+
+They do not contradict each other: behind whatever the sequence ends with, the answer is what followed the
+longest such end before; of a copy alone it is that of the sequence's beginning.
 
 Sequence `i` is a function of the seed and `i` alone.
 """
@@ -60,7 +67,7 @@ class Recall:
     """Gives the value that a key was paired with; keys are the lower half of the symbols, values the upper.
 
     Attributes:
-      pairs: how many there are; None fills half of the places.
+      pairs: how many there are; None fills half of the places, as far as there are keys.
     """
 
     pairs: int | None = None
@@ -71,7 +78,8 @@ class Recall:
 
     def make(self, rng: np.random.Generator, places: int, vocab: int) -> tuple[Sequence, Answers]:
         """Behind the pairs every second place is an answer."""
-        pairs = max(places // 4, 1) if self.pairs is None else self.pairs
+        keys_there_are = (vocab - FIRST) // 2
+        pairs = max(min(places // 4, keys_there_are), 1) if self.pairs is None else self.pairs
         asked = places // 2 - pairs
         _enough("recall", places, 2 * pairs + 2, vocab, FIRST + 2 * pairs)
         middle = (FIRST + vocab) // 2
@@ -149,9 +157,7 @@ class Probe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("length", "examples"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name)} must be at least 1.")
+        _positive(self, "length", "examples")
 
     def open(self) -> "ProbeReader":
         """Raises UsageError for a length or a vocabulary that is too small to ask anything."""
@@ -172,19 +178,114 @@ class ProbeReader:
 
     def __getitem__(self, index: int) -> Example:
         definition = self.definition
-        rng = np.random.Generator(np.random.Philox(key=[definition.seed, index]))
-        places = definition.length + 1
-        drawn, answers = definition.task.make(rng, places, definition.vocab)
-        rest = (0, places - len(drawn))
-        tokens = np.pad(drawn, rest).astype(np.int32)
-        segments = np.pad(np.ones(len(drawn), np.int32), rest)
-        return {
-            "tokens": tokens[:-1],
-            "targets": tokens[1:],
-            "segments": segments[:-1],
-            "positions": np.arange(definition.length, dtype=np.int32),
-            "weights": np.pad(answers, rest)[1:].astype(np.float32),
-        }
+        return _asked(definition.task, _rng(definition.seed, index), definition.length, definition.vocab)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What some rows of a mixture ask.
+
+    Attributes:
+      task: a kind of `KINDS`.
+      length: tokens a sequence; None means those of the row.
+      share: of the rows, in proportion to the other parts' shares.
+    """
+
+    task: Any = part(KINDS)
+    length: int | None = None
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.length is not None:
+            _positive(self, "length")
+        if not self.share > 0.0:
+            raise UsageError(f"share={self.share} must be above 0: leave the part out instead.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeMixture:
+    """A source of rows of which each asks what one of several parts asks, drawn by their shares.
+
+    A row holds as many sequences of its part as fit, each a document of its own whose positions start at 0.
+
+    Attributes:
+      length: tokens a row.
+      parts: what is asked.
+      vocab: tokens there are, for all parts; at most those of the model.
+      examples: rows of an epoch.
+      seed: of all of them; another one for evaluation than for training.
+    """
+
+    length: int
+    parts: tuple[Part, ...]
+    vocab: int = 64
+    examples: int = 2**16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "length", "examples")
+        if not self.parts:
+            raise UsageError("parts is empty: name what is asked, such as dict(task=dict(kind='recall')).")
+        for one in self.parts:
+            if one.length is not None and one.length > self.length:
+                raise UsageError(f"a part of length={one.length} does not fit into rows of {self.length}.")
+
+    def open(self) -> "MixtureReader":
+        """Raises UsageError for a length or a vocabulary that is too small to ask what a part asks."""
+        for one in self.parts:
+            _asked(one.task, _rng(self.seed, 0), one.length or self.length, self.vocab)
+        return MixtureReader(self)
+
+
+class MixtureReader:
+    """Draws the rows as they are asked for."""
+
+    def __init__(self, definition: ProbeMixture) -> None:
+        self.definition = definition
+        self.metadata = Metadata(identity=repr(definition))
+        shares = np.array([one.share for one in definition.parts])
+        self._shares = shares / shares.sum()
+
+    def __len__(self) -> int:
+        return self.definition.examples
+
+    def __getitem__(self, index: int) -> Example:
+        definition = self.definition
+        rng = _rng(definition.seed, index)
+        drawn = definition.parts[rng.choice(len(self._shares), p=self._shares)]
+        length = drawn.length or definition.length
+        count = definition.length // length
+        asked = [_asked(drawn.task, rng, length, definition.vocab) for _ in range(count)]
+        for document, sequence in enumerate(asked):
+            sequence["segments"] *= document + 1
+        rest = (0, definition.length - count * length)
+        return {name: np.pad(np.concatenate([one[name] for one in asked]), rest) for name in asked[0]}
+
+
+def _rng(seed: int, index: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, index]))
+
+
+def _asked(task: Task, rng: np.random.Generator, length: int, vocab: int) -> Example:
+    """One sequence of `length` tokens, padded where the task draws fewer."""
+    places = length + 1
+    drawn, answers = task.make(rng, places, vocab)
+    rest = (0, places - len(drawn))
+    tokens = np.pad(drawn, rest).astype(np.int32)
+    segments = np.pad(np.ones(len(drawn), np.int32), rest)
+    return {
+        "tokens": tokens[:-1],
+        "targets": tokens[1:],
+        "segments": segments[:-1],
+        "positions": np.arange(length, dtype=np.int32),
+        "weights": np.pad(answers, rest)[1:].astype(np.float32),
+    }
+
+
+def _positive(definition: Any, *names: str) -> None:
+    for name in names:
+        if getattr(definition, name) < 1:
+            raise UsageError(f"{name}={getattr(definition, name)} must be at least 1.")
 
 
 def _enough(kind: str, places: int, least_places: int, vocab: int, least_vocab: int) -> None:

@@ -23,7 +23,7 @@ from effjax.data import builders
 from effjax.data.arrays import Arrays
 from effjax.data.in_context import Autoregression, Regression
 from effjax.data.kept import kept
-from effjax.data.probes import Probe
+from effjax.data.probes import Probe, ProbeMixture
 from effjax.data.records import BadRecord, Example, Examples, Metadata
 from effjax.data.spelled import SpelledPictures
 from effjax.errors import UsageError, did_you_mean
@@ -308,6 +308,7 @@ KINDS = {
     "in_context_regression": Regression,
     "jsonl": JsonLines,
     "probe": Probe,
+    "probe_mixture": ProbeMixture,
     "spelled_pictures": SpelledPictures,
     "tfds": Tfds,
 }

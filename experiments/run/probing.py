@@ -5,7 +5,7 @@ from typing import Any
 
 from effjax.config import build
 from effjax.data import Data
-from effjax.data.probes import KINDS, Probe
+from effjax.data.probes import KINDS, Probe, ProbeMixture
 from effjax.errors import UsageError, did_you_mean
 from effjax.train.evaluators import Metrics
 from effjax.train.program import Program
@@ -18,7 +18,7 @@ def probe_table(
 ) -> list[list[str]]:
     """A row for each probe: its name, and the share of right answers at each length.
 
-    A run that was trained on a probe is asked with the tokens of that one, and any other with all of its own.
+    A run that was trained on probes is asked with the tokens of those, and any other with all of its own.
 
     Raises:
       UsageError: before anything is compiled: for a run that is no language model, an unknown probe, or a
@@ -54,7 +54,7 @@ def probe_table(
 def probe_data(program: Program, name: str, length: int, examples: int) -> Data:
     """Sequences that no training has seen."""
     trained = program.experiment.data.source
-    known = isinstance(trained, Probe)
+    known = isinstance(trained, Probe | ProbeMixture)
     vocab = trained.vocab if known else program.experiment.model.vocab
     task = dict(kind=name)
     source = dict(kind="probe", task=task, length=length, vocab=vocab, examples=examples, seed=2**31)

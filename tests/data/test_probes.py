@@ -3,7 +3,7 @@ import pytest
 
 from effjax.config import build
 from effjax.data import Data, sources
-from effjax.data.probes import FIRST, KINDS, MARK, Copy, Induction, Needle, Probe, Recall
+from effjax.data.probes import FIRST, KINDS, MARK, Copy, Induction, Needle, Part, Probe, ProbeMixture, Recall
 from effjax.errors import UsageError
 
 ALL = {"copy": Copy(), "recall": Recall(), "induction": Induction(), "needle": Needle()}
@@ -78,6 +78,86 @@ def test_a_config_names_them_for_training_and_evaluation():
     assert data.tokenizer is data.bytes_per_token is None
     assert {*KINDS} == {*ALL}
     assert sources.KINDS["probe"] is Probe
+    assert sources.KINDS["probe_mixture"] is ProbeMixture
+
+
+def after_longest_end(seen):
+    """What followed the longest end of `seen` that stood before, found without knowing what is asked."""
+    for size in range(len(seen) - 1, 0, -1):
+        for at in range(len(seen) - size - 1, -1, -1):
+            if seen[at : at + size] == seen[-size:]:
+                return seen[at + size]
+    return None
+
+
+def test_one_rule_answers_needle_recall_and_induction():
+    mixture = ProbeMixture(25, tuple(map(Part, (Needle(), Recall(), Induction()))), vocab=24, examples=40)
+    reader = mixture.open()
+    for row in (reader[i] for i in range(len(reader))):
+        for at in np.flatnonzero(row["weights"]):
+            assert after_longest_end(row["tokens"][: at + 1].tolist()) == row["targets"][at]
+
+
+def kind_of(row):
+    """A part by how many answers each of its rows has."""
+    return int(row["weights"].sum())
+
+
+def test_parts_of_a_mixture_have_their_shares_of_the_rows():
+    parts = (Part(Needle(size=3), share=1.5), Part(Induction(), share=0.5), Part(Copy(), length=8, share=3.0))
+    reader = ProbeMixture(24, parts, examples=400).open()
+    found = np.array([kind_of(reader[i]) for i in range(len(reader))])
+    counts = [np.mean(found == answers) for answers in (3, 1, 3 * 4)]
+    np.testing.assert_allclose(counts, [0.3, 0.1, 0.6], atol=0.08)
+
+
+def test_a_row_holds_as_many_sequences_of_its_part_as_fit_each_by_itself():
+    reader = ProbeMixture(23, (Part(Needle(size=2), length=10),), examples=20).open()
+    for row in (reader[i] for i in range(len(reader))):
+        assert all(field.shape == (23,) for field in row.values())
+        np.testing.assert_array_equal(row["segments"], [1] * 10 + [2] * 10 + [0] * 3)
+        np.testing.assert_array_equal(row["positions"], [*range(10), *range(10), 0, 0, 0])
+        np.testing.assert_array_equal(np.flatnonzero(row["weights"]), [8, 9, 18, 19])
+        first, second = row["tokens"][:10], row["tokens"][10:20]
+        assert first.tolist() != second.tolist()
+        for tokens, targets in ((first, row["targets"][:10]), (second, row["targets"][10:20])):
+            np.testing.assert_array_equal(tokens[1:], targets[:-1])
+            assert [answered(Needle(), tokens, i) for i in (8, 9)] == targets[8:].tolist()
+
+
+def test_padding_within_a_part_belongs_to_no_sequence():
+    row = ProbeMixture(16, (Part(Recall(), length=8),), vocab=16).open()[0]
+    np.testing.assert_array_equal(row["segments"], [1] * 8 + [2] * 8)
+    even = ProbeMixture(14, (Part(Copy(), length=7),), vocab=16).open()[0]
+    np.testing.assert_array_equal(even["segments"], [1] * 7 + [2] * 7)
+    np.testing.assert_array_equal(np.flatnonzero(even["weights"]), [3, 4, 5, 10, 11, 12])
+
+
+def test_rows_of_a_mixture_are_functions_of_seed_and_number():
+    def drawn(seed, order):
+        reader = ProbeMixture(20, (Part(Copy()), Part(Needle(), length=16)), examples=12, seed=seed).open()
+        rows = {i: reader[i] for i in order}
+        return np.stack([rows[i]["tokens"] for i in range(12)])
+
+    forwards, backwards = drawn(0, range(12)), drawn(0, range(11, -1, -1))
+    np.testing.assert_array_equal(forwards, backwards)
+    assert len({tuple(row) for row in [*forwards, *drawn(1, range(12))]}) == 24
+
+
+def test_a_config_names_the_parts_of_a_mixture():
+    parts = (dict(task=dict(kind="recall", pairs=2), length=8, share=2), dict(task=dict(kind="needle")))
+    section = dict(kind="probe_mixture", length=16, vocab=24, examples=6, parts=parts)
+    data = build(Data, dict(source=section, batch_size=4, threads=0), "config.data")
+    assert data.source.parts == (Part(Recall(pairs=2), 8, 2.0), Part(Needle()))
+    assert sum(batch["mask"].sum() for batch in data.open().evaluate()) == 6
+
+
+def test_recall_has_no_more_pairs_than_there_are_keys():
+    for vocab, pairs in ((64, 16), (22, 10), (23, 10)):
+        for row in rows(Recall(), length=63, vocab=vocab, count=5):
+            first = int(np.flatnonzero(row["weights"])[0])
+            assert first == 2 * pairs
+            assert len({*row["tokens"][:first:2]}) == pairs
 
 
 @pytest.mark.parametrize(
@@ -86,7 +166,8 @@ def test_a_config_names_them_for_training_and_evaluation():
         (Copy(), 1, 16, "copy needs at least 2 tokens, and length=1"),
         (Induction(), 2, 16, "induction needs at least 3 tokens"),
         (Needle(size=8), 16, 16, "needle needs at least 18 tokens"),
-        (Recall(), 63, 16, "recall of 63 tokens needs vocab=34 or more, not 16"),
+        (Recall(pairs=16), 63, 16, "recall of 63 tokens needs vocab=34 or more, not 16"),
+        (Recall(), 63, 3, "recall of 63 tokens needs vocab=4 or more, not 3"),
         (Recall(pairs=8), 16, 64, "recall needs at least 17 tokens"),
     ],
 )
@@ -103,6 +184,12 @@ def test_what_asks_nothing_is_refused(task, length, vocab, message):
         (lambda: Needle(depth=1.5), r"depth=1\.5"),
         (lambda: Probe(0, Copy()), "length=0"),
         (lambda: Probe(8, Copy(), examples=0), "examples=0"),
+        (lambda: Part(Copy(), length=0), "length=0"),
+        (lambda: Part(Copy(), share=0.0), "share=0.0"),
+        (lambda: ProbeMixture(8, ()), "parts is empty"),
+        (lambda: ProbeMixture(8, (Part(Copy(), length=9),)), "length=9 does not fit into rows of 8"),
+        (lambda: ProbeMixture(8, (Part(Copy()),), examples=0), "examples=0"),
+        (lambda: ProbeMixture(8, (Part(Copy()), Part(Needle()))).open(), "needle needs at least 10 tokens"),
     ],
 )
 def test_bad_fields_are_named(make, message):

@@ -43,6 +43,15 @@ def test_a_model_is_asked_with_its_own_tokens_and_none_that_it_has_seen(program)
     assert tokens.max() > 128
 
 
+def test_a_model_trained_on_probes_is_asked_with_their_tokens():
+    trained = program_of("configs.language.probes", data__source__vocab=40)
+    data = probe_data(trained, "recall", 128, examples=8)
+    assert data.source.vocab == 40
+    assert data.source.seed not in (trained.experiment.data.source.seed, 1)
+    # 128 tokens have room for 32 pairs, and 40 tokens are keys for 19.
+    assert {int(row.nonzero()[0][0]) for row in next(data.open().evaluate())["weights"]} == {2 * 19}
+
+
 @pytest.mark.parametrize(
     ("names", "lengths", "message"),
     [
