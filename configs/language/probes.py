@@ -133,6 +133,11 @@ def parts(size: Size) -> tuple[dict[str, Any], ...]:
 
 
 def unseen(kind: str, size: Size) -> dict[str, Any]:
-    """Sequences of the longest length that no training has seen."""
-    source = dict(kind="probe", task=dict(kind=kind), length=size.length, vocab=VOCAB, examples=128, seed=1)
+    """Sequences that no training has seen.
+
+    Those of recall are half as long: every question states a pair again, so that of a long one the latest
+    tokens answer most.
+    """
+    length = size.length // 2 if kind == "recall" else size.length
+    source = dict(kind="probe", task=dict(kind=kind), length=length, vocab=VOCAB, examples=128, seed=1)
     return dict(source=source, batch_size=size.rows, threads=0)
