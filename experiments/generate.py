@@ -4,11 +4,14 @@
     python -m experiments.generate --workdir=runs/lm --prompt="Return the " --top_k=40 --seed=1
     python -m experiments.generate --workdir=runs/lm --prompt="Return" --prompt="The class" --beams=4
     python -m experiments.generate --workdir=runs/lm --prompts=prompts.txt --min_p=0.1 --top_p=1
+    python -m experiments.generate --workdir=runs/lm --prompts=long.txt --method=gemfilter:layer=1,keep=64
 
 Prints each prompt and what follows it, up to the end of the document or --max_new tokens; all prompts are
 written on at once. The same seed gives the same texts; --temperature=0 always takes the most likely token,
-and --beams searches for the likeliest text. What it took (time to the first token, tokens a second, bytes of
-the caches; measured after compiling) goes to standard error, so that the texts can be piped.
+and --beams searches for the likeliest text. With --method=gemfilter the model reads of each prompt the tokens
+that an early layer chooses, which are shown on standard error: see `effjax.decoding.gemfilter`. What it took
+(time to the first token, tokens a second, bytes of the caches; measured after compiling) goes to standard
+error too, so that the texts can be piped.
 """
 
 from pathlib import Path
@@ -32,6 +35,9 @@ BEAMS = flags.DEFINE_integer(
 )
 LENGTH_PENALTY = flags.DEFINE_float(
     "length_penalty", 1.0, "of --beams: power of the length that divides the log-probability of a text"
+)
+METHOD = flags.DEFINE_string(
+    "method", None, "what is read of long prompts: gemfilter:layer=1,keep=64; by default all"
 )
 SEED = flags.DEFINE_integer("seed", 0, "of the draws")
 STEP = flags.DEFINE_integer("step", None, "step of the checkpoint; by default the newest")
@@ -57,13 +63,17 @@ def main(argv: list[str]) -> int:
     how: Sampling | Beams = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
     if BEAMS.value is not None:
         how = Beams(BEAMS.value, LENGTH_PENALTY.value)
-    written = writing.write(WORKDIR.value, prompts, MAX_NEW.value, how, SEED.value, STEP.value)
+    gems = writing.parse_method(METHOD.value)
+    written = writing.write(WORKDIR.value, prompts, MAX_NEW.value, how, SEED.value, STEP.value, gems)
+    notes = Console(stderr=True, highlight=False)
+    for text in written.read or ():
+        notes.print(f"read: {text}", markup=False)
     for prompt, text in zip(prompts, written.texts, strict=True):
         print(prompt + text)
     closing_table(
         f"{WORKDIR.value}, {len(prompts)} prompt{'s' * (len(prompts) > 1)}",
         writing.figures(written),
-        Console(stderr=True, highlight=False),
+        notes,
     )
     return 0
 

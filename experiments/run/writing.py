@@ -9,14 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effjax.config import build_kind
 from effjax.data.text import Tokenizer, check_vocabulary
 from effjax.decoding.beam import Beams, search
+from effjax.decoding.gemfilter import GemFilter, compress
 from effjax.decoding.generate import Writing, begin, decode
 from effjax.decoding.prefill import Sequences, left_pad, prefill, slots_for
 from effjax.decoding.sampling import Sampling
 from effjax.errors import UsageError
+from experiments.run import kind_spec
 from experiments.run.formatting import count, duration, measurement
 from experiments.run.restore import load_run
+
+# What reads less of a prompt than all of it.
+METHODS = {"gemfilter": GemFilter}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Written:
       seconds: from the prompts to the last token.
       tokens: that were written, up to the end of each text; with beams, those of the best.
       cache_bytes: of the caches of all layers and prompts, of one beam.
+      read: the part of each prompt that was read, where that is not all of it.
     """
 
     texts: tuple[str, ...]
@@ -39,6 +46,7 @@ class Written:
     seconds: float
     tokens: int
     cache_bytes: int
+    read: tuple[str, ...] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -56,6 +64,7 @@ def write(
     how: Sampling | Beams,
     seed: int,
     step: int | None = None,
+    gems: GemFilter | None = None,
 ) -> Written:
     """Loads a run and returns what its model writes after each prompt.
 
@@ -67,8 +76,20 @@ def write(
     if tokenizer is None:
         raise UsageError(f"--workdir='{workdir}' holds no language model: its data has no tokenizer.")
     return continue_texts(
-        program.task.model, variables, tokenizer, prompts, max_new, how, jax.random.key(seed)
+        program.task.model, variables, tokenizer, prompts, max_new, how, jax.random.key(seed), gems
     )
+
+
+def parse_method(spec: str | None) -> GemFilter | None:
+    """Reads `--method=gemfilter:layer=2,keep=64`; None where there is none.
+
+    Raises:
+      UsageError: for what cannot be read, an unknown kind or field, or a value that the method refuses.
+    """
+    if spec is None:
+        return None
+    kind, fields = kind_spec.read("method", spec, "gemfilter:layer=2,keep=64")
+    return build_kind(METHODS, {"kind": kind, **fields}, f"--method={spec}")
 
 
 def continue_texts(
@@ -79,8 +100,11 @@ def continue_texts(
     max_new: int,
     how: Sampling | Beams,
     key: jax.Array,
+    gems: GemFilter | None = None,
 ) -> Written:
     """What a model writes after prompts that begin documents, up to the documents' ends.
+
+    With `gems` it reads of each prompt what they leave.
 
     Raises:
       UsageError: before anything is compiled: for an empty prompt, no new tokens, more of both than the model
@@ -88,11 +112,15 @@ def continue_texts(
     """
     # A token reads every weight once: nothing is copied on the way.
     variables = model.layers_apart(variables) if hasattr(model, "layers_apart") else variables
-    padded, lengths = _tokens(model, tokenizer, prompts, max_new)
-    slots, stop = slots_for(model, padded, max_new), tokenizer.separator
+    padded, lengths = _tokens(model, tokenizer, prompts, max_new, gems)
+    kept = padded if gems is None else padded[:, -gems.keep :]
+    slots, stop = slots_for(model, kept, max_new), tokenizer.separator
+
+    def choose() -> tuple[jax.Array, jax.Array]:
+        return (padded, lengths) if gems is None else compress(model, variables, padded, lengths, gems)
 
     def read() -> Sequences:
-        return jax.block_until_ready(prefill(model, variables, padded, lengths, slots))
+        return jax.block_until_ready(prefill(model, variables, *choose(), slots))
 
     def start(sequences: Sequences) -> Writing:
         return begin(sequences, max_new, key, stop)
@@ -119,11 +147,12 @@ def continue_texts(
     # The separator that ends a text is written too.
     tokens = int(np.minimum(np.sum(text != stop, axis=1) + 1, max_new).sum())
     texts = tuple(tokenizer.decode(row) for row in text)
-    return Written(texts, compiled, first, seconds, tokens, cache_bytes)
+    chosen = None if gems is None else tuple(tokenizer.decode(row) for row in np.asarray(choose()[0]))
+    return Written(texts, compiled, first, seconds, tokens, cache_bytes, chosen)
 
 
 def _tokens(
-    model: Any, tokenizer: Tokenizer, prompts: Sequence[str], max_new: int
+    model: Any, tokenizer: Tokenizer, prompts: Sequence[str], max_new: int, gems: GemFilter | None
 ) -> tuple[jax.Array, jax.Array]:
     """The prompts as rows of tokens that end together, and their lengths."""
     if not prompts or not all(prompts):
@@ -131,7 +160,8 @@ def _tokens(
     check_vocabulary(tokenizer, model.vocab)
     rows = [[tokenizer.separator, *tokenizer.encode(prompt.encode()).tolist()] for prompt in prompts]
     longest = max(map(len, rows))
-    room = max_new if model.max_length is None else model.max_length - longest
+    read = longest if gems is None or longest > (model.max_length or longest) else min(longest, gems.keep)
+    room = max_new if model.max_length is None else model.max_length - read
     if max_new > room:
         advice = f"--max_new={room} or less" if room > 0 else "a shorter --prompt"
         raise UsageError(

@@ -10,12 +10,13 @@ from flax.core import meta
 
 from effjax.data.text import Bytes
 from effjax.decoding.beam import Beams
+from effjax.decoding.gemfilter import GemFilter
 from effjax.decoding.sampling import Sampling
 from effjax.errors import UsageError
 from effjax.ffn import Gated
 from effjax.mixers import Attention
 from effjax.models.lm import LM, DecoderBlock
-from experiments.run.writing import continue_texts, figures
+from experiments.run.writing import continue_texts, figures, parse_method
 
 
 def chain(following, vocab=256):
@@ -34,9 +35,9 @@ def chain(following, vocab=256):
 GREEDY = Sampling(temperature=0.0)
 
 
-def write(following, *prompts, max_new, how=GREEDY, vocab=256):
+def write(following, *prompts, max_new, how=GREEDY, vocab=256, gems=None):
     model, variables = chain(following, vocab)
-    return continue_texts(model, variables, Bytes(), prompts, max_new, how, jax.random.key(0))
+    return continue_texts(model, variables, Bytes(), prompts, max_new, how, jax.random.key(0), gems)
 
 
 CIRCLE = {"a": "b", "b": "c", "c": "\0", "\0": "a"}
@@ -66,6 +67,22 @@ def test_beams_find_the_likeliest_text():
     assert written.texts == ("bc", "c")
     assert written.tokens == 5
     assert "time to first token" not in figures(written)
+
+
+def test_of_long_prompts_a_part_is_read():
+    gems = parse_method("gemfilter:layer=0,keep=3,recent=1")
+    assert gems == GemFilter(0, 3, recent=1)
+    written = write(CIRCLE, "xyxyxyxyxa", "b", max_new=4, gems=gems)
+    assert written.texts == ("bc", "c")
+    assert [len(text) for text in written.read] == [2, 1]  # and the separator, of equal scores the first
+    assert written.read[0].endswith("a")
+    # Two prompts of 3 + 4 - 1 slots.
+    assert written.cache_bytes == 2 * 6 * (2 * 256 + 1) * 4 + 4
+    assert write(CIRCLE, "a", max_new=4).read is None
+    # What is read must fit with what is written, and the prompt by itself.
+    assert write(CIRCLE, "x" * 14 + "a", max_new=9, gems=gems).texts == ("bc",)
+    with pytest.raises(UsageError, match=r"a prompt of 17 tokens exceeds the 16 .* give a shorter --prompt"):
+        write(CIRCLE, "x" * 16, max_new=1, gems=gems)
 
 
 def test_the_prompt_may_be_any_text():
@@ -101,7 +118,7 @@ def test_help_names_every_flag():
     assert shown.returncode == 0
     for flag in ("workdir", "prompt", "prompts", "max_new", "temperature", "top_k", "top_p", "min_p"):
         assert f"--{flag}=" in shown.stdout
-    for flag in ("beams", "length_penalty", "seed", "step"):
+    for flag in ("beams", "length_penalty", "method", "seed", "step"):
         assert f"--{flag}=" in shown.stdout
 
 
@@ -114,6 +131,11 @@ def test_help_names_every_flag():
         (("--workdir=nowhere", "--prompt=a", "--temperature=-1"), "temperature is -1.0"),
         (("--workdir=nowhere", "--prompt=a", "--beams=0"), "beams is 0"),
         (("--workdir=nowhere",), "--prompt is missing"),
+        (("--workdir=nowhere", "--prompt=a", "--method=gemfilter:keep=3"), "layer is missing"),
+        (
+            ("--workdir=nowhere", "--prompt=a", "--method=gem"),
+            "--method=gem.kind is 'gem', which is no kind. Known: 'gemfilter'",
+        ),
         (("--workdir=nowhere", "--prompts=nothing.txt"), "--prompts='nothing.txt' is no file"),
     ],
 )
