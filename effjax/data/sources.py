@@ -1,5 +1,5 @@
 """Where examples come from: prepared TFDS data sets, folders of images or arrays, JSON lines,
-and what is drawn as it is asked for: probes, prompts of examples.
+long reasoning, and what is drawn as it is asked for: probes, prompts of examples.
 
 A definition (a frozen dataclass, what a config names) is opened into a reader (random access by number).
 """
@@ -25,6 +25,7 @@ from effjax.data.in_context import Autoregression, Regression
 from effjax.data.kept import kept
 from effjax.data.probes import Probe
 from effjax.data.records import BadRecord, Example, Examples, Metadata
+from effjax.data.rounds import RunningSum, Traces
 from effjax.data.spelled import SpelledPictures
 from effjax.errors import UsageError, did_you_mean
 
@@ -308,6 +309,8 @@ KINDS = {
     "in_context_regression": Regression,
     "jsonl": JsonLines,
     "probe": Probe,
+    "running_sum": RunningSum,
     "spelled_pictures": SpelledPictures,
     "tfds": Tfds,
+    "traces": Traces,
 }

@@ -131,12 +131,12 @@ def test_help_names_every_flag():
         (("--workdir=nowhere", "--prompt=a", "--temperature=-1"), "temperature is -1.0"),
         (("--workdir=nowhere", "--prompt=a", "--beams=0"), "beams is 0"),
         (("--workdir=nowhere",), "--prompt is missing"),
+        (("--workdir=nowhere", "--prompts=nothing.txt"), "--prompts='nothing.txt' is no file"),
         (("--workdir=nowhere", "--prompt=a", "--method=gemfilter:keep=3"), "layer is missing"),
         (
             ("--workdir=nowhere", "--prompt=a", "--method=gem"),
             "--method=gem.kind is 'gem', which is no kind. Known: 'gemfilter'",
         ),
-        (("--workdir=nowhere", "--prompts=nothing.txt"), "--prompts='nothing.txt' is no file"),
     ],
 )
 def test_a_wrong_command_ends_in_one_line(arguments, message):
