@@ -6,6 +6,8 @@
     python -m experiments.generate --workdir=runs/lm --prompts=prompts.txt --min_p=0.1 --top_p=1
     python -m experiments.generate --workdir=runs/lm --prompt="Return" --draft=runs/small --draft_tokens=4
     python -m experiments.generate --workdir=runs/lm --prompt="Return" --draft_layers=0,1,3
+    python -m experiments.generate --workdir=runs/lm --prompts=long.txt --method=gemfilter:layer=1,keep=64
+    python -m experiments.generate --workdir=runs/lm --prompts=long.txt --method=heavy_hitters:budget=128
 
 Prints each prompt and what follows it, up to the end of the document or --max_new tokens; all prompts are
 written on at once. The same seed gives the same texts; --temperature=0 always takes the most likely token,
@@ -15,6 +17,10 @@ A draft proposes tokens, of which the model checks several in one step; texts fo
 without, and are the same at --temperature=0. --draft names a run of a smaller model of the same tokenizer,
 --draft_layers some layers of the model itself, and --draft_words looks in the text for what followed the same
 words before.
+
+With --method=gemfilter the model reads of each prompt the tokens that an early layer chooses, which are shown
+on standard error: `effjax.decoding.gemfilter`. Any other method is a kind of `effjax.decoding.policies`, and
+says which tokens the caches keep.
 
 What it took (time to the first token, tokens a second, bytes of the caches, how much was accepted; measured
 after compiling) goes to standard error, so that the texts can be piped.
@@ -50,6 +56,11 @@ DRAFT_WORDS = flags.DEFINE_integer(
     "draft_words", None, "propose what followed at most this many last tokens where they stood before"
 )
 DRAFT_TOKENS = flags.DEFINE_integer("draft_tokens", None, "how many are proposed at a time; by default 4")
+METHODS = flags.DEFINE_multi_string(
+    "method",
+    [],
+    "what is read of long prompts, gemfilter:layer=1,keep=64, or kept in caches, window:budget=64",
+)
 SEED = flags.DEFINE_integer("seed", 0, "of the draws")
 STEP = flags.DEFINE_integer("step", None, "step of the checkpoint; by default the newest")
 
@@ -66,6 +77,7 @@ def main(argv: list[str]) -> int:
     from experiments.run import writing
     from experiments.run.closing import closing_table
     from experiments.run.drafting import Drafting
+    from experiments.run.shortcuts import Shortcuts
 
     if WORKDIR.value is None:
         raise UsageError("--workdir is missing. Name a run that was trained: --workdir=runs/NAME.")
@@ -79,13 +91,17 @@ def main(argv: list[str]) -> int:
     if not DRAFT.value is DRAFT_LAYERS.value is DRAFT_WORDS.value is DRAFT_TOKENS.value is None:
         tokens = {} if DRAFT_TOKENS.value is None else {"tokens": DRAFT_TOKENS.value}
         drafting = Drafting(DRAFT.value, _layers(DRAFT_LAYERS.value), DRAFT_WORDS.value, **tokens)
-    written = writing.write(WORKDIR.value, prompts, MAX_NEW.value, how, SEED.value, STEP.value, drafting)
+    shortcuts = Shortcuts.of(METHODS.value, drafting)
+    written = writing.write(WORKDIR.value, prompts, MAX_NEW.value, how, SEED.value, STEP.value, shortcuts)
+    notes = Console(stderr=True, highlight=False)
+    for text in written.read or ():
+        notes.print(f"read: {text}", markup=False)
     for prompt, text in zip(prompts, written.texts, strict=True):
         print(prompt + text)
     closing_table(
         f"{WORKDIR.value}, {len(prompts)} prompt{'s' * (len(prompts) > 1)}",
         writing.figures(written),
-        Console(stderr=True, highlight=False),
+        notes,
     )
     return 0
 

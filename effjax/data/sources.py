@@ -25,6 +25,7 @@ from effjax.data.in_context import Autoregression, Regression
 from effjax.data.kept import kept
 from effjax.data.probes import Probe, ProbeMixture
 from effjax.data.records import BadRecord, Example, Examples, Metadata
+from effjax.data.rounds import RunningSum, Traces
 from effjax.data.spelled import SpelledPictures
 from effjax.errors import UsageError, did_you_mean
 
@@ -309,6 +310,8 @@ KINDS = {
     "jsonl": JsonLines,
     "probe": Probe,
     "probe_mixture": ProbeMixture,
+    "running_sum": RunningSum,
     "spelled_pictures": SpelledPictures,
     "tfds": Tfds,
+    "traces": Traces,
 }

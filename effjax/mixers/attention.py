@@ -143,13 +143,15 @@ class Attention(KeyValue):
                 return self._watched(x, q, k, v, options, watch, context)
             y = softmax_attention(q, k, v, **options)  # [B, N, H, D]
         else:
+            options["causal"] = False  # the mask says it, by positions
             y, cache = self.remember(
                 *(q, k, v, positions, cache, context),
-                lambda keys, allowed, bias: attention_weights(
-                    q, keys, mask=allowed, causal=False, bias=bias, **options
-                ),
+                lambda keys, allowed, bias: attention_weights(q, keys, mask=allowed, bias=bias, **options),
                 self.causal,
                 self.window,
+                lambda keys, values, allowed, bias: softmax_attention(
+                    q, keys, values, mask=allowed, bias=bias, **options
+                ),
             )  # [B, N, H, D]
         return self.output(y, x.shape[-1], context), cache
 

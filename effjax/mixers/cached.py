@@ -29,6 +29,20 @@ class Weigh(Protocol):
         """Weights of the keys where they are allowed; the bias is added to the logits."""
 
 
+@runtime_checkable
+class Take(Protocol):
+    """What the queries of a mixer take from values, which may need less memory than all weights do."""
+
+    def __call__(
+        self,
+        keys: Float[Array, "b s g d"],
+        values: Float[Array, "b s g e"],
+        allowed: Bool[Array, "#b #h #n s"],
+        bias: Float[Array, "b h 1 s"] | None,
+    ) -> Float[Array, "b n h e"]:
+        """The sum of values by the weights of their keys."""
+
+
 class KeyValue(nn.Module):
     """Attention, whose heads keep keys and values; `attend` and `sizes` are what it does."""
 
@@ -71,6 +85,7 @@ class KeyValue(nn.Module):
         weigh: Weigh,
         causal: bool = True,
         window: int | None = None,
+        take: Take | None = None,
     ) -> tuple[Float[Array, "b n h d"], Cache]:
         """Adds tokens to the cache, and lets them look at what its policy keeps.
 
@@ -84,6 +99,7 @@ class KeyValue(nn.Module):
           weigh: weights of keys, given the mask and what is added to the logits.
           causal: whether a token sees only itself and tokens before it.
           window: the mixer's.
+          take: what is taken from values, where nobody asks for the weights; None sums by `weigh`.
         """
         window = window if context.window is None else context.window
 
@@ -101,6 +117,8 @@ class KeyValue(nn.Module):
             each = q.shape[2] // keys.shape[2]
             allowed = allowed if allowed.shape[1] == 1 else jnp.repeat(allowed, each, axis=1)
             bias = None if bias is None else jnp.repeat(bias, each, axis=1)
+            if take is not None and not tell:
+                return take(keys, values, allowed, bias), None
             weights = weigh(keys, allowed, bias)  # [B, H, N, S]
             return weighted_sum(weights.astype(values.dtype), values), weights if tell else None
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 import flax.struct
-import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 
@@ -47,14 +46,15 @@ class Context:
     cache: Any = flax.struct.field(pytree_node=False, default=None)
     turn: int | None = flax.struct.field(pytree_node=False, default=None)
 
-    def mask(self) -> Bool[Array, "b 1 n n"] | None:
-        """Which keys (last axis) each query may see, by segments and validity; None where all may see all."""
+    def mask(self) -> Bool[Array, "b 1 _ n"] | None:
+        """Which keys (last axis) each query may see, by segments and validity; None where all may see all.
+
+        By validity alone all queries see the same: there is one row of them.
+        """
         allowed = None
         if self.segments is not None:
             allowed = self.segments[:, None, :, None] == self.segments[:, None, None, :]
         if self.valid is not None:
-            keys = jnp.broadcast_to(
-                self.valid[:, None, None, :], (*self.valid.shape[:1], 1, *self.valid.shape[1:] * 2)
-            )
+            keys = self.valid[:, None, None, :]  # [B, 1, 1, N]
             allowed = keys if allowed is None else allowed & keys
         return allowed

@@ -3,11 +3,21 @@
     y_n = sum_s p_ns v_s,    p_n = softmax(cap(scale q_n k_s + bias_ns) where s is allowed)
 
 `cap(l) = c tanh(l / c)` bounds the logits where a model asks for it: Gemma 2, 2024.
+
+A row of the softmax needs no other row. Where all logits together would be large, queries so take turns in
+blocks, forward and backward: memory grows with the keys, and the numbers are the same.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+# Of a head, logits that stand in memory together: those of 8192 queries and keys, 256 MB. More than that come
+# in blocks of so many queries: 16 MB a head at 16,384 keys.
+LOGITS_AT_ONCE = 2**26
+BLOCK = 256
 
 
 def band(length: int, window: Int[Array, ""], causal: bool) -> Bool[Array, "1 1 n n"]:
@@ -30,12 +40,52 @@ def softmax_attention(
     cap: float | None = None,
     window: tuple[int, int] | None = None,
     share: float | None = None,
+    block: int | None = None,
 ) -> Float[Array, "b n h e"]:
-    """Weighs the values `v` by `attention_weights`, which has the other arguments."""
-    weights = attention_weights(
-        q, k, mask=mask, causal=causal, bias=bias, scale=scale, cap=cap, window=window, share=share
-    )
-    return weighted_sum(weights.astype(v.dtype), v)  # [B, N, H, D]
+    """Weighs the values `v` by `attention_weights`, which has the other arguments.
+
+    Args:
+      block: queries whose logits stand in memory together; None takes all of them as long as a head has no
+        more than `LOGITS_AT_ONCE` logits, else `BLOCK`. A `share`, which is of a whole head, takes all.
+    """
+    n, s = q.shape[1], k.shape[1]
+    options: dict[str, Any] = dict(causal=causal, scale=scale, cap=cap, window=window)
+    if block is None:
+        block = n if n * s <= LOGITS_AT_ONCE else BLOCK
+    if share is None and block < n:
+        return _by_blocks(q, k, v, block, mask, bias, options)
+    weights = attention_weights(q, k, mask=mask, bias=bias, share=share, **options)
+    return weighted_sum(weights.astype(v.dtype), v)  # [B, N, H, E]
+
+
+def _by_blocks(
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b s g d"],
+    v: Float[Array, "b s g e"],
+    block: int,
+    mask: Bool[Array, "#b #h #n s"] | None,
+    bias: Float[Array, "#b #h #n s"] | None,
+    options: dict[str, Any],
+) -> Float[Array, "b n h e"]:
+    """`softmax_attention`, so many queries at a time; the backward pass computes their logits again."""
+    whole, rest = divmod(q.shape[1], block)
+
+    def some(first: Int[Array, ""] | int, count: int) -> Float[Array, "b m h e"]:
+        def rows(array: Array | None, axis: int) -> Any:
+            if array is None or array.shape[axis] == 1:
+                return array
+            return jax.lax.dynamic_slice_in_dim(array, first, count, axis)
+
+        weights = attention_weights(
+            rows(q, 1), k, mask=rows(mask, 2), bias=rows(bias, 2), first=first, **options
+        )  # [B, H, M, S]
+        return weighted_sum(weights.astype(v.dtype), v)  # [B, M, H, E]
+
+    # Inside a loop nothing is merged that should be computed again.
+    again = jax.checkpoint(lambda first: some(first, block), prevent_cse=False)
+    y = jax.lax.map(again, block * jnp.arange(whole))  # [N / M, B, M, H, E]
+    y = jnp.moveaxis(y, 0, 1).reshape(q.shape[0], whole * block, *y.shape[3:])  # [B, N, H, E]
+    return jnp.concatenate([y, some(whole * block, rest)], axis=1) if rest else y
 
 
 def attention_weights(
@@ -49,6 +99,7 @@ def attention_weights(
     cap: float | None = None,
     window: tuple[int, int] | None = None,
     share: float | None = None,
+    first: Int[Array, ""] | int = 0,
 ) -> Float[Array, "b h n s"]:
     """How much of each value a query takes, in float32.
 
@@ -62,6 +113,7 @@ def attention_weights(
       cap: logits become `cap tanh(logits / cap)` before anything is masked.
       window: how many tokens to the left and to the right a query may see.
       share: of the weights of each head those that count, see `largest`; None counts all.
+      first: place of the first query in its row, for `causal` and `window`.
     """
     n, s = q.shape[1], k.shape[1]
     logits = dot_products(q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)  # [B, H, N, S]
@@ -69,7 +121,7 @@ def attention_weights(
         logits = cap * jnp.tanh(logits / cap)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
-    distance = jnp.arange(n)[:, None] - jnp.arange(s)[None, :]  # query - key
+    distance = first + jnp.arange(n)[:, None] - jnp.arange(s)[None, :]  # query - key
     allowed = mask
     if causal:
         allowed = both(allowed, (distance >= 0)[None, None])

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,13 +13,17 @@ from effjax.data.text import Tokenizer, check_vocabulary
 from effjax.decoding import speculative
 from effjax.decoding.beam import Beams, search
 from effjax.decoding.drafts import Draft
+from effjax.decoding.gemfilter import GemFilter, compress
 from effjax.decoding.generate import begin, decode
 from effjax.decoding.prefill import Sequences, left_pad, prefill, slots_for
 from effjax.decoding.sampling import Sampling
 from effjax.errors import UsageError
-from experiments.run.drafting import Drafting
 from experiments.run.formatting import count, duration, measurement
 from experiments.run.restore import load_run
+from experiments.run.shortcuts import Shortcuts
+
+# Tokens, padded in front, and how many of each row are the prompt.
+Prompts = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Written:
       first_tokens: that were there after `first_token_seconds`.
       acceptance: of a draft's proposals, the share that was accepted; None without a draft.
       tokens_per_call: that a step of the model wrote to a text; None without a draft.
+      read: the part of each prompt that was read, where that is not all of it.
     """
 
     texts: tuple[str, ...]
@@ -48,6 +53,7 @@ class Written:
     first_tokens: int = 0
     acceptance: float | None = None
     tokens_per_call: float | None = None
+    read: tuple[str, ...] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -65,20 +71,20 @@ def write(
     how: Sampling | Beams,
     seed: int,
     step: int | None = None,
-    drafting: Drafting | None = None,
+    shortcuts: Shortcuts = Shortcuts(),  # noqa: B008 (it is frozen)
 ) -> Written:
     """Loads a run and returns what its model writes after each prompt.
 
     Raises:
       UsageError: for a run whose model reads no text, and as `continue_texts` does.
     """
-    _check(how, drafting)
+    _check(how, shortcuts)
     program, variables = load_run(workdir, step)
     tokenizer = program.data.tokenizer
     if tokenizer is None:
         raise UsageError(f"--workdir='{workdir}' holds no language model: its data has no tokenizer.")
     return continue_texts(
-        program.task.model, variables, tokenizer, prompts, max_new, how, jax.random.key(seed), drafting
+        program.task.model, variables, tokenizer, prompts, max_new, how, jax.random.key(seed), shortcuts
     )
 
 
@@ -90,43 +96,55 @@ def continue_texts(
     max_new: int,
     how: Sampling | Beams,
     key: jax.Array,
-    drafting: Drafting | None = None,
+    shortcuts: Shortcuts = Shortcuts(),  # noqa: B008 (it is frozen)
 ) -> Written:
     """What a model writes after prompts that begin documents, up to the documents' ends.
+
+    The shortcuts say who proposes tokens, what of the prompts is read, and what the caches keep.
 
     Raises:
       UsageError: before anything is compiled: for an empty prompt, no new tokens, more of both than the model
         is made for, a tokenizer with tokens that the model does not have, beams with a draft, or a draft that
         does not suit.
     """
-    _check(how, drafting)
+    _check(how, shortcuts)
     # A token reads every weight once: nothing is copied on the way.
     variables = model.layers_apart(variables) if hasattr(model, "layers_apart") else variables
-    rows, stop = _tokens(model, tokenizer, prompts, max_new), tokenizer.separator
-    slots_for(model, rows[0], max_new)
+    gems, stop = shortcuts.gems, tokenizer.separator
+    rows = _tokens(model, tokenizer, prompts, max_new, gems)
+    slots_for(model, rows[0] if gems is None else rows[0][:, -gems.keep :], max_new)
+    model = shortcuts.model(model)
+
+    def choose() -> Prompts:
+        return rows if gems is None else compress(model, variables, *rows, gems)
+
     if isinstance(how, Beams):
-        text, took = _search(model, variables, rows, max_new, how, stop)
+        text, took = _search(model, variables, choose, max_new, how, stop)
     else:
+        drafting = shortcuts.drafting
         draft = None if drafting is None else drafting.made(model, variables, tokenizer)
-        text, took = _draw(model, variables, draft, rows, max_new, how, key, stop)
+        text, took = _draw(model, variables, draft, choose, max_new, how, key, stop)
     # The separator that ends a text is written too.
     tokens = int(np.minimum(np.sum(text != stop, axis=1) + 1, max_new).sum())
-    return Written(texts=tuple(tokenizer.decode(row) for row in text), tokens=tokens, **took)
+    read = None if gems is None else tuple(tokenizer.decode(row) for row in np.asarray(choose()[0]))
+    texts = tuple(tokenizer.decode(row) for row in text)
+    return Written(texts=texts, tokens=tokens, read=read, **took)
 
 
-def _check(how: Sampling | Beams, drafting: Drafting | None) -> None:
-    if drafting is not None and isinstance(how, Beams):
+def _check(how: Sampling | Beams, shortcuts: Shortcuts) -> None:
+    if shortcuts.drafting is not None and isinstance(how, Beams):
         raise UsageError("--beams draws nothing, and a draft only helps to draw: leave one of them out.")
 
 
 def _search(
-    model: Any, variables: Any, prompts: tuple[jax.Array, jax.Array], max_new: int, beams: Beams, stop: int
+    model: Any, variables: Any, choose: Callable[[], Prompts], max_new: int, beams: Beams, stop: int
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """The likeliest texts, and what they took: fields of `Written`."""
-    slots = slots_for(model, prompts[0], max_new)
 
     def read() -> Sequences:
-        return jax.block_until_ready(prefill(model, variables, *prompts, slots))
+        chosen = choose()
+        slots = slots_for(model, chosen[0], max_new)
+        return jax.block_until_ready(prefill(model, variables, *chosen, slots))
 
     begun = time.perf_counter()
     found = search.lower(model, variables, read(), max_new, beams, stop).compile()
@@ -148,19 +166,21 @@ def _draw(
     model: Any,
     variables: Any,
     draft: tuple[Draft, Any] | None,
-    prompts: tuple[jax.Array, jax.Array],
+    choose: Callable[[], Prompts],
     max_new: int,
     sampling: Sampling,
     key: jax.Array,
     stop: int,
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Texts that are drawn, and what they took: fields of `Written`."""
-    slots, one = slots_for(model, prompts[0], max_new), jnp.int32(1)
+    one = jnp.int32(1)
 
     def start() -> Any:
+        chosen = choose()
         if draft is None:
-            return begin(prefill(model, variables, *prompts, slots), max_new, key, stop)
-        return speculative.begin(model, variables, *draft, *prompts, max_new, key, stop)
+            slots = slots_for(model, chosen[0], max_new)
+            return begin(prefill(model, variables, *chosen, slots), max_new, key, stop)
+        return speculative.begin(model, variables, *draft, *chosen, max_new, key, stop)
 
     begun = time.perf_counter()
     if draft is None:
@@ -199,15 +219,16 @@ def _bytes(tree: Any) -> int:
 
 
 def _tokens(
-    model: Any, tokenizer: Tokenizer, prompts: Sequence[str], max_new: int
-) -> tuple[jax.Array, jax.Array]:
+    model: Any, tokenizer: Tokenizer, prompts: Sequence[str], max_new: int, gems: GemFilter | None
+) -> Prompts:
     """The prompts as rows of tokens that end together, and their lengths."""
     if not prompts or not all(prompts):
         raise UsageError('--prompt is empty. Say how the text begins: --prompt="Return the ".')
     check_vocabulary(tokenizer, model.vocab)
     rows = [[tokenizer.separator, *tokenizer.encode(prompt.encode()).tolist()] for prompt in prompts]
     longest = max(map(len, rows))
-    room = max_new if model.max_length is None else model.max_length - longest
+    read = longest if gems is None or longest > (model.max_length or longest) else min(longest, gems.keep)
+    room = max_new if model.max_length is None else model.max_length - read
     if max_new > room:
         advice = f"--max_new={room} or less" if room > 0 else "a shorter --prompt"
         raise UsageError(

@@ -11,12 +11,15 @@ from flax.core import meta
 
 from effjax.data.text import Bytes
 from effjax.decoding.beam import Beams
+from effjax.decoding.gemfilter import GemFilter
+from effjax.decoding.policies.window import Window
 from effjax.decoding.sampling import Sampling
 from effjax.errors import UsageError
 from effjax.ffn import Gated
 from effjax.mixers import Attention
 from effjax.models.lm import LM, DecoderBlock
 from experiments.run.drafting import Drafting
+from experiments.run.shortcuts import Shortcuts
 from experiments.run.writing import continue_texts, figures
 
 
@@ -36,9 +39,10 @@ def chain(following, vocab=256):
 GREEDY = Sampling(temperature=0.0)
 
 
-def write(following, *prompts, max_new, how=GREEDY, vocab=256, drafting=None):
+def write(following, *prompts, max_new, how=GREEDY, vocab=256, **shortcuts):
     model, variables = chain(following, vocab)
-    return continue_texts(model, variables, Bytes(), prompts, max_new, how, jax.random.key(0), drafting)
+    made = Shortcuts(**shortcuts)
+    return continue_texts(model, variables, Bytes(), prompts, max_new, how, jax.random.key(0), made)
 
 
 CIRCLE = {"a": "b", "b": "c", "c": "\0", "\0": "a"}
@@ -136,6 +140,31 @@ def test_drafts_that_cannot_be_are_refused():
         write(CIRCLE, "a", max_new=4, how=Beams(2), drafting=Drafting(words=2))
 
 
+def test_of_long_prompts_a_part_is_read():
+    gems = Shortcuts.of(["gemfilter:layer=0,keep=3,recent=1"]).gems
+    assert gems == GemFilter(0, 3, recent=1)
+    written = write(CIRCLE, "xyxyxyxyxa", "b", max_new=4, gems=gems)
+    assert written.texts == ("bc", "c")
+    assert [len(text) for text in written.read] == [2, 1]  # and the separator, of equal scores the first
+    assert written.read[0].endswith("a")
+    # Two prompts of 3 + 4 - 1 slots.
+    assert written.cache_bytes == 2 * 6 * (2 * 256 + 1) * 4 + 4
+    assert write(CIRCLE, "a", max_new=4).read is None
+    # What is read must fit with what is written, and the prompt by itself.
+    assert write(CIRCLE, "x" * 14 + "a", max_new=9, gems=gems).texts == ("bc",)
+    with pytest.raises(UsageError, match=r"a prompt of 17 tokens exceeds the 16 .* give a shorter --prompt"):
+        write(CIRCLE, "x" * 16, max_new=1, gems=gems)
+
+
+def test_a_policy_keeps_less():
+    cache = Shortcuts.of(["window:budget=6,sinks=1"]).cache
+    assert cache == Window(budget=6, sinks=1)
+    assert write(CIRCLE, "xyxyxya", max_new=4, cache=cache).cache_bytes == 6 * (2 * 256 + 1) * 4 + 4
+    assert write(CIRCLE, "xyxyxya", max_new=4, cache=cache).texts == ("bc",)
+    with pytest.raises(UsageError, match="another method says that already"):
+        Shortcuts.of(["window", "heavy_hitters"])
+
+
 def test_the_prompt_may_be_any_text():
     assert write({chr(0xA9): "!", "!": "\0"}, "é", max_new=5).texts == ("!",)  # 0xA9 is the last byte of "é"
 
@@ -169,7 +198,7 @@ def test_help_names_every_flag():
     assert shown.returncode == 0
     for flag in ("workdir", "prompt", "prompts", "max_new", "temperature", "top_k", "top_p", "min_p"):
         assert f"--{flag}=" in shown.stdout
-    for flag in ("beams", "length_penalty", "seed", "step"):
+    for flag in ("beams", "length_penalty", "method", "seed", "step"):
         assert f"--{flag}=" in shown.stdout
     for flag in ("draft", "draft_layers", "draft_words", "draft_tokens"):
         assert f"--{flag}=" in shown.stdout
@@ -184,6 +213,8 @@ def test_help_names_every_flag():
         (("--workdir=nowhere", "--prompt=a", "--temperature=-1"), "temperature is -1.0"),
         (("--workdir=nowhere", "--prompt=a", "--beams=0"), "beams is 0"),
         (("--workdir=nowhere",), "--prompt is missing"),
+        (("--workdir=nowhere", "--prompt=a", "--method=gemfilter:keep=3"), "layer is missing"),
+        (("--workdir=nowhere", "--prompt=a", "--method=gem"), "--method=gem.kind is 'gem', which is no kind"),
         (("--workdir=nowhere", "--prompts=nothing.txt"), "--prompts='nothing.txt' is no file"),
         (("--workdir=nowhere", "--prompt=a", "--draft_layers=0,b"), "--draft_layers: 'b' is no layer"),
         (("--workdir=nowhere", "--prompt=a", "--draft=x", "--beams=2"), "--beams draws nothing"),

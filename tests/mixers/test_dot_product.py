@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.mixers.dot_product import dot_products, softmax, softmax_attention, weighted_sum
+from effjax.measure import count
+from effjax.mixers.dot_product import (
+    LOGITS_AT_ONCE,
+    dot_products,
+    softmax,
+    softmax_attention,
+    weighted_sum,
+)
 
 
 def drawn(*shape, seed=0):
@@ -76,3 +83,68 @@ def test_the_backward_pass_of_softmax_keeps_one_array():
     x = jax.ShapeDtypeStruct((8, 32), jnp.float32)
     kept = jax.eval_shape(lambda x: jax.vjp(softmax, x)[1], x)
     assert sum(leaf.size for leaf in jax.tree.leaves(kept)) == 8 * 32
+
+
+BLOCKED = {
+    "plain": {},
+    "causal": dict(causal=True),
+    "window": dict(causal=True, window=(2, 0)),
+    "keys alone": dict(mask=jnp.arange(11)[None, None, None] < jnp.array([11, 7])[:, None, None, None]),
+    "mask and bias": dict(
+        mask=jnp.asarray(np.random.default_rng(3).random((2, 1, 11, 11)) < 0.6),
+        bias=drawn(1, 4, 11, 11, seed=4),
+        scale=0.3,
+        cap=2.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("options", BLOCKED)
+@pytest.mark.parametrize("block", [1, 4, 10])
+def test_queries_in_blocks_give_the_same_numbers_and_gradients(options, block):
+    q, k, v = drawn(2, 11, 4, 8), drawn(2, 11, 2, 8, seed=1), drawn(2, 11, 2, 5, seed=2)
+    g = drawn(2, 11, 4, 5, seed=5)
+    options = dict(mask=None, causal=False) | BLOCKED[options]
+
+    def both_ways(block):
+        y, pull = jax.vjp(functools.partial(softmax_attention, block=block, **options), q, k, v)
+        return y, *pull(g)
+
+    for ours, wanted in zip(jax.jit(both_ways, static_argnums=0)(block), both_ways(None), strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_bias_has_its_gradient_in_blocks_too():
+    q, k = drawn(1, 6, 2, 4), drawn(1, 6, 2, 4, seed=1)
+
+    def loss(bias, block):
+        y = softmax_attention(q, k, k, mask=None, causal=True, bias=bias, block=block)
+        return jnp.sum(y**2)
+
+    bias, gradient = drawn(1, 1, 1, 6, seed=2), jax.jit(jax.grad(loss), static_argnums=1)
+    np.testing.assert_allclose(gradient(bias, 4), gradient(bias, 6), rtol=1e-5, atol=1e-6)
+
+
+def test_long_sequences_come_in_blocks_and_memory_grows_with_the_keys_alone():
+    def peaks(length, **options):
+        q, k = (jax.ShapeDtypeStruct((1, length, heads, 8), jnp.float32) for heads in (4, 2))
+        attend = functools.partial(softmax_attention, mask=None, causal=True, **options)
+        forward = count(attend, q, k, k)
+        backward = count(jax.grad(lambda *given: jnp.sum(attend(*given) ** 2), (0, 1, 2)), q, k, k)
+        assert forward.macs == 2 * 4 * 8 * length**2
+        return forward.peak_bytes, backward.peak_bytes
+
+    length = 16_384
+    assert length**2 > LOGITS_AT_ONCE
+    logits = 4 * 4 * length**2
+    assert min(peaks(length, block=length)) > logits
+    assert max(peaks(length)) < logits / 8
+    assert peaks(512) == peaks(512, block=512)  # what is short is as it was
+
+
+def test_a_share_is_of_the_whole_head():
+    q, k = drawn(1, 6, 2, 4), drawn(1, 6, 2, 4, seed=1)
+    attend = jax.jit(
+        functools.partial(softmax_attention, mask=None, causal=True, share=0.3), static_argnames="block"
+    )
+    np.testing.assert_array_equal(attend(q, k, k, block=2), attend(q, k, k))

@@ -12,6 +12,7 @@ where the run was told to stop.
 """
 
 from effjax.train.evaluators.metrics import Metrics
+from effjax.train.evaluators.rounds import Rounds
 from effjax.train.evaluators.samples import Samples
 
-KINDS = {"metrics": Metrics, "samples": Samples}
+KINDS = {"metrics": Metrics, "rounds": Rounds, "samples": Samples}

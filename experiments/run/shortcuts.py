@@ -1,0 +1,60 @@
+"""What may make writing cheaper: a draft, fewer tokens of a prompt, smaller caches."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from effjax.config import build_kind
+from effjax.decoding.gemfilter import GemFilter
+from effjax.decoding.policies.kinds import POLICIES
+from effjax.decoding.policies.policy import Policy
+from effjax.errors import UsageError
+from experiments.run import kind_spec
+from experiments.run.drafting import Drafting
+
+METHODS: dict[str, Any] = {"gemfilter": GemFilter, **POLICIES}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shortcuts:
+    """Each may be left out.
+
+    Attributes:
+      drafting: who proposes tokens.
+      gems: which tokens of a prompt are read.
+      cache: which tokens the caches keep.
+    """
+
+    drafting: Drafting | None = None
+    gems: GemFilter | None = None
+    cache: Policy | None = None
+
+    @staticmethod
+    def of(specs: Sequence[str], drafting: Drafting | None = None) -> "Shortcuts":
+        """Reads every `--method=gemfilter:layer=2,keep=64` or `--method=window:budget=64`.
+
+        Raises:
+          UsageError: for what cannot be read, an unknown kind or field, a value that the method refuses, or
+            two methods for the same thing.
+        """
+        made: dict[str, Any] = {}
+        for spec in specs:
+            kind, fields = kind_spec.read("method", spec, "window:budget=64")
+            method = build_kind(METHODS, {"kind": kind, **fields}, f"--method={spec}")
+            place = "gems" if isinstance(method, GemFilter) else "cache"
+            if place in made:
+                raise UsageError(f"--method={spec}: another method says that already. Leave one of them out.")
+            made[place] = method
+        return Shortcuts(drafting, **made)
+
+    def model(self, model: Any) -> Any:
+        """The model with its caches.
+
+        Raises:
+          UsageError: for one that has no such caches.
+        """
+        if self.cache is None:
+            return model
+        if not hasattr(model, "cache"):
+            raise UsageError(f"{type(model).__name__} has no caches that a policy could be told to keep.")
+        return model.clone(cache=self.cache)
