@@ -127,7 +127,30 @@ class Needle:
         return sequence, np.arange(places) >= places - self.size
 
 
-KINDS = {"copy": Copy, "recall": Recall, "induction": Induction, "needle": Needle}
+SINGLE = {"copy": Copy, "recall": Recall, "induction": Induction, "needle": Needle}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixed:
+    """Each sequence asks one of several things, which nothing but the sequence says.
+
+    Attributes:
+      tasks: kinds of `SINGLE`, drawn alike often.
+    """
+
+    tasks: tuple[Any, ...] = part(SINGLE, default=(Copy(), Recall(), Induction(), Needle()))
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise UsageError("mixed needs tasks: name at least one.")
+
+    def make(self, rng: np.random.Generator, places: int, vocab: int) -> tuple[Sequence, Answers]:
+        """The answers are those of the task that is drawn."""
+        task: Task = self.tasks[int(rng.integers(len(self.tasks)))]
+        return task.make(rng, places, vocab)
+
+
+KINDS = {**SINGLE, "mixed": Mixed}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@ import pytest
 
 from effjax.config import build
 from effjax.data import Data, sources
-from effjax.data.probes import FIRST, KINDS, MARK, Copy, Induction, Needle, Probe, Recall
+from effjax.data.probes import FIRST, KINDS, MARK, Copy, Induction, Mixed, Needle, Probe, Recall
 from effjax.errors import UsageError
 
 ALL = {"copy": Copy(), "recall": Recall(), "induction": Induction(), "needle": Needle()}
@@ -50,6 +50,17 @@ def test_what_is_not_asked_cannot_be_known():
     np.testing.assert_allclose(at_the_end, 1 / 14, atol=0.025)
 
 
+def test_each_sequence_of_a_mixture_is_of_one_of_its_tasks():
+    drawn = rows(Mixed((Copy(), Induction())), count=200)
+    halves = [row["weights"].sum() for row in drawn]
+    assert {*halves} == {1.0, 10.0}
+    assert 70 < halves.count(1.0) < 130
+    section = dict(kind="probe", task=dict(kind="mixed", tasks=(dict(kind="recall", pairs=2),)), length=12)
+    assert build(Data, dict(source=section, batch_size=2), "data").source.task == Mixed((Recall(2),))
+    with pytest.raises(UsageError, match="mixed needs tasks"):
+        Mixed(())
+
+
 def test_keys_differ_and_values_are_other_symbols():
     for row in rows(Recall(pairs=3), length=15, vocab=12):
         sequence = np.append(row["tokens"], row["targets"][-1])
@@ -76,7 +87,7 @@ def test_a_config_names_them_for_training_and_evaluation():
     assert next(data.train())["weights"].sum() == 8
     assert sum(batch["mask"].sum() for batch in data.evaluate()) == 10
     assert data.tokenizer is data.bytes_per_token is None
-    assert {*KINDS} == {*ALL}
+    assert {*KINDS} == {*ALL, "mixed"}
     assert sources.KINDS["probe"] is Probe
 
 
