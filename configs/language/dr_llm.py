@@ -1,0 +1,88 @@
+"""Dr.LLM (Heakl et al., ICLR 2026): routers that skip, execute or repeat the blocks of a frozen model.
+
+    python -m experiments.train --config=configs/language/dr_llm.py:probe-base --workdir=runs/base
+    python -m experiments.layer_paths --workdir=runs/base --out=runs/paths
+    python -m experiments.train --config=configs/language/dr_llm.py:probe --workdir=runs/routers \\
+        --config.train.start=runs/base --config.data.source.root=runs/paths
+
+`smoke`
+    Routers of a toy, taught by plans that are drawn anew for each batch: seconds.
+`probe-base`
+    The model that is routed: six blocks on a mixture of probes.
+`probe`
+    Its routers, from searched paths.
+`llama-3b`, `llama-8b`
+    Llama 3.2 3B and Llama 3 8B with routers, trained as published: 25 epochs of about 4,000 searched paths,
+    16 a step. Not run here.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.language.lm import Size, experiment
+
+SIZES = {
+    "smoke": Size(3, 32, 4, 2, 96, 32, tied=True, rotary_base=1e4, max_length=64),
+    "probe": Size(6, 64, 4, 4, 176, 32, tied=True, rotary_base=1e4, max_length=64),
+    "llama-3b": Size(28, 3072, 24, 8, 8192, 128_256, tied=True, rotary_base=5e5, max_length=8192),
+    "llama-8b": Size(32, 4096, 32, 8, 14_336, 128_256, tied=False, rotary_base=5e5, max_length=8192),
+}
+VARIANTS = ("smoke", "probe-base", "probe", "llama-3b", "llama-8b")
+
+LENGTH = 24
+TASKS = dict(
+    kind="mixed",
+    tasks=(dict(kind="copy"), dict(kind="recall", pairs=6), dict(kind="induction"), dict(kind="needle")),
+)
+# Everything but the routers stays as it is.
+FROZEN = (r"(?!blocks/router/).*",)
+
+
+def get_config(variant: str = "probe") -> ConfigDict:
+    """Returns the experiment of one variant."""
+    name = variant.removesuffix("-base")
+    config = experiment(SIZES[name], smoke=name == "smoke")
+    if variant in ("smoke", "probe-base", "probe"):
+        config.data = ConfigDict(dict(source=probes(0), batch_size=64))
+        config.evaluators.test.data = ConfigDict(
+            dict(source=probes(1) | dict(examples=1024), batch_size=256, threads=0)
+        )
+    if variant == "probe-base":
+        config.train.steps = "2400 steps"
+        return config
+    with_routers(config)
+    if variant == "smoke":
+        config.task.candidates = 4
+        return config
+    config.data = ConfigDict(dict(source=dict(kind="arrays", root="data/paths"), batch_size=16))
+    config.train.start = "data/base"
+    config.train.fresh = (r"blocks/router/.*",)
+    config.train.steps = config.train.checkpoint_every = "25 epochs"
+    config.train.log_every = "100 steps"
+    if variant == "probe":
+        config.model.block.bottleneck = 32
+        config.data.batch_size = 64
+        config.optimizer.schedule.warmup = "5%"
+        config.evaluators.test.every = "5 epochs"
+    else:
+        config.evaluators = ConfigDict()
+    return config
+
+
+def probes(seed: int) -> dict:
+    """A mixture of probes, of which no one says which it is."""
+    return dict(kind="probe", task=TASKS, length=LENGTH, vocab=32, seed=seed)
+
+
+def with_routers(config: ConfigDict) -> None:
+    """Puts a router before each block, and trains nothing else."""
+    config.model.kind = "routed_lm"
+    config.task = ConfigDict(dict(kind="layer_routing"))
+    config.optimizer = ConfigDict(
+        dict(
+            kind="adamw",
+            lr=1e-3,
+            weight_decay=0.01,
+            freeze=FROZEN,
+            schedule=dict(kind="cosine", warmup="500 steps" if config.model.dim > 64 else "10%"),
+        )
+    )

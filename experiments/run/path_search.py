@@ -1,0 +1,115 @@
+"""From a trained language model to examples with the layers that each of them needs."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effjax.data.arrays import ArrayWriter
+from effjax.decoding.layer_router import ACTIONS
+from effjax.decoding.layer_search import Search, find_plans
+from effjax.errors import UsageError
+from effjax.models.routed_lm import routed, with_routers
+from effjax.parallel.sharding import activate
+from effjax.train.program import Program
+from effjax.train.tasks.language import Language
+from effjax.train.tasks.layer_routing import solved
+from experiments.run.closing import closing_table
+from experiments.run.restore import load_run
+
+FIELDS = "tokens", "targets", "segments", "positions", "weights"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is searched for.
+
+    Attributes:
+      examples: how many.
+      batch: how many side by side.
+      seed: of the search.
+    """
+
+    examples: int
+    batch: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("examples", "batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name}={getattr(self, name)} must be at least 1.")
+
+
+def run(workdir: str, out: str, search: Search, request: Request, *, step: int | None = None) -> int:
+    """Writes the folder and prints what was found; returns the exit code.
+
+    Raises:
+      UsageError: for a run that is no language model, or a folder that exists.
+    """
+    program, variables = load_run(workdir, step)
+    rows = searched(program, variables, search, request)
+    found = rows["right"] > 0
+    if not found.any():
+        raise UsageError(
+            f"no plan answers any of {request.examples} examples: train the model of '{workdir}'."
+        )
+    counts = rows["counts"][found]
+    labels = np.bincount(counts.ravel(), minlength=ACTIONS)[:ACTIONS]
+    kept = {name: rows[name][found] for name in (*FIELDS, "counts")}
+    kept["labels"] = np.tile(labels.astype(np.float32), (len(counts), 1))
+    origin = dict(run=str(workdir), search=dataclasses.asdict(search), **dataclasses.asdict(request))
+    with ArrayWriter(out, len(counts), origin) as writer:
+        writer.write(0, kept)
+    closing_table(
+        f"plans of {counts.shape[1]} layers",
+        {
+            "examples": str(len(found)),
+            "answered by all layers": f"{np.mean(rows['whole']):.4f}",
+            "answered by some plan": f"{np.mean(found):.4f}",
+            "layers of the shortest": f"{counts.sum(axis=1).mean():.3f}",
+            "skip, execute, repeat": ", ".join(map(str, labels)),
+            "folder": out,
+        },
+    )
+    return 0
+
+
+def searched(program: Program, variables: Any, search: Search, request: Request) -> dict[str, np.ndarray]:
+    """The examples with their plans (`counts`), whether these are `right`, and the `whole` network is."""
+    task = program.task
+    if type(task) is not Language:
+        raise UsageError(
+            f"plans are of a plain language model, and this run is {type(task).__name__.lower()}."
+        )
+    model = routed(task.model)  # type: ignore[arg-type]
+    held = with_routers(model, variables, jax.random.key(0))
+
+    @jax.jit
+    def right(variables: Any, batch: Mapping[str, Any], counts: Any) -> Any:
+        told = batch["tokens"], counts, None, batch["positions"], batch["segments"]
+        logits, _ = model.apply(variables, *told, method="along")
+        return solved(logits, batch)
+
+    parts = []
+    for number, batch in enumerate(_batches(program, request)):
+        size = len(batch["tokens"])
+
+        def answered(plans: np.ndarray, batch: Mapping[str, Any] = batch) -> np.ndarray:
+            with activate(program.mesh, program.rules):
+                return np.asarray(right(held, batch, jnp.asarray(plans)))
+
+        counts, found, whole = find_plans(search, answered, size, model.depth, request.seed + number)
+        told = {name: np.asarray(batch[name]) for name in FIELDS}
+        parts.append(told | dict(counts=counts, right=found, whole=whole))
+    return {name: np.concatenate([part[name] for part in parts])[: request.examples] for name in parts[0]}
+
+
+def _batches(program: Program, request: Request) -> Iterator[dict[str, Any]]:
+    """The first examples of the training data, in whole batches."""
+    definition = dataclasses.replace(program.experiment.data, batch_size=request.batch)
+    batches = definition.open().train()
+    for _ in range(-(-request.examples // request.batch)):
+        yield {name: jnp.asarray(leaf) for name, leaf in next(batches).items()}
