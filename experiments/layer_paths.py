@@ -20,6 +20,8 @@ TURNS = flags.DEFINE_integer("turns", 50, "plans to try for an example, at most"
 ENOUGH = flags.DEFINE_integer(
     "enough", 2, "stop at a right plan so many layers shorter; 0 goes on to the end"
 )
+WORTH = flags.DEFINE_float("worth", 0.0, "layers that a nat of loss is worth among plans that are right")
+PENALTY = flags.DEFINE_float("length_penalty", 3.0, "how much the search prefers short plans")
 BATCH = flags.DEFINE_integer("batch", 256, "examples that are searched for side by side")
 SEED = flags.DEFINE_integer("seed", 0, "of the search")
 STEP = flags.DEFINE_integer("step", None, "checkpoint to take; by default the newest")
@@ -36,7 +38,12 @@ def main(argv: list[str]) -> int:
     if WORKDIR.value is None or OUT.value is None:
         missing = "workdir" if WORKDIR.value is None else "out"
         raise UsageError(f"--{missing} is missing. Example: --workdir=runs/base --out=runs/paths.")
-    search = Search(turns=TURNS.value, enough=ENOUGH.value or None)
+    search = Search(
+        turns=TURNS.value,
+        length_penalty=PENALTY.value,
+        worth=WORTH.value,
+        enough=ENOUGH.value or None,
+    )
     request = path_search.Request(EXAMPLES.value, BATCH.value, SEED.value)
     return path_search.run(WORKDIR.value, OUT.value, search, request, step=STEP.value)
 

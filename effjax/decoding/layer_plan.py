@@ -19,11 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effjax.decoding.layer_router import EXECUTE, REPEAT, SKIP
 from effjax.errors import UsageError
 from effjax.layers.stack import Layers, is_apart
 from effjax.models.lm import LM
-
-SKIP, EXECUTE, REPEAT = 0, 1, 2
 
 Plan = tuple[int, ...]
 

@@ -19,7 +19,8 @@ from jaxtyping import Array, Bool, Float
 from effjax.errors import UsageError
 from effjax.layers.dense import Dense
 
-ACTIONS = 3
+# How often a block runs.
+SKIP, EXECUTE, REPEAT = ACTIONS = 0, 1, 2
 
 
 class LayerRouter(nn.Module):
@@ -50,7 +51,7 @@ class LayerRouter(nn.Module):
         means, there = window_means(jax.lax.stop_gradient(x), reads, self.windows)  # [B, W, C], [B, W]
         h = Dense(self.bottleneck, ("embed", "mlp"), name="expand")(means)  # [B, W, b]
         h = nn.gelu(h, approximate=True)
-        z = Dense(ACTIONS, ("mlp", None), name="contract")(h).astype(jnp.float32)  # [B, W, 3]
+        z = Dense(len(ACTIONS), ("mlp", None), name="contract")(h).astype(jnp.float32)  # [B, W, 3]
         count = jnp.maximum(jnp.sum(there, axis=1, keepdims=True), 1)  # [B, 1]
         return jnp.sum(jnp.where(there[:, :, None], z, 0.0), axis=1) / count  # [B, 3]
 

@@ -6,8 +6,13 @@ Monte Carlo tree search whose nodes are plans and whose edges change a few block
 together, or run one a second time. A node of v visits gets a new child, with a plan that the tree does not
 have, where it has fewer than sqrt(v) (progressive widening, Coulom 2007: of 28 blocks a plan has 83 changes);
 otherwise the best child is gone to. The new plan is run, and 1 for a right answer or 0 is added to Q of the
-nodes above it. Of all plans that were right the shortest is taken, and of these one that runs the fewest
-different blocks. An example for which none was right has no plan.
+nodes above it. Of all plans that were right the one of least
+
+    |plan| + worth (-log p(answers))
+
+is taken, which with worth 0 is the shortest, and of equals one that runs the fewest different blocks. An
+example for which none was right has no plan. The second part is ours: a small network is often right by
+chance, and what a plan gives sure answers to can be told from an example, which luck cannot.
 
 The searches of many examples go side by side: in each turn every one of them names a plan, and all are run in
 one call, whose shapes do not change.
@@ -25,9 +30,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
-from effjax.decoding.layer_plan import EXECUTE, REPEAT, SKIP, Plan
+from effjax.decoding.layer_plan import Plan
+from effjax.decoding.layer_router import EXECUTE, REPEAT, SKIP
 from effjax.errors import UsageError
 
 
@@ -42,6 +48,7 @@ class Search:
       random: share of the choices among children that are drawn.
       skips: blocks that one change may skip.
       longest: the longest plan, in multiples of the depth.
+      worth: layers that a nat of an example's loss is worth, among plans that are right.
       enough: an example is done when a right plan is so many blocks shorter than the whole network, or when
         it is right where the whole network is not; None goes on to the last turn.
     """
@@ -52,6 +59,7 @@ class Search:
     random: float = 0.1
     skips: tuple[int, ...] = (1, 2)
     longest: float = 2.0
+    worth: float = 0.0
     enough: int | None = 2
 
     def __post_init__(self) -> None:
@@ -108,6 +116,7 @@ class Tree:
         self._root = self._node((EXECUTE,) * depth, None)
         self._at = self._root
         self.results: dict[Plan, bool] = {}
+        self.losses: dict[Plan, float] = {}
 
     def name(self) -> Plan:
         """The plan to try next."""
@@ -130,9 +139,9 @@ class Tree:
         self._at = node
         return node.plan
 
-    def hear(self, right: bool) -> None:
+    def hear(self, right: bool, loss: float) -> None:
         """What came of it."""
-        self.results[self._at.plan] = right
+        self.results[self._at.plan], self.losses[self._at.plan] = right, loss
         node: Node | None = self._at
         while node is not None:
             node.visits += 1
@@ -149,9 +158,12 @@ class Tree:
 
     @property
     def best(self) -> Plan | None:
-        """The shortest plan that was right, None where none was."""
-        right = [plan for plan, found in self.results.items() if found]
-        return min(right, key=lambda plan: (sum(plan), np.count_nonzero(plan), plan), default=None)
+        """The plan to take of those that were right, None where none was."""
+
+        def cost(plan: Plan) -> tuple[float, int, Plan]:
+            return sum(plan) + self._search.worth * self.losses[plan], len(plan) - plan.count(SKIP), plan
+
+        return min((plan for plan, found in self.results.items() if found), key=cost, default=None)
 
     def _node(self, plan: Plan, above: Node | None) -> Node:
         self._seen.add(plan)
@@ -162,7 +174,7 @@ class Tree:
 
 def find_plans(
     search: Search,
-    run: Callable[[Int[np.ndarray, "examples depth"]], Float[Any, " examples"]],
+    run: Callable[[Int[np.ndarray, "examples depth"]], tuple[Any, Any]],
     examples: int,
     depth: int,
     seed: int = 0,
@@ -171,7 +183,7 @@ def find_plans(
 
     Args:
       search: how.
-      run: from one plan for each example to 1 where its answer is right and 0 where it is not.
+      run: from one plan for each example to whether its answer is right, and its loss in nats.
       examples: how many there are.
       depth: blocks of the network.
       seed: of every example's draws.
@@ -188,9 +200,9 @@ def find_plans(
             break
         for i in going:
             plans[i] = trees[i].name()
-        told = np.asarray(run(plans))
+        told, losses = map(np.asarray, run(plans))
         for i in going:
-            trees[i].hear(bool(told[i] > 0.5))
+            trees[i].hear(bool(told[i]), float(losses[i]))
     found = [tree.best for tree in trees]
     whole = (EXECUTE,) * depth
     best = np.array([whole if plan is None else plan for plan in found], np.int32).reshape(examples, depth)

@@ -1,6 +1,6 @@
 """A frozen language model whose blocks each ask a router how often they shall run for a sequence.
 
-    c_l = argmax r_l(x[read])          once, from the prompt
+    c_l = argmax softmax(r_l(x[read])) + margin [0, 1, 0]          once, from the prompt
     x <- B_l(x), c_l times             0 skips, 1 executes, 2 repeats
 
 `RoutedLM` has the parameters of `LM` and of its routers, and is called and decoded as `LM` is. What a layer
@@ -33,7 +33,7 @@ from flax.core import meta
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from effjax.decoding.cache import Cache
-from effjax.decoding.layer_router import LayerRouter
+from effjax.decoding.layer_router import ACTIONS, EXECUTE, LayerRouter
 from effjax.errors import UsageError
 from effjax.mixers.context import Context
 from effjax.models.lm import LM, DecoderBlock
@@ -73,15 +73,20 @@ class RoutedBlock(DecoderBlock):
     Attributes:
       windows: of the router.
       bottleneck: of the router.
+      margin: how much likelier than executing another action must be: with 0 the likeliest is taken, from 1
+        on all blocks execute. A clone with another value keeps the parameters.
       group: rows that compute a block together, when any of them wants it; None means the whole batch.
     """
 
     windows: int = 8
     bottleneck: int = 128
+    margin: float = 0.0
     group: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.margin < 0:
+            raise UsageError(f"margin={self.margin} must be 0 or more.")
         if self.group is not None and self.group < 1:
             raise UsageError(f"group={self.group}: take at least one row together.")
 
@@ -100,11 +105,11 @@ class RoutedBlock(DecoderBlock):
         logits = None
         if route.counts is None or whole:
             logits = router(x, self._read(x, context, route.reads))  # [B, 3]
-            counts = jnp.argmax(logits, axis=-1) if route.counts is None else route.counts  # [B]
+            counts = self._action(logits) if route.counts is None else route.counts  # [B]
         else:
 
             def decide(router: LayerRouter, held: Array) -> Array:
-                found = jnp.argmax(router(x, self._read(x, context, None)), axis=-1)
+                found = self._action(router(x, self._read(x, context, None)))
                 return jnp.where(held == UNDECIDED, found.astype(held.dtype), held)
 
             missing = jnp.any(route.counts == UNDECIDED)
@@ -114,6 +119,12 @@ class RoutedBlock(DecoderBlock):
         x, first = self._some(run, x, route.first, context, counts >= 1)  # [B, N, C]
         x, second = self._some(run, x, route.second, context, counts >= 2)  # [B, N, C]
         return x, Route(counts, first, second, route.reads, logits)
+
+    @nn.nowrap
+    def _action(self, logits: Float[Array, "b 3"]) -> Int[Array, " b"]:
+        """How often the block runs, by what its router says."""
+        prefers = self.margin * jax.nn.one_hot(EXECUTE, len(ACTIONS))
+        return jnp.argmax(jax.nn.softmax(logits) + prefers[None], axis=-1)
 
     @nn.nowrap
     def _read(self, x: Float[Array, "b n c"], context: Context, reads: Any) -> Bool[Array, "b n"]:

@@ -15,7 +15,7 @@ from effjax.errors import UsageError
 from effjax.models.routed_lm import routed, with_routers
 from effjax.parallel.sharding import activate
 from effjax.train.program import Program
-from effjax.train.tasks.language import Language
+from effjax.train.tasks.language import Language, cross_entropy
 from effjax.train.tasks.layer_routing import solved
 from experiments.run.closing import closing_table
 from experiments.run.restore import load_run
@@ -57,7 +57,7 @@ def run(workdir: str, out: str, search: Search, request: Request, *, step: int |
             f"no plan answers any of {request.examples} examples: train the model of '{workdir}'."
         )
     counts = rows["counts"][found]
-    labels = np.bincount(counts.ravel(), minlength=ACTIONS)[:ACTIONS]
+    labels = np.bincount(counts.ravel(), minlength=len(ACTIONS))
     kept = {name: rows[name][found] for name in (*FIELDS, "counts")}
     kept["labels"] = np.tile(labels.astype(np.float32), (len(counts), 1))
     origin = dict(run=str(workdir), search=dataclasses.asdict(search), **dataclasses.asdict(request))
@@ -88,18 +88,21 @@ def searched(program: Program, variables: Any, search: Search, request: Request)
     held = with_routers(model, variables, jax.random.key(0))
 
     @jax.jit
-    def right(variables: Any, batch: Mapping[str, Any], counts: Any) -> Any:
+    def answer(variables: Any, batch: Mapping[str, Any], counts: Any) -> Any:
         told = batch["tokens"], counts, None, batch["positions"], batch["segments"]
         logits, _ = model.apply(variables, *told, method="along")
-        return solved(logits, batch)
+        losses, _ = cross_entropy(logits, batch["targets"])  # [B, N]
+        weights = batch["weights"]
+        asked = jnp.maximum(jnp.sum(weights, axis=1), 1.0)
+        return solved(logits, batch), jnp.sum(losses * weights, axis=1) / asked
 
     parts = []
     for number, batch in enumerate(_batches(program, request)):
         size = len(batch["tokens"])
 
-        def answered(plans: np.ndarray, batch: Mapping[str, Any] = batch) -> np.ndarray:
+        def answered(plans: np.ndarray, batch: Mapping[str, Any] = batch) -> Any:
             with activate(program.mesh, program.rules):
-                return np.asarray(right(held, batch, jnp.asarray(plans)))
+                return jax.device_get(answer(held, batch, jnp.asarray(plans)))
 
         counts, found, whole = find_plans(search, answered, size, model.depth, request.seed + number)
         told = {name: np.asarray(batch[name]) for name in FIELDS}

@@ -7,13 +7,14 @@ from effjax.decoding.layer_search import Search, find_plans
 from effjax.errors import UsageError
 
 
-def asked(right):
+def asked(right, loss=lambda plan: 0.0):
     """A network of which is known which plans are right for which example; remembers what it was asked."""
     seen = []
 
     def run(plans):
         seen.append(plans.copy())
-        return np.array([right(i, tuple(plan)) for i, plan in enumerate(plans.tolist())], np.float32)
+        told = [right(i, tuple(plan)) for i, plan in enumerate(plans.tolist())]
+        return np.array(told), np.array([loss(tuple(plan)) for plan in plans.tolist()])
 
     return run, seen
 
@@ -49,6 +50,15 @@ def test_of_plans_as_long_that_of_fewer_blocks_is_taken():
     run, _ = asked(lambda i, plan: sum(plan) >= 2)
     plans, _, _ = find_plans(Search(turns=300, enough=None), run, 1, 3)
     assert sorted(plans[0]) == [0, 0, 2]
+
+
+def test_a_sure_plan_may_be_worth_its_layers():
+    """Any two blocks are right, but only the first and the last are sure."""
+    losses = {(1, 0, 1): 0.01, (1, 1, 1): 0.0}
+    for worth, expected in ((0.0, 2), (30.0, [1, 0, 1]), (1000.0, [1, 1, 1])):
+        run, _ = asked(lambda i, plan: sum(plan) >= 2, lambda plan: losses.get(plan, 0.5))
+        plans, _, _ = find_plans(Search(turns=300, enough=None, worth=worth), run, 1, 3)
+        assert (sum(plans[0]) if worth == 0 else plans[0].tolist()) == expected
 
 
 def test_a_search_ends_when_it_found_enough():

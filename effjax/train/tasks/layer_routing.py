@@ -23,8 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from effjax.decoding.layer_plan import EXECUTE, REPEAT, SKIP
-from effjax.decoding.layer_router import ACTIONS
+from effjax.decoding.layer_router import ACTIONS, EXECUTE, REPEAT, SKIP
 from effjax.errors import UsageError
 from effjax.models.routed_lm import RoutedLM
 from effjax.train.tasks.language import Language
@@ -101,7 +100,7 @@ class LayerRouting(Language):
         if "labels" in batch:
             seen = batch["labels"][0].astype(jnp.float32)  # [3]
         else:
-            seen = jnp.sum(jax.nn.one_hot(labels, ACTIONS) * weighed[:, :, None], axis=(0, 1))  # [3]
+            seen = jnp.sum(jax.nn.one_hot(labels, len(ACTIONS)) * weighed[:, :, None], axis=(0, 1))  # [3]
         losses = focal_loss(said, labels, effective_weights(seen, self.beta), self.gamma)  # [B, L]
         right = jnp.argmax(said, axis=-1) == labels  # [B, L]
         means: dict[str, Mean] = {"loss": Mean.of(losses, weighed), "agreement": Mean.of(right, weighed)}
