@@ -40,7 +40,8 @@ FROZEN = (r"(?!blocks/router/).*",)
 def get_config(variant: str = "probe") -> ConfigDict:
     """Returns the experiment of one variant."""
     name = variant.removesuffix("-base")
-    config = experiment(SIZES[name], smoke=name == "smoke")
+    size = SIZES[name]
+    config = experiment(size, smoke=name == "smoke")
     if variant in ("smoke", "probe-base", "probe"):
         config.data = ConfigDict(dict(source=probes(0), batch_size=64))
         config.evaluators.test.data = ConfigDict(
@@ -54,6 +55,7 @@ def get_config(variant: str = "probe") -> ConfigDict:
         config.task.candidates = 4
         return config
     config.data = ConfigDict(dict(source=dict(kind="arrays", root="data/paths"), batch_size=16))
+    config.data.expected = expected(2048 if size.dim > 64 else LENGTH, size.depth)
     config.train.start = "data/base"
     config.train.fresh = (r"blocks/router/.*",)
     config.train.steps = config.train.checkpoint_every = "25 epochs"
@@ -71,6 +73,16 @@ def get_config(variant: str = "probe") -> ConfigDict:
 def probes(seed: int) -> dict:
     """A mixture of probes, of which no one says which it is."""
     return dict(kind="probe", task=TASKS, length=LENGTH, vocab=32, seed=seed)
+
+
+def expected(length: int, depth: int) -> dict:
+    """What `experiments.layer_paths` writes."""
+    integers = ("tokens", "targets", "segments", "positions")
+    fields = {name: dict(shape=(length,), dtype="int32") for name in integers}
+    fields |= dict(
+        weights=dict(shape=(length,)), counts=dict(shape=(depth,), dtype="int32"), labels=dict(shape=(3,))
+    )
+    return dict(fields=fields)
 
 
 def with_routers(config: ConfigDict) -> None:

@@ -177,6 +177,18 @@ def test_a_state_is_kept_where_a_layer_is_skipped():
         )
 
 
+def test_with_a_margin_only_what_is_sure_is_not_executed(model, all_variables):
+    router = routed(model, windows=2, bottleneck=8)
+    runs = []
+    for margin in (0.0, 0.5, 1.0):
+        clone = router.clone(block=router.block.clone(margin=margin))
+        _, route = along(clone, all_variables)
+        p = jax.nn.softmax(route.logits) + jnp.array([0.0, margin, 0.0])[None, None]
+        np.testing.assert_array_equal(route.counts, np.argmax(p, axis=-1))
+        runs.append(np.sum(np.asarray(route.counts) != 1))
+    assert runs[0] > runs[1] > runs[2] == 0
+
+
 def test_beams_carry_their_decisions(model, all_variables):
     router = routed(model, windows=2, bottleneck=8)
     rows, lengths = left_pad([[3, 1, 4, 1], [9, 2]])
@@ -195,6 +207,8 @@ def test_bad_requests_are_named(model, variables):
         routed(routed(model))
     with pytest.raises(UsageError, match="take at least one row together"):
         routed(model, group=0)
+    with pytest.raises(UsageError, match="margin=-1"):
+        routed(model).block.clone(margin=-1.0)
     held = with_routers(routed(model), variables, jax.random.key(0))
     with pytest.raises(UsageError, match="group=3 does not divide a batch of 4"):
         along(routed(model, group=3), held, counts=COUNTS)
