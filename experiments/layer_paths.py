@@ -22,6 +22,12 @@ ENOUGH = flags.DEFINE_integer(
 )
 WORTH = flags.DEFINE_float("worth", 0.0, "layers that a nat of loss is worth among plans that are right")
 PENALTY = flags.DEFINE_float("length_penalty", 3.0, "how much the search prefers short plans")
+AGREE = flags.DEFINE_integer(
+    "agree", 0, "plans found most often that all examples choose from; 0 for own ones"
+)
+COST = flags.DEFINE_float(
+    "cost", 0.2, "share of answers that may be lost if all layers are saved, for --agree"
+)
 BATCH = flags.DEFINE_integer("batch", 256, "examples that are searched for side by side")
 SEED = flags.DEFINE_integer("seed", 0, "of the search")
 STEP = flags.DEFINE_integer("step", None, "checkpoint to take; by default the newest")
@@ -44,7 +50,7 @@ def main(argv: list[str]) -> int:
         worth=WORTH.value,
         enough=ENOUGH.value or None,
     )
-    request = path_search.Request(EXAMPLES.value, BATCH.value, SEED.value)
+    request = path_search.Request(EXAMPLES.value, BATCH.value, SEED.value, AGREE.value, COST.value)
     return path_search.run(WORKDIR.value, OUT.value, search, request, step=STEP.value)
 
 

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from effjax.decoding.layer_plan import Plan
 from effjax.decoding.layer_router import EXECUTE, REPEAT, SKIP
@@ -208,6 +208,31 @@ def find_plans(
     best = np.array([whole if plan is None else plan for plan in found], np.int32).reshape(examples, depth)
     right = np.array([plan is not None for plan in found], np.int32)
     return best, right, np.array([tree.results[whole] for tree in trees], np.int32)
+
+
+def agreed(
+    plans: Int[np.ndarray, "plans depth"], right: Bool[np.ndarray, "plans examples"], cost: float
+) -> tuple[Int[np.ndarray, "examples depth"], Bool[np.ndarray, " examples"]]:
+    """Plans on which examples agree, so that there is something to learn.
+
+    Where blocks can stand in for each other every example finds another plan, and a router that follows the
+    majority at each block skips them all. Here an example takes, of the plans that answer it, that of most
+
+        (share of all examples that it answers) - cost |plan| / L
+
+    Args:
+      plans: that are offered to all.
+      right: whether each answers each example.
+      cost: share of the answers that may be lost if all layers are saved.
+
+    Returns:
+      The plan of each example (of blocks that all execute where none is right), and whether it is right.
+    """
+    depth = plans.shape[1]
+    value = right.mean(axis=1) - cost * plans.sum(axis=1) / depth  # [K]
+    order = np.argsort(-value, kind="stable")
+    first, known = np.argmax(right[order], axis=0), np.asarray(np.any(right, axis=0))  # [N]
+    return np.where(known[:, None], plans[order][first], EXECUTE).astype(np.int32), known
 
 
 def _with(plan: Plan, start: int, count: int, size: int) -> Plan:

@@ -1,6 +1,7 @@
 """From a trained language model to examples with the layers that each of them needs."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from effjax.data.arrays import ArrayWriter
 from effjax.decoding.layer_router import ACTIONS
-from effjax.decoding.layer_search import Search, find_plans
+from effjax.decoding.layer_search import Search, agreed, find_plans
 from effjax.errors import UsageError
 from effjax.models.routed_lm import routed, with_routers
 from effjax.parallel.sharding import activate
@@ -31,11 +32,15 @@ class Request:
       examples: how many.
       batch: how many side by side.
       seed: of the search.
+      agree: plans, those found most often, that all examples choose from; 0 leaves each its own.
+      cost: see `effjax.decoding.layer_search.agreed`.
     """
 
     examples: int
     batch: int
     seed: int
+    agree: int = 0
+    cost: float = 0.2
 
     def __post_init__(self) -> None:
         for name in ("examples", "batch"):
@@ -96,18 +101,27 @@ def searched(program: Program, variables: Any, search: Search, request: Request)
         asked = jnp.maximum(jnp.sum(weights, axis=1), 1.0)
         return solved(logits, batch), jnp.sum(losses * weights, axis=1) / asked
 
-    parts = []
-    for number, batch in enumerate(_batches(program, request)):
-        size = len(batch["tokens"])
+    def ask(batch: Mapping[str, Any], plans: np.ndarray) -> Any:
+        with activate(program.mesh, program.rules):
+            return jax.device_get(answer(held, batch, jnp.asarray(plans)))
 
-        def answered(plans: np.ndarray, batch: Mapping[str, Any] = batch) -> Any:
-            with activate(program.mesh, program.rules):
-                return jax.device_get(answer(held, batch, jnp.asarray(plans)))
-
-        counts, found, whole = find_plans(search, answered, size, model.depth, request.seed + number)
+    batches, parts = list(_batches(program, request)), []
+    for number, batch in enumerate(batches):
+        seed = request.seed + number
+        counts, found, whole = find_plans(
+            search, functools.partial(ask, batch), len(batch["tokens"]), model.depth, seed
+        )
         told = {name: np.asarray(batch[name]) for name in FIELDS}
         parts.append(told | dict(counts=counts, right=found, whole=whole))
-    return {name: np.concatenate([part[name] for part in parts])[: request.examples] for name in parts[0]}
+    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    if request.agree and rows["right"].any():
+        offered, often = np.unique(rows["counts"][rows["right"] > 0], axis=0, return_counts=True)
+        offered = offered[np.argsort(-often, kind="stable")[: request.agree]]
+        everyone = [np.ones((request.batch, 1), np.int32) * plan[None] for plan in offered]
+        right = [np.concatenate([ask(batch, plans)[0] for batch in batches]) for plans in everyone]
+        counts, known = agreed(offered, np.stack(right), request.cost)
+        rows |= dict(counts=counts, right=known.astype(np.int32))
+    return {name: rows[name][: request.examples] for name in rows}
 
 
 def _batches(program: Program, request: Request) -> Iterator[dict[str, Any]]:

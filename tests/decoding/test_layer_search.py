@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from effjax.decoding.layer_search import Search, find_plans
+from effjax.decoding.layer_search import Search, agreed, find_plans
 from effjax.errors import UsageError
 
 
@@ -102,6 +102,17 @@ def test_short_plans_are_tried_more_often():
         find_plans(Search(turns=80, length_penalty=penalty, enough=None, random=0.0), run, 4, 6)
         tried[penalty] = np.mean(seen[10:]) * 6
     assert tried[3.0] < tried[0.0] - 0.5
+
+
+def test_examples_agree_on_plans():
+    plans = np.array([[1, 1, 1], [0, 1, 1], [1, 0, 1], [1, 0, 0]], np.int32)
+    right = np.array([[1, 1, 0, 1, 0], [1, 1, 0, 0, 0], [1, 0, 1, 1, 0], [0, 0, 0, 1, 0]], bool)
+    # A layer costs a tenth: 0.3, 0.2, 0.4 and 0.1.
+    counts, known = agreed(plans, right, 0.3)
+    assert counts.tolist() == [[1, 0, 1], [1, 1, 1], [1, 0, 1], [1, 0, 1], [1, 1, 1]]
+    assert known.tolist() == [True, True, True, True, False]
+    counts, _ = agreed(plans, right, 0.9)  # now a layer is three tenths: -0.3, -0.2, 0 and -0.1
+    assert counts.tolist() == [[1, 0, 1], [0, 1, 1], [1, 0, 1], [1, 0, 1], [1, 1, 1]]
 
 
 def test_bad_searches_are_named():
