@@ -30,7 +30,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from effjax.decoding.layer_plan import Plan
 from effjax.decoding.layer_router import EXECUTE, REPEAT, SKIP
@@ -211,28 +211,34 @@ def find_plans(
 
 
 def agreed(
-    plans: Int[np.ndarray, "plans depth"], right: Bool[np.ndarray, "plans examples"], cost: float
+    plans: Int[np.ndarray, "plans depth"],
+    right: Bool[np.ndarray, "plans examples"],
+    losses: Float[np.ndarray, "plans examples"],
+    cost: float,
+    worth: float = 0.0,
 ) -> tuple[Int[np.ndarray, "examples depth"], Bool[np.ndarray, " examples"]]:
     """Plans on which examples agree, so that there is something to learn.
 
     Where blocks can stand in for each other every example finds another plan, and a router that follows the
-    majority at each block skips them all. Here an example takes, of the plans that answer it, that of most
+    majority at each block skips them all. Here an example takes, of the plans that answer it, that of least
 
-        (share of all examples that it answers) - cost |plan| / L
+        |plan| + worth (-log p(answers)) - L / cost (share of all examples that it answers)
 
     Args:
       plans: that are offered to all.
       right: whether each answers each example.
+      losses: of each example with each plan, in nats.
       cost: share of the answers that may be lost if all layers are saved.
+      worth: layers that a nat of an example's loss is worth.
 
     Returns:
       The plan of each example (of blocks that all execute where none is right), and whether it is right.
     """
     depth = plans.shape[1]
-    value = right.mean(axis=1) - cost * plans.sum(axis=1) / depth  # [K]
-    order = np.argsort(-value, kind="stable")
-    first, known = np.argmax(right[order], axis=0), np.asarray(np.any(right, axis=0))  # [N]
-    return np.where(known[:, None], plans[order][first], EXECUTE).astype(np.int32), known
+    price = plans.sum(axis=1) - depth / cost * right.mean(axis=1)  # [K]
+    each = np.where(right, price[:, None] + worth * losses, np.inf)  # [K, N]
+    known = np.asarray(np.any(right, axis=0))  # [N]
+    return np.where(known[:, None], plans[np.argmin(each, axis=0)], EXECUTE).astype(np.int32), known
 
 
 def _with(plan: Plan, start: int, count: int, size: int) -> Plan:

@@ -118,8 +118,9 @@ def searched(program: Program, variables: Any, search: Search, request: Request)
         offered, often = np.unique(rows["counts"][rows["right"] > 0], axis=0, return_counts=True)
         offered = offered[np.argsort(-often, kind="stable")[: request.agree]]
         everyone = [np.ones((request.batch, 1), np.int32) * plan[None] for plan in offered]
-        right = [np.concatenate([ask(batch, plans)[0] for batch in batches]) for plans in everyone]
-        counts, known = agreed(offered, np.stack(right), request.cost)
+        heard = [[ask(batch, plans) for batch in batches] for plans in everyone]  # [K][batches](2)[B]
+        right, losses = (np.array([np.concatenate([b[i] for b in row]) for row in told]) for i in range(2))
+        counts, known = agreed(offered, right, losses, request.cost, search.worth)
         rows |= dict(counts=counts, right=known.astype(np.int32))
     return {name: rows[name][: request.examples] for name in rows}
 

@@ -108,11 +108,21 @@ def test_examples_agree_on_plans():
     plans = np.array([[1, 1, 1], [0, 1, 1], [1, 0, 1], [1, 0, 0]], np.int32)
     right = np.array([[1, 1, 0, 1, 0], [1, 1, 0, 0, 0], [1, 0, 1, 1, 0], [0, 0, 0, 1, 0]], bool)
     # A layer costs a tenth: 0.3, 0.2, 0.4 and 0.1.
-    counts, known = agreed(plans, right, 0.3)
+    counts, known = agreed(plans, right, np.zeros((4, 5)), 0.3)
     assert counts.tolist() == [[1, 0, 1], [1, 1, 1], [1, 0, 1], [1, 0, 1], [1, 1, 1]]
     assert known.tolist() == [True, True, True, True, False]
-    counts, _ = agreed(plans, right, 0.9)  # now a layer is three tenths: -0.3, -0.2, 0 and -0.1
+    counts, _ = agreed(
+        plans, right, np.zeros((4, 5)), 0.9
+    )  # now a layer is three tenths: -0.3, -0.2, 0 and -0.1
     assert counts.tolist() == [[1, 0, 1], [0, 1, 1], [1, 0, 1], [1, 0, 1], [1, 1, 1]]
+
+
+def test_who_agrees_may_still_be_surer_of_another_plan():
+    plans = np.array([[1, 0, 1], [1, 1, 0]], np.int32)
+    right = np.array([[1, 1, 1], [1, 1, 0]], bool)
+    losses = np.array([[0.5, 0.1, 0.1], [0.0, 0.1, 0.0]])
+    counts, _ = agreed(plans, right, losses, 1.0, worth=10.0)
+    assert counts.tolist() == [[1, 1, 0], [1, 0, 1], [1, 0, 1]]
 
 
 def test_bad_searches_are_named():
