@@ -119,7 +119,7 @@ def searched(program: Program, variables: Any, search: Search, request: Request)
         offered = offered[np.argsort(-often, kind="stable")[: request.agree]]
         everyone = [np.ones((request.batch, 1), np.int32) * plan[None] for plan in offered]
         heard = [[ask(batch, plans) for batch in batches] for plans in everyone]  # [K][batches](2)[B]
-        right, losses = (np.array([np.concatenate([b[i] for b in row]) for row in told]) for i in range(2))
+        right, losses = (np.array([np.concatenate([b[i] for b in row]) for row in heard]) for i in range(2))
         counts, known = agreed(offered, right, losses, request.cost, search.worth)
         rows |= dict(counts=counts, right=known.astype(np.int32))
     return {name: rows[name][: request.examples] for name in rows}
