@@ -5,7 +5,7 @@
 
 Any draft leaves the texts that are written as the larger model would write them, see
 `effjax.decoding.speculative`; a good one saves time. A model may be smaller, or the larger one itself with
-fewer layers: `effjax.decoding.fewer_layers`. Looking up costs nothing, and serves where texts repeat their
+fewer layers: `effjax.decoding.layer_plan`. Looking up costs nothing, and serves where texts repeat their
 prompts: Saxena, "Prompt Lookup Decoding", 2023, github.com/apoorvumang/prompt-lookup-decoding.
 
 A draft's own caches hold all tokens but the last, or, where all that it proposed was accepted, all but the

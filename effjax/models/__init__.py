@@ -14,6 +14,7 @@ from effjax.models.mixture_of_transformers import MixtureOfTransformers
 from effjax.models.pose import PoseTransformer
 from effjax.models.pt_dit import PTDiT
 from effjax.models.pyramid import Pyramid
+from effjax.models.routed_lm import RoutedLM
 from effjax.models.sparseformer import SparseFormer
 from effjax.models.vdt import VDT
 from effjax.models.vit import ViT
@@ -33,6 +34,7 @@ KINDS = {
     "pose": PoseTransformer,
     "pt_dit": PTDiT,
     "pyramid": Pyramid,
+    "routed_lm": RoutedLM,
     "sparseformer": SparseFormer,
     "vdt": VDT,
     "vit": ViT,

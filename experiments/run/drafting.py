@@ -5,7 +5,7 @@ from typing import Any
 
 from effjax.data.text import Tokenizer
 from effjax.decoding.drafts import Draft, ModelDraft, PromptLookup
-from effjax.decoding.fewer_layers import fewer_layers
+from effjax.decoding.layer_plan import keeping, planned
 from effjax.errors import UsageError
 from effjax.models.lm import LM
 from experiments.run.restore import load_run
@@ -56,7 +56,7 @@ class Drafting:
                     f"--draft_layers: {type(model).__name__} has no stack to leave layers out of. "
                     f"Give --draft or --draft_words."
                 )
-            few, cut = fewer_layers(model, variables, self.layers)
+            few, cut = planned(model, variables, keeping(model.depth, self.layers))
             return ModelDraft(few, self.tokens), cut
         assert self.run is not None
         program, held = load_run(self.run)

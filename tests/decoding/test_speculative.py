@@ -10,7 +10,7 @@ from scipy import stats
 
 from effjax.decoding import generate, speculative
 from effjax.decoding.drafts import ModelDraft, PromptLookup
-from effjax.decoding.fewer_layers import fewer_layers
+from effjax.decoding.layer_plan import keeping, planned
 from effjax.decoding.prefill import left_pad, prefill
 from effjax.decoding.sampling import Sampling, probabilities
 from effjax.decoding.speculative import verify
@@ -143,7 +143,7 @@ def drafts_of(target, kind):
         model, variables = build(vocab=TINY, dim=4, depth=1, seed=6, scale=2.0)
         return ModelDraft(model, 2), variables
     if kind == "layers":
-        few, cut = fewer_layers(*target, [1])
+        few, cut = planned(*target, keeping(target[0].depth, [1]))
         return ModelDraft(few, 1), cut
     return PromptLookup(2, 2), None
 
@@ -167,7 +167,7 @@ def test_texts_follow_the_distribution_of_the_model(kind, sampling):
 
 @pytest.mark.parametrize(("kind", "tokens"), [("model", 1), ("layers", 3), ("lookup", 3)])
 def test_greedy_texts_are_those_without_a_draft(target, small, kind, tokens):
-    few, cut = fewer_layers(*target, [0])
+    few, cut = planned(*target, keeping(target[0].depth, [0]))
     drafting = {
         "model": (ModelDraft(small[0].model, tokens), small[1]),
         "layers": (ModelDraft(few, tokens), cut),
@@ -215,7 +215,7 @@ HOT = Sampling(temperature=1.5, top_k=7)
 
 @pytest.mark.parametrize("how", [GREEDY, HOT])
 def test_a_draft_that_is_the_model_is_always_right(target, how):
-    for drafting in (target, fewer_layers(*target, range(2))):
+    for drafting in (target, planned(*target, keeping(target[0].depth, range(2)))):
         _, tally = write(target, (ModelDraft(drafting[0], 3), drafting[1]), max_new=8, sampling=how)
         np.testing.assert_array_equal(tally.calls, [2, 2, 2])  # 3 + 1 at a time
         np.testing.assert_array_equal(tally.accepted, tally.tested)

@@ -40,6 +40,7 @@ from effjax.train.tasks.distillation import Distillation
 from effjax.train.tasks.grafting import Grafting
 from effjax.train.tasks.in_context import InContext
 from effjax.train.tasks.language import Language
+from effjax.train.tasks.layer_routing import LayerRouting
 from effjax.train.tasks.pose import Pose
 
 KINDS = {
@@ -52,6 +53,7 @@ KINDS = {
     "grafting": Grafting,
     "in_context": InContext,
     "language": Language,
+    "layer_routing": LayerRouting,
     "pose": Pose,
 }
 
