@@ -102,7 +102,9 @@ class KeyValue(nn.Module):
             allowed = allowed if allowed.shape[1] == 1 else jnp.repeat(allowed, each, axis=1)
             bias = None if bias is None else jnp.repeat(bias, each, axis=1)
             weights = weigh(keys, allowed, bias)  # [B, H, N, S]
-            return weighted_sum(weights.astype(values.dtype), values), weights if tell else None
+            y = weighted_sum(weights.astype(values.dtype), values)  # [B, N, H, D]
+            # What padding attends to is nobody's attention.
+            return y, jnp.where(positions[:, None, :, None] < 0, 0, weights) if tell else None
 
         return (context.cache or Policy()).attend(cache, q, k, v, positions, look)
 
