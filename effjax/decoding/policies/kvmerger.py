@@ -2,8 +2,8 @@
 
     sets      runs of neighbours with cos(k_i, k_{i+1}) > epsilon
     pivot p   the token of a set that was attended to most
-    g_i       exp(-||k_p - k_i||^2 / (2 sigma^2)),   sigma = mean_{i != p} ||k_p - k_i|| / sqrt(2)
-    k_set     sum_i w_i k_i,   v_set = sum_i w_i v_i,   w_i = g_i / sum_j g_j      w_i and sums by tokens
+    g_i       exp(-||k_p - k_i||^2 / (2 sigma^2)),   sigma = mean of ||k_p - k_i|| over i != p, / sqrt(2)
+    merged    k = sum_i w_i k_i,   v = sum_i w_i v_i,   w_i = g_i / sum_j g_j
 
 The first tokens, the latest and those that were attended to most stay as they are. Every layer and key/value
 head has sets of its own. Wang, Jin, Yu and Zhang, "Model Tells You Where to Merge: Adaptive KV Cache Merging
@@ -11,8 +11,8 @@ for LLMs on Long-Context Tasks" (KVMerger), 2024, arXiv:2407.08454, section 4 an
 last token to the first, which takes a token into the set of the one behind it where they are alike enough.
 
 Slots are merged when no more tokens fit, in one go and down to `budget - reserve`, so that the next `reserve`
-steps find room. Where epsilon alone leaves too many sets, a head's threshold sinks until they fit. With
-as many slots as tokens this is the cache that keeps all.
+steps find room; a slot of s tokens counts s times in all sums. Where epsilon alone leaves too many sets, a
+head's threshold sinks until they fit. With as many slots as tokens this is the cache that keeps all.
 """
 
 import dataclasses
