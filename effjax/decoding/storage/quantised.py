@@ -10,7 +10,9 @@ arXiv:2402.02750, section 3, with keys by channel, values by token, groups of 32
 they are.
 
 A byte holds 8 / bits codes. The last `residual` tokens are read as they were written. A group along a channel
-can be quantised only when all of its tokens are there: until then they are among these.
+can be quantised only when all of its tokens are there: until then they are among these. Here they slide by
+one token a step, keys and values alike, and a prompt's own queries read what is held; in the authors' code
+keys wait until `residual` are together, and a prompt reads itself as it is.
 """
 
 import dataclasses
