@@ -106,12 +106,14 @@ def append(
     count = keys.shape[1]
     if count > cache.slots:
         raise UsageError(f"{count} tokens do not fit a cache of {cache.slots} slots: make it larger.")
+    written = counted(cache.written, positions)
+    tokens = written - cache.written if written.ndim else None
     return dataclasses.replace(
         cache,
-        keys=storage.append(cache.keys, keys, cache.written),
-        values=storage.append(cache.values, values, cache.written),
+        keys=storage.append(cache.keys, keys, cache.written, tokens),
+        values=storage.append(cache.values, values, cache.written, tokens),
         positions=Plain().append(cache.positions, positions, cache.written),
-        written=counted(cache.written, positions),
+        written=written,
     )
 
 

@@ -120,7 +120,9 @@ class KeyValue(nn.Module):
             if take is not None and not tell:
                 return take(keys, values, allowed, bias), None
             weights = weigh(keys, allowed, bias)  # [B, H, N, S]
-            return weighted_sum(weights.astype(values.dtype), values), weights if tell else None
+            y = weighted_sum(weights.astype(values.dtype), values)  # [B, N, H, D]
+            # What padding attends to is nobody's attention.
+            return y, jnp.where(positions[:, None, :, None] < 0, 0, weights) if tell else None
 
         return (context.cache or Policy()).attend(cache, q, k, v, positions, look)
 

@@ -10,6 +10,7 @@ it is the cache that keeps all, slot for slot.
 import dataclasses
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
@@ -45,6 +46,14 @@ class Evicting(Policy):
     def attended(self, tokens: int) -> float:
         """What is held."""
         return float(self.room(tokens))
+
+    def init(self, batch: int, slots: int, groups: int, head_dim: int, dtype: DTypeLike) -> Cache:
+        """An empty cache; a storage that cannot write just any slot says so now."""
+        cache = super().init(batch, slots, groups, head_dim, dtype)
+        new = jax.ShapeDtypeStruct((batch, 1, groups, head_dim), dtype)
+        for held in (cache.keys, cache.values):
+            jax.eval_shape(self.storage.put, held, new, jax.ShapeDtypeStruct((batch, 1), jnp.int32))
+        return cache
 
     def worth(self, cache: Cache, newest: Int[Array, " b"]) -> Float[Array, "b slots *groups"]:
         """What each slot is worth that holds a token.
@@ -140,13 +149,23 @@ class Evicting(Policy):
         positions: Int[Array, "b n"],
     ) -> Cache:
         """Puts new tokens into the slots that are worth least."""
-        count, plain = keys.shape[1], Plain()
         worth = self.ranked(cache, jnp.max(positions, axis=1))
-        if count == 1:
+        if keys.shape[1] == 1:
             slots = jnp.argmin(worth, axis=1)[:, None]  # [B, 1, ...]
         else:
-            slots = jnp.argsort(worth, axis=1, stable=True)[:, :count]  # [B, N, ...]
-        places = positions.astype(cache.positions.dtype)
+            slots = jnp.argsort(worth, axis=1, stable=True)[:, : keys.shape[1]]  # [B, N, ...]
+        return self.place(cache, keys, values, positions, slots)
+
+    def place(
+        self,
+        cache: Cache,
+        keys: Float[Array, "b n groups d"],
+        values: Float[Array, "b n groups d"],
+        positions: Int[Array, "b n"],
+        slots: Int[Array, "b n *groups"],
+    ) -> Cache:
+        """Puts new tokens into these slots."""
+        plain, places = Plain(), positions.astype(cache.positions.dtype)
         if cache.positions.ndim == 3:
             places = jnp.broadcast_to(places[:, :, None], slots.shape)
 

@@ -24,7 +24,11 @@ class Plain:
         return ("batch", "slots", "kv_heads", "head_dim")
 
     def append(
-        self, held: Shaped[Array, "b slots *rest"], new: Shaped[Array, "b n *rest"], written: Int[Array, "*b"]
+        self,
+        held: Shaped[Array, "b slots *rest"],
+        new: Shaped[Array, "b n *rest"],
+        written: Int[Array, "*b"],
+        count: Int[Array, " b"] | None = None,
     ) -> Shaped[Array, "b slots *rest"]:
         """Writes `n` slots behind the first `written`, of all sequences or of each."""
         put = jax.lax.dynamic_update_slice_in_dim

@@ -29,8 +29,21 @@ class Storage(Protocol):
     def axes(self, what: What) -> Any:
         """Names of the axes of the arrays that `empty` makes, in a tree of the same form."""
 
-    def append(self, held: Any, new: Float[Array, "b n groups d"], written: Int[Array, "*b"]) -> Any:
-        """Writes `n` slots behind the first `written`, of all sequences or of each."""
+    def append(
+        self,
+        held: Any,
+        new: Float[Array, "b n groups d"],
+        written: Int[Array, "*b"],
+        count: Int[Array, " b"] | None = None,
+    ) -> Any:
+        """Writes `n` slots behind the first `written`, of all sequences or of each.
+
+        Args:
+          held: what is held.
+          new: keys or values of the next slots.
+          written: how many slots were written before.
+          count: how many of the new ones are tokens, where padding stands behind them; None means all.
+        """
 
     def put(self, held: Any, new: Float[Array, "b n groups d"], slots: Int[Array, "b n *groups"]) -> Any:
         """Writes these slots, the same of all heads or others of each group."""

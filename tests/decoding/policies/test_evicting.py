@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from effjax.decoding.policies.policy import Policy
 from effjax.decoding.policies.window import Window
 from effjax.errors import UsageError
 from effjax.models.lm import LM
-from tests.decoding.policies.common import BLOCK, stepwise, toy
+from tests.decoding.policies.common import BLOCK, stepwise, toy, variables
 
 SIZE = 14
 EVICTING = {"window": Window, "heavy_hitters": HeavyHitters}
@@ -98,6 +99,15 @@ def test_the_least_attended_makes_room(draw):
     assert cache.positions[0, :, 0].tolist() == [0, 1, 2, 4]
     np.testing.assert_array_equal(cache.score[0, :, 0], [3.0, 1.0, 2.0, 0.0])
     np.testing.assert_array_equal(cache.keys[0, 3, 0], [7.0, 7.0])
+
+
+def test_what_padding_attends_to_counts_for_nothing(tokens):
+    model = toy(cache=HeavyHitters(budget=SIZE))
+    step = jax.jit(functools.partial(model.apply, method="step"))
+    places = jnp.broadcast_to(jnp.arange(SIZE)[None], tokens.shape)
+    _, padded = step(variables(), tokens, model.init_cache(3, SIZE), places - 4)
+    _, alone = step(variables(), tokens[:, 4:], model.init_cache(3, SIZE), places[:, :-4])
+    np.testing.assert_allclose(padded.score[:, :, 4:], alone.score[:, :, :-4], atol=1e-5)
 
 
 def test_heavy_hitters_of_heads_differ(tokens):
