@@ -52,13 +52,19 @@ def check_rewinds(model: nn.Module) -> None:
     """Refuses a model that keeps anything else than keys and values, or gives their slots away.
 
     Raises:
-      UsageError: for a recurrent state, or a policy that has evicted or merged; there is no way back.
+      UsageError: for a recurrent state, a policy that has evicted or merged, or a storage in which slots
+        share something: there is no way back.
     """
     policy = getattr(model, "cache", None)
     if policy is not None and not policy.rewinds:
         raise UsageError(
             f"cache={type(policy).__name__} gives slots away that a refused token would have to give back: "
             f"leave the policy out of speculative decoding."
+        )
+    if policy is not None and not policy.storage.rewinds:
+        raise UsageError(
+            f"storage={policy.storage} does not give a refused token's slot back: hold keys and values "
+            f"plain, or by token without a residual."
         )
     kept = jax.eval_shape(lambda: model.init_cache(1, 2))
     if strange := [leaf for leaf in jax.tree.leaves(kept, is_leaf=_is_cache) if not _is_cache(leaf)]:

@@ -9,6 +9,7 @@ from effjax.decoding.policies.policy import Policy
 from effjax.decoding.policies.window import Window
 from effjax.decoding.prefill import left_pad, prefill
 from effjax.decoding.rewind import check_rewinds, rewind
+from effjax.decoding.storage.quantised import Quantised
 from effjax.errors import UsageError
 from effjax.ffn import Gated
 from effjax.layers.stack import Layers, apart
@@ -83,3 +84,5 @@ def test_slots_that_were_given_away_do_not_come_back():
     check_rewinds(MODEL.clone(cache=Policy()))
     with pytest.raises(UsageError, match="cache=Window gives slots away"):
         check_rewinds(MODEL.clone(cache=Window(budget=8)))
+    with pytest.raises(UsageError, match="does not give a refused token's slot back"):
+        check_rewinds(MODEL.clone(cache=Policy(storage=Quantised(group=4))))

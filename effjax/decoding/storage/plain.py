@@ -13,6 +13,11 @@ from effjax.decoding.storage.storage import What
 class Plain:
     """One array; its pieces serve whatever else has a number for each slot."""
 
+    @property
+    def rewinds(self) -> bool:
+        """Every slot stands for itself."""
+        return True
+
     def empty(
         self, what: What, batch: int, slots: int, groups: int, head_dim: int, dtype: DTypeLike
     ) -> Float[Array, "b slots groups d"]:

@@ -87,6 +87,11 @@ class Quantised:
                 f"of group={self.group}."
             )
 
+    @property
+    def rewinds(self) -> bool:
+        """Not where slots share a scale, or the latest are kept beside the others."""
+        return self.keys == self.values == "token" and not self.residual
+
     def empty(
         self, what: What, batch: int, slots: int, groups: int, head_dim: int, dtype: DTypeLike
     ) -> Codes:

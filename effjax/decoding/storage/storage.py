@@ -11,6 +11,10 @@ What = Literal["keys", "values"]
 class Storage(Protocol):
     """Holds `[B, slots, groups, D]` numbers in a form of its own: a tree of arrays."""
 
+    @property
+    def rewinds(self) -> bool:
+        """Whether slots that were written last can be written again as if they never were."""
+
     def empty(self, what: What, batch: int, slots: int, groups: int, head_dim: int, dtype: DTypeLike) -> Any:
         """Makes room for so many slots.
 
