@@ -145,8 +145,8 @@ class Attention(KeyValue):
         else:
             y, cache = self.remember(
                 *(q, k, v, positions, cache, context),
-                lambda keys, allowed, bias: attention_weights(
-                    q, keys, mask=allowed, causal=False, bias=bias, **options
+                lambda queries, keys, allowed, bias: attention_weights(
+                    queries, keys, mask=allowed, causal=False, bias=bias, **options
                 ),
                 self.causal,
                 self.window,

@@ -4,6 +4,12 @@ from typing import Any
 
 from effjax.decoding.policies.heavy_hitters import HeavyHitters
 from effjax.decoding.policies.policy import Policy
+from effjax.decoding.policies.recycled import RecycledAttention
 from effjax.decoding.policies.window import Window
 
-POLICIES: dict[str, Any] = {"all": Policy, "heavy_hitters": HeavyHitters, "window": Window}
+POLICIES: dict[str, Any] = {
+    "all": Policy,
+    "heavy_hitters": HeavyHitters,
+    "recycled": RecycledAttention,
+    "window": Window,
+}

@@ -28,7 +28,7 @@ def variables():
     return jax.tree.map(lambda leaf: leaf * (6.0 if leaf.ndim > 2 else 1.0), held)
 
 
-def stepwise(model, tokens, first, lengths=None):
+def stepwise(model, tokens, first, lengths=None, slots=None):
     """Logits from the token before `first` on, the caches, and what `first` tokens at once left in them."""
     tokens = jnp.asarray(tokens)
     rows, size = tokens.shape
@@ -37,7 +37,7 @@ def stepwise(model, tokens, first, lengths=None):
 
     @jax.jit
     def run(held):
-        caches = model.init_cache(rows, size)
+        caches = model.init_cache(rows, slots or size)
         step = functools.partial(model.apply, held, method="step")
         before, caches = step(tokens[:, :first], caches, positions[:, :first])
 
