@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from effjax.decoding.policies.dhsa import DHSA
 from effjax.decoding.policies.heavy_hitters import HeavyHitters
 from effjax.decoding.policies.policy import Policy
 from effjax.decoding.policies.recycled import RecycledAttention
@@ -9,6 +10,7 @@ from effjax.decoding.policies.window import Window
 
 POLICIES: dict[str, Any] = {
     "all": Policy,
+    "dhsa": DHSA,
     "heavy_hitters": HeavyHitters,
     "recycled": RecycledAttention,
     "window": Window,

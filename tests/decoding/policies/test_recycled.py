@@ -12,7 +12,7 @@ from effjax.decoding.policies.recycled import NOTHING, RecycledAttention
 from effjax.decoding.sampling import Sampling
 from effjax.errors import UsageError
 from effjax.models.lm import LM
-from tests.decoding.policies.common import BLOCK, stepwise, toy, variables
+from tests.decoding.policies.common import BLOCK, plain_look, stepwise, toy, variables
 
 SIZE = 20
 FIRST = 6
@@ -23,23 +23,13 @@ def tokens(draw):
     return draw.integers(0, 17, (3, SIZE))
 
 
-def stepping(policy, groups=2, heads=4, width=4, slots=32):
+def stepping(policy, groups=2, width=4, slots=32):
     """One layer step by step: `step(cache, query, key, value)` with a look that is plain attention."""
 
     @jax.jit
     def step(cache, query, key, value):
         position = jnp.broadcast_to(cache.written, (query.shape[0], 1))
-
-        def look(keys, values, held, size=None, among=None, tell=False, part=None):
-            held = held if held.ndim == 3 else held[:, :, None]
-            allowed = (held >= 0) & (held <= position[:, :, None])  # [B, S, 1 or G]
-            shared = query.reshape(query.shape[0], groups, heads // groups, width)
-            logits = jnp.einsum("bghd,bsgd->bghs", shared, keys)
-            logits = jnp.where(jnp.moveaxis(allowed, 2, 1)[:, :, None], logits, -1e30)
-            weights = jax.nn.softmax(logits)
-            y = jnp.einsum("bghs,bsgd->bghd", weights, values).reshape(query.shape)
-            return y, weights.reshape(query.shape[0], heads, 1, -1) if tell else None
-
+        look = plain_look(query, position, groups)
         return policy.attend(cache, query, key, value, position, look)
 
     return policy.init(1, slots, groups, width, jnp.float32), step
