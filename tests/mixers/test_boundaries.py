@@ -84,7 +84,6 @@ def test_focal_loss_is_cross_entropy_where_it_does_not_focus(draw):
     np.testing.assert_allclose(focal_loss(logits, targets), expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.slow
 def test_a_predictor_learns_where_segments_begin():
     predictor = BoundaryPredictor(heads=2, hidden=32)
     params = meta.unbox(predictor.init(jax.random.key(0), jnp.zeros((1, N, 2, 4)))["params"])
