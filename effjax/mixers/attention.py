@@ -146,11 +146,13 @@ class Attention(KeyValue):
             options["causal"] = False  # the mask says it, by positions
             y, cache = self.remember(
                 *(q, k, v, positions, cache, context),
-                lambda keys, allowed, bias: attention_weights(q, keys, mask=allowed, bias=bias, **options),
+                lambda queries, keys, allowed, bias: attention_weights(
+                    queries, keys, mask=allowed, bias=bias, **options
+                ),
                 self.causal,
                 self.window,
-                lambda keys, values, allowed, bias: softmax_attention(
-                    q, keys, values, mask=allowed, bias=bias, **options
+                lambda queries, keys, values, allowed, bias: softmax_attention(
+                    queries, keys, values, mask=allowed, bias=bias, **options
                 ),
             )  # [B, N, H, D]
         return self.output(y, x.shape[-1], context), cache

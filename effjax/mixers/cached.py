@@ -6,6 +6,7 @@
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
@@ -22,6 +23,7 @@ class Weigh(Protocol):
 
     def __call__(
         self,
+        queries: Float[Array, "b n h d"],
         keys: Float[Array, "b s g d"],
         allowed: Bool[Array, "#b #h #n s"],
         bias: Float[Array, "b h 1 s"] | None,
@@ -35,6 +37,7 @@ class Take(Protocol):
 
     def __call__(
         self,
+        queries: Float[Array, "b n h d"],
         keys: Float[Array, "b s g d"],
         values: Float[Array, "b s g e"],
         allowed: Bool[Array, "#b #h #n s"],
@@ -96,7 +99,7 @@ class KeyValue(nn.Module):
           positions: of the new tokens.
           cache: of those before.
           context: its `cache` is the policy, None to keep all; its `window` goes before the mixer's.
-          weigh: weights of keys, given the mask and what is added to the logits.
+          weigh: weights of keys, given queries, the mask and what is added to the logits.
           causal: whether a token sees only itself and tokens before it.
           window: the mixer's.
           take: what is taken from values, where nobody asks for the weights; None sums by `weigh`.
@@ -110,19 +113,23 @@ class KeyValue(nn.Module):
             size: Array | None = None,
             among: Array | None = None,
             tell: bool = False,
+            part: tuple[Array | int, int] | None = None,
         ) -> tuple[Array, Array | None]:
-            allowed = visible(held, positions, causal, window)  # [B, 1 or G, 1 or N, S]
+            queries, at = q, positions
+            if part is not None:
+                queries, at = (jax.lax.dynamic_slice_in_dim(whole, *part, axis=1) for whole in (q, positions))
+            allowed = visible(held, at, causal, window)  # [B, 1 or G, 1 or N, S]
             allowed = allowed if among is None else allowed & among
             bias = None if size is None else jnp.log(size).swapaxes(1, 2)[:, :, None, :]  # [B, G, 1, S]
             each = q.shape[2] // keys.shape[2]
             allowed = allowed if allowed.shape[1] == 1 else jnp.repeat(allowed, each, axis=1)
             bias = None if bias is None else jnp.repeat(bias, each, axis=1)
             if take is not None and not tell:
-                return take(keys, values, allowed, bias), None
-            weights = weigh(keys, allowed, bias)  # [B, H, N, S]
+                return take(queries, keys, values, allowed, bias), None
+            weights = weigh(queries, keys, allowed, bias)  # [B, H, N, S]
             y = weighted_sum(weights.astype(values.dtype), values)  # [B, N, H, D]
             # What padding attends to is nobody's attention.
-            return y, jnp.where(positions[:, None, :, None] < 0, 0, weights) if tell else None
+            return y, jnp.where(at[:, None, :, None] < 0, 0, weights) if tell else None
 
         return (context.cache or Policy()).attend(cache, q, k, v, positions, look)
 

@@ -82,7 +82,7 @@ class SparkAttention(KeyValue):
         else:
             y, cache = self.remember(
                 *(q, k, v, positions, cache, context),
-                lambda keys, allowed, bias: self.weights(q, keys, allowed, bias),
+                lambda queries, keys, allowed, bias: self.weights(queries, keys, allowed, bias),
                 window=self.window,
             )  # [B, N, H, D]
         axes = ("heads", "head_dim", "embed")

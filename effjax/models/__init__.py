@@ -1,5 +1,6 @@
 """The skeletons that compose parts into networks."""
 
+from effjax.mixers.boundaries import BoundaryPredictor
 from effjax.models.algoformer import AlgoFormer
 from effjax.models.autoencoder import Autoencoder
 from effjax.models.block_transformer import BlockTransformer
@@ -23,6 +24,7 @@ KINDS = {
     "algoformer": AlgoFormer,
     "autoencoder": Autoencoder,
     "block_transformer": BlockTransformer,
+    "boundary_predictor": BoundaryPredictor,
     "dit": DiT,
     "e_mmdit": EMMDiT,
     "inception": Inception,

@@ -21,7 +21,18 @@ SIZES = [
 ]
 
 # Variants made here, and processes, pre-training, stages and data that share the networks of others.
-OWN = ("smoke", "digits", "motion", "pydocs", "scenes", "regression", "autoregression", "probe", "short", "sum")
+OWN = (
+    "smoke",
+    "digits",
+    "motion",
+    "pydocs",
+    "scenes",
+    "regression",
+    "autoregression",
+    "probe",
+    "short",
+    "sum",
+)
 SHARED = ("-flow", "-22k", "-tuned", "-reflow", "-one-step", "-ucf101", "-cityscapes", "-plain")
 
 

@@ -34,6 +34,7 @@ class Look(Protocol):
         size: Float[Array, "b s groups"] | None = None,
         among: Bool[Array, "#b #groups #n s"] | None = None,
         tell: bool = False,
+        part: tuple[Int[Array, ""] | int, int] | None = None,
     ) -> tuple[Float[Array, "b n h e"], Float[Array, "b h n s"] | None]:
         """Returns what the heads take, and how much of each slot.
 
@@ -44,6 +45,7 @@ class Look(Protocol):
           size: how many tokens each stands for: its logarithm is added to the logits.
           among: which of them each query may see at all.
           tell: whether the weights are asked for, in float32; else None stands in their place.
+          part: the first of the queries that look, and how many; None means all `n` of them.
         """
 
 

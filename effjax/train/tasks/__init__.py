@@ -33,6 +33,7 @@ from typing import Any
 
 from effjax.train.tasks.alignment import Alignment
 from effjax.train.tasks.autoencoding import Autoencoding
+from effjax.train.tasks.boundaries import Boundaries
 from effjax.train.tasks.classification import Classification
 from effjax.train.tasks.dense2moe import Dense2MoE
 from effjax.train.tasks.diffusion import Diffusion
@@ -46,6 +47,7 @@ from effjax.train.tasks.pose import Pose
 KINDS = {
     "alignment": Alignment,
     "autoencoding": Autoencoding,
+    "boundaries": Boundaries,
     "classification": Classification,
     "dense2moe": Dense2MoE,
     "diffusion": Diffusion,

@@ -28,7 +28,7 @@ def variables():
     return jax.tree.map(lambda leaf: leaf * (6.0 if leaf.ndim > 2 else 1.0), held)
 
 
-def stepwise(model, tokens, first, lengths=None):
+def stepwise(model, tokens, first, lengths=None, slots=None):
     """Logits from the token before `first` on, the caches, and what `first` tokens at once left in them."""
     tokens = jnp.asarray(tokens)
     rows, size = tokens.shape
@@ -37,7 +37,7 @@ def stepwise(model, tokens, first, lengths=None):
 
     @jax.jit
     def run(held):
-        caches = model.init_cache(rows, size)
+        caches = model.init_cache(rows, slots or size)
         step = functools.partial(model.apply, held, method="step")
         before, caches = step(tokens[:, :first], caches, positions[:, :first])
 
@@ -50,3 +50,23 @@ def stepwise(model, tokens, first, lengths=None):
         return jnp.concatenate([before[:, -1:], logits.swapaxes(0, 1)], axis=1), after, caches
 
     return run(variables())
+
+
+def plain_look(query, positions, groups):
+    """A mixer's look: causal attention of queries `[B, N, H, D]`, unscaled."""
+    heads = query.shape[2]
+
+    def look(keys, values, held, size=None, among=None, tell=False, part=None):
+        q, at = query, positions
+        if part is not None:
+            q, at = (jax.lax.dynamic_slice_in_dim(whole, *part, axis=1) for whole in (q, at))
+        held = held if held.ndim == 3 else held[:, :, None]
+        allowed = (held[:, None] >= 0) & (held[:, None] <= at[:, :, None, None])  # [B, N, S, 1 or G]
+        shared = q.reshape(*q.shape[:2], groups, heads // groups, -1)
+        logits = jnp.einsum("bnghd,bsgd->bghns", shared, keys)
+        logits = jnp.where(jnp.moveaxis(allowed, 3, 1)[:, :, None], logits, -1e30)
+        weights = jax.nn.softmax(logits)
+        y = jnp.einsum("bghns,bsgd->bnghd", weights, values).reshape(q.shape)
+        return y, weights.reshape(q.shape[0], heads, q.shape[1], -1) if tell else None
+
+    return look

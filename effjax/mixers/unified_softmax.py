@@ -1,0 +1,198 @@
+"""Decoding attention whose parts need not wait for each other's largest score.
+
+    y = sum_s e^{x_s - phi} v_s / sum_s e^{x_s - phi}                    x = scores, phi the same for all
+
+A softmax may subtract any number; where that is the maximum, parts of the keys have to be rescaled once all
+maxima are known. With a constant phi every part is a plain sum of numerators and one of denominators. It
+holds as long as a < x - phi < b for all scores; where one of them leaves that interval, it is all computed
+again with the running maximum. Scores of a model lie close together, so that phi, a and b are read off a few
+batches once: `calibrated`.
+
+Hong et al., "FlashDecoding++: Faster Large Language Model Inference with Asynchronization, Flat GEMM
+Optimization, and Heuristics", MLSys 2024, arXiv:2311.01282, section 3; for Llama-2-7B phi = 0 there and more
+than 99.99% of the scores are between -16.8 and 6.5. Models of a wide range, as OPT, keep the running maximum.
+These are the plain forms.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from effjax.errors import UsageError
+from effjax.mixers.dot_product import dot_products
+
+# Between these e^x is far from the ends of float32: sums of a million products with values stay finite.
+LEAST, MOST = -60.0, 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Where the scores of a model lie.
+
+    Attributes:
+      phi: what is subtracted from each, the same of all layers, heads and tokens.
+      low: a above.
+      high: b above.
+    """
+
+    phi: float = 0.0
+    low: float = -16.8
+    high: float = 6.5
+
+    def __post_init__(self) -> None:
+        if not LEAST <= self.low < self.high <= MOST:
+            raise UsageError(
+                f"scores between low={self.low} and high={self.high} of phi={self.phi}: exponentials are "
+                f"sure between {LEAST:g} and {MOST:g}. A wider range keeps the running maximum."
+            )
+
+
+def scores(
+    q: Float[Array, "b n h d"], k: Float[Array, "b s g d"], scale: float | None = None
+) -> Float[Array, "b h n s"]:
+    """What goes into the softmax, in float32; `scale` is `1 / sqrt(d)` where it is None."""
+    return dot_products(q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def outside(
+    x: Float[Array, "b h n s"], allowed: Bool[Array, "#b #h #n s"] | None, within: Range
+) -> Bool[Array, "b h n"]:
+    """Which rows have a score that leaves the interval; those that nobody sees do not count."""
+    far = ~((x - within.phi > within.low) & (x - within.phi < within.high))  # also where it is no number
+    return jnp.any(far if allowed is None else far & allowed, axis=3)
+
+
+def unified_attention(
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b s g d"],
+    v: Float[Array, "b s g e"],
+    within: Range,
+    *,
+    mask: Bool[Array, "#b #h #n s"] | None = None,
+    scale: float | None = None,
+    splits: int = 8,
+) -> Float[Array, "b n h e"]:
+    """Softmax attention by parts that are added up as they come, or with the running maximum.
+
+    Args:
+      q: queries; `h / g` of them share a key/value head.
+      k: keys.
+      v: values.
+      within: where scores are expected.
+      mask: which keys a query may see; each sees at least one.
+      scale: factor of the scores; None means `1 / sqrt(d)`.
+      splits: parts into which the keys are cut.
+
+    Raises:
+      UsageError: for keys that cannot be cut so.
+    """
+    parts = _cut(q, k, v, mask, splits)
+
+    def part(q_and: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+        keys, values, allowed = q_and
+        x = scores(q, keys, scale)  # [B, H, N, S/P]
+        far = outside(x, allowed, within)  # [B, H, N]
+        powers = jnp.where(allowed, jnp.exp(x - within.phi), 0.0)
+        return _weighted(powers, values), jnp.sum(powers, axis=3), far
+
+    numerators, denominators, far = jax.vmap(part)(parts)  # [P, B, H, N, ..]
+
+    def plain() -> Array:
+        return jnp.sum(numerators, axis=0) / jnp.sum(denominators, axis=0)[..., None]
+
+    y = jax.lax.cond(jnp.any(far), lambda: _with_maximum(q, parts, scale), plain)  # [B, H, N, E]
+    return jnp.moveaxis(y, 1, 2).astype(v.dtype)  # [B, N, H, E]
+
+
+def synchronised_attention(
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b s g d"],
+    v: Float[Array, "b s g e"],
+    *,
+    mask: Bool[Array, "#b #h #n s"] | None = None,
+    scale: float | None = None,
+    splits: int = 8,
+) -> Float[Array, "b n h e"]:
+    """The same by parts that are rescaled by the largest score so far: Dao et al., Flash-Decoding, 2023."""
+    y = _with_maximum(q, _cut(q, k, v, mask, splits), scale)
+    return jnp.moveaxis(y, 1, 2).astype(v.dtype)  # [B, N, H, E]
+
+
+def calibrated(batches: Iterable[Float[Array, "..."]], share: float = 0.9999, margin: float = 1.0) -> Range:
+    """The range of a model's scores.
+
+    Args:
+      batches: scores that its softmax saw, without those of pairs that are masked; -inf counts as masked.
+      share: of all scores, at least, that shall lie within; as many may lie below as above.
+      margin: by which the interval is wider than what was seen, on either side.
+
+    Returns:
+      A range around the middle of the scores.
+
+    Raises:
+      UsageError: without scores, or for scores that lie too far apart for a constant maximum.
+    """
+    seen = np.concatenate([[], *(np.asarray(batch, np.float64).ravel() for batch in batches)])
+    seen = seen[seen > -np.inf]
+    if not len(seen) or not 0 < share <= 1:
+        raise UsageError(f"there are {len(seen)} scores to read a range of share={share} off: give some.")
+    low, high = np.quantile(seen, [(1 - share) / 2, (1 + share) / 2])
+    low, high = float(low) - margin, float(high) + margin
+    if high - low > MOST - LEAST:
+        raise UsageError(
+            f"scores between {low:.4g} and {high:.4g} lie too far apart for a constant maximum: keep the "
+            f"running one."
+        )
+    phi = (low + high) / 2
+    return Range(phi=phi, low=low - phi, high=high - phi)
+
+
+Parts = tuple[Float[Array, "p b s g d"], Float[Array, "p b s g e"], Bool[Array, "p #b #h #n s"]]
+
+
+def _cut(q: Array, k: Array, v: Array, mask: Array | None, splits: int) -> Parts:
+    """Keys, values and mask with parts in front."""
+    b, s = k.shape[:2]
+    if splits < 1 or s % splits:
+        raise UsageError(f"splits={splits} does not divide {s} keys.")
+    allowed = jnp.ones((1, 1, 1, s), bool) if mask is None else mask
+    allowed = allowed.reshape(*allowed.shape[:3], splits, s // splits)
+    keys, values = (jnp.moveaxis(x.reshape(b, splits, s // splits, *x.shape[2:]), 1, 0) for x in (k, v))
+    return keys, values, jnp.moveaxis(allowed, 3, 0)
+
+
+def _weighted(powers: Float[Array, "b h n s"], v: Float[Array, "b s g e"]) -> Float[Array, "b h n e"]:
+    """Sums of values, in float32."""
+    b, h, n, s = powers.shape
+    shared = powers.reshape(b, v.shape[2], -1, s)  # [B, G, H/G N, S]
+    y = jnp.einsum("bgms,bsge->bgme", shared, v.astype(jnp.float32))
+    return y.reshape(b, h, n, -1)
+
+
+def _with_maximum(q: Array, parts: Parts, scale: float | None) -> Float[Array, "b h n e"]:
+    """Part after part, each rescaling what came before it."""
+
+    def step(state: tuple[Array, Array, Array], part: tuple[Array, Array, Array]) -> tuple[tuple, None]:
+        top, numerator, denominator = state
+        keys, values, allowed = part
+        x = jnp.where(allowed, scores(q, keys, scale), -jnp.inf)  # [B, H, N, S/P]
+        new = jnp.maximum(top, jnp.max(x, axis=3))  # [B, H, N]
+        # Before any key was seen both are -inf, and nothing has to be rescaled.
+        safe = jnp.where(new > -jnp.inf, new, 0.0)
+        old = jnp.exp(top - safe)
+        powers = jnp.exp(x - safe[..., None])
+        numerator = numerator * old[..., None] + _weighted(powers, values)
+        return (new, numerator, denominator * old + jnp.sum(powers, axis=3)), None
+
+    b, n, h = q.shape[:3]
+    start = (
+        jnp.full((b, h, n), -jnp.inf),
+        jnp.zeros((b, h, n, parts[1].shape[-1])),
+        jnp.zeros((b, h, n)),
+    )
+    (_, numerator, denominator), _ = jax.lax.scan(step, start, parts)
+    return numerator / denominator[..., None]
