@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from effjax.decoding.storage.paged import Paged
 from effjax.decoding.storage.plain import Plain
 
-STORAGES: dict[str, Any] = {"plain": Plain}
+STORAGES: dict[str, Any] = {"paged": Paged, "plain": Plain}
