@@ -102,7 +102,9 @@ class KeyValue(nn.Module):
             allowed = allowed if allowed.shape[1] == 1 else jnp.repeat(allowed, each, axis=1)
             bias = None if bias is None else jnp.repeat(bias, each, axis=1)
             weights = weigh(keys, allowed, bias)  # [B, H, N, S]
-            return weighted_sum(weights.astype(values.dtype), values), weights if tell else None
+            y = weighted_sum(weights.astype(values.dtype), values)  # [B, N, H, D]
+            # Padding looks at nothing, though its softmax adds up to 1.
+            return y, jnp.where((positions >= 0)[:, None, :, None], weights, 0) if tell else None
 
         return (context.cache or Policy()).attend(cache, q, k, v, positions, look)
 

@@ -59,14 +59,12 @@ class Paged:
         if self.pages is not None and self.pages < 1:
             raise UsageError(f"pages={self.pages} must be at least 1, or None for as many as can be needed.")
 
-    def empty(
-        self, what: What, batch: int, slots: int, groups: int, head_dim: int, dtype: DTypeLike
-    ) -> Pool:
+    def empty(self, what: What, batch: int, slots: int, groups: int, head_dim: int, dtype: DTypeLike) -> Pool:
         """Zeros."""
         if slots % self.page:
             raise UsageError(
-                f"page={self.page} does not divide the {slots} slots of a sequence: take a page that does, or "
-                f"{-(-slots // self.page) * self.page} slots."
+                f"page={self.page} does not divide the {slots} slots of a sequence: take a page that does, "
+                f"or {-(-slots // self.page) * self.page} slots."
             )
         each = slots // self.page
         count = batch * each if self.pages is None else self.pages
