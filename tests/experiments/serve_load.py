@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import http.client
 import json
+import os
 import random
 import socket
 import subprocess
@@ -235,7 +236,9 @@ def server(of, rows, queue):
         command = ["experiments.serve", f"--workdir={of}", "--port=0"]
         command += ["--cache=all", "--cache=short=window:budget=64"]
     command = [sys.executable, "-m", *command, f"--rows={rows}", f"--queue={queue}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    # Without it JAX looks for chips, and says at length that there are none.
+    environment = {"JAX_PLATFORMS": "cpu"} | os.environ
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         port = process.stdout.readline().rsplit(":", 1)[-1]
         yield "127.0.0.1", int(port)

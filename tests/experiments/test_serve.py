@@ -1,5 +1,6 @@
 """The server as its clients meet it, and what the driver refuses."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -19,7 +20,7 @@ from effjax.decoding.policies.window import Window
 from effjax.decoding.serving.engine import Engine
 from effjax.errors import RunError, UsageError
 from experiments.run.server import process
-from experiments.run.server.app import Limits
+from experiments.run.server.app import Limits, Stream
 from experiments.run.server.body import Served
 from experiments.run.server.service import Service
 from experiments.run.serving import Sizes, make_engine, read_caches, read_key
@@ -209,6 +210,35 @@ def test_who_leaves_frees_row_and_pages(server, address, stream):
     ended = 'effjax_requests_total{cache="all",end="cancelled"}'
     assert after[ended] == before.get(ended, 0) + 1
     assert total(after, "tokens_total") - total(before, "tokens_total") < 60
+
+
+def test_who_takes_nothing_of_a_stream_is_let_go():
+    """A send that never ends stands for a client that never reads."""
+
+    class Endless:
+        name, model, created, closed = "cmpl-1", "toy", 0, 0
+        asked = types.SimpleNamespace(usage=False)
+        answer = types.SimpleNamespace(request=types.SimpleNamespace(cache="all"))
+
+        async def pieces(self):
+            while True:
+                yield "a"
+
+        def close(self):
+            self.closed += 1
+
+    async def receive():
+        await asyncio.Event().wait()
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    completion = Endless()
+    begun = time.monotonic()
+    asyncio.run(Stream(completion, 0.1)({"type": "http"}, receive, send))
+    assert completion.closed == 1
+    assert time.monotonic() - begun < 5
 
 
 @contextlib.contextmanager

@@ -70,8 +70,8 @@ class Lane:
       pages: of the pool; None means as many as all rows can need.
 
     Raises:
-      UsageError: for a model whose rows would depend on each other or keep something else, a policy that
-        holds keys and values in a form of its own, a page that does not divide the slots.
+      UsageError: for a model or a policy whose rows would depend on each other, a model that keeps something
+        else, a policy that holds keys and values in a form of its own, a page that does not divide the slots.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Lane:
                 f"a running batch holds keys and values in pages, not as {policy.storage}: leave the storage "
                 f"of the policy out."
             )
-        _check_rows_apart(model)
+        _check_rows_apart(model, policy)
         self.rows, self.length, self.page = rows, length, page
         self.slots = policy.room(length)
         self.pages = rows * self.slots // page if pages is None else pages
@@ -318,8 +318,14 @@ def _dtype(variables: Any) -> Any:
     return jnp.result_type(*jax.tree.leaves(variables["params"]))
 
 
-def _check_rows_apart(model: nn.Module) -> None:
-    """Refuses models in which a row would not get what it gets alone."""
+def _check_rows_apart(model: nn.Module, policy: Policy) -> None:
+    """Refuses what would not give a row what it gets alone."""
+    for names in jax.tree.leaves(policy.axes().state, is_leaf=_is_names):
+        if names[:1] != ("batch",):
+            raise UsageError(
+                f"{type(policy).__name__} remembers something that all rows share: rows that join at any "
+                f"step cannot be served with it."
+            )
     if not hasattr(model, "cache"):
         raise UsageError(
             f"{type(model).__name__} keeps no keys and values that a policy could choose among: serve a "

@@ -145,8 +145,11 @@ class Service:
         """Starts the engine's thread; called on the event loop."""
         loop = asyncio.get_running_loop()
 
-        def on_loop(function: Callable[..., None]) -> Callable[..., None]:
-            return lambda told: (loop.call_soon_threadsafe(function, told), None)[1]
+        def on_loop(function: Callable[[Any], None]) -> Callable[[Any], None]:
+            def call(told: Any) -> None:
+                loop.call_soon_threadsafe(function, told)
+
+            return call
 
         self._worker = Worker(self.engine, on_loop(self._deliver), on_loop(self._fail))
         self._worker.start()

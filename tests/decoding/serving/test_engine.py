@@ -145,13 +145,13 @@ def test_a_row_that_left_writes_into_no_page_of_others(draw):
     held = lane("all")
     server = Engine({"all": held}, 9)
     short, long = Request((1, 2), 2, GREEDY), Request((3, 1), 25, GREEDY)
-    server.submit(short)
-    server.submit(long)
+    for request in (short, long, short):
+        server.submit(request)
     for _ in range(4):
         server.step()
     late = Request(tuple(map(int, draw.integers(0, 17, 9))), 9, GREEDY)
     expected = generated(late)
-    answer = server.submit(late)
+    answer = server.submit(late)  # into the first row, with the page that the third had
     server.step()
     tables = np.asarray(held.running.caches.keys.table)[0]  # [B, each]
     owned = tables[tables != NONE].tolist()
@@ -196,6 +196,14 @@ def test_programs_are_as_many_as_sizes(draw):
     assert held.sizes == (16, 32)
     held.warm()
     assert sorted(held._programs) == [0, 16, 32]
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting(Policy):
+    """Remembers the number of steps, of all rows together."""
+
+    def axes(self):
+        return dataclasses.replace(super().axes(), state=dict(steps=()))
 
 
 @pytest.mark.parametrize(
