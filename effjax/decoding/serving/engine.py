@@ -52,10 +52,10 @@ class Engine:
             raise UsageError(
                 f"cache is {request.cache!r}, which is not served. {did_you_mean(request.cache, self.lanes)}"
             )
+        schedule.check(request)
         vocab = self.lanes[request.cache].model.vocab
         if strange := [token for token in request.prompt if not 0 <= token < vocab]:
             raise UsageError(f"token {strange[0]} is unknown: the model has the tokens 0 to {vocab - 1}.")
-        schedule.check(request)
         with self._changed:
             if not schedule.idle and self._waiting() >= self.queue:
                 raise QueueFull(f"{self._waiting()} requests wait, and {self.queue} may: try again later.")

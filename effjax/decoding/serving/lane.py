@@ -98,7 +98,7 @@ class Lane:
         _check_rows_apart(model, policy)
         self.rows, self.length, self.page = rows, length, page
         self.slots = policy.room(length)
-        self.pages = rows * self.slots // page if pages is None else pages
+        self.pages = max(rows * self.slots // page, 1) if pages is None else pages
         self.model = model.clone(cache=dataclasses.replace(policy, storage=Paged(page, self.pages)))
         self.reader = model.clone(cache=policy)
         self.variables = variables

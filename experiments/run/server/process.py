@@ -80,8 +80,8 @@ def run(
     )
     asyncio.run(_serve(_Server(config), service, listening, stop, grace, ready))
     if service.error is not None:
-        kind = type(service.error).__name__
-        raise RunError(f"the engine failed, and the server with it: {kind}: {service.error}") from service.error
+        failed = f"{type(service.error).__name__}: {service.error}"
+        raise RunError(f"the engine failed, and the server with it: {failed}") from service.error
 
 
 async def _serve(

@@ -68,11 +68,8 @@ class Completion:
 
     def __init__(self, service: "Service", asked: Asked, answer: Answer) -> None:
         self.asked, self.answer = asked, answer
-        self.name, self.created, self.model = (
-            f"cmpl-{uuid.uuid4().hex}",
-            int(time.time()),
-            service.served.name,
-        )
+        self.name, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        self.model = service.served.name
         self.events: asyncio.Queue[Event | None] = asyncio.Queue()
         self.tokens = 0
         self.reason: str | None = None

@@ -221,6 +221,7 @@ class Counting(Policy):
         (lambda: Lane(toy(), variables(), Policy(), 0, 48), UsageError, "rows=0"),
         (lambda: Lane(toy(), variables(), Policy(), 1, 1), UsageError, "length=1"),
         (lambda: Lane(toy(), variables(), Policy(), 1, 40, 16), UsageError, "page=16 does not divide the 40"),
+        (lambda: Lane(toy(), variables(), Window(8), 1, 48), UsageError, "page=16 does not divide the 8"),
         (
             lambda: Lane(toy(), variables(), Policy(storage=Paged(4)), 1, 48),
             UsageError,
