@@ -57,7 +57,7 @@ class Engine:
         if strange := [token for token in request.prompt if not 0 <= token < vocab]:
             raise UsageError(f"token {strange[0]} is unknown: the model has the tokens 0 to {vocab - 1}.")
         with self._changed:
-            if not schedule.idle and self._waiting() >= self.queue:
+            if schedule.idle <= 0 and self._waiting() >= self.queue:
                 raise QueueFull(f"{self._waiting()} requests wait, and {self.queue} may: try again later.")
             answer = Answer(request, self._clock())
             schedule.add(answer)
@@ -146,7 +146,8 @@ class Engine:
         return any(schedule.waiting or schedule.running for schedule in self.schedules.values())
 
     def _waiting(self) -> int:
-        return sum(len(schedule.waiting) for schedule in self.schedules.values())
+        """Those for which there is no row; the others join in the next step, if there are pages."""
+        return sum(max(-schedule.idle, 0) for schedule in self.schedules.values())
 
 
 def _alive(rows: int, running: list[tuple[int, Answer]]) -> np.ndarray:

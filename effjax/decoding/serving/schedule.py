@@ -35,8 +35,8 @@ class Schedule:
 
     @property
     def idle(self) -> int:
-        """Rows that are neither taken nor waited for."""
-        return max(sum(answer is None for answer in self.rows) - len(self.waiting), 0)
+        """Rows that are neither taken nor waited for; negative if more wait than there are rows for."""
+        return sum(answer is None for answer in self.rows) - len(self.waiting)
 
     def pages_for(self, request: Request) -> int:
         """Pages that a request can come to need."""
