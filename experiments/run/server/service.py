@@ -21,6 +21,7 @@ from experiments.run.server.text import TextStream
 
 # A client that is refused comes back after so many seconds at most.
 LATEST_RETRY = 60
+STOPS = "the server stops: send the request to another one, or later."
 
 
 class Worker(threading.Thread):
@@ -70,10 +71,13 @@ class Completion:
         self.asked, self.answer = asked, answer
         self.name, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         self.model = service.served.name
-        self.events: asyncio.Queue[Event | None] = asyncio.Queue()
+        self.events: asyncio.Queue[list[Event] | None] = asyncio.Queue()
         self.tokens = 0
         self.reason: str | None = None
         self._service = service
+        # Who waits for the whole of a text that nothing but its tokens can end is woken once.
+        self._each = asked.stream or bool(asked.stops)
+        self._new: list[Event] = []
         self._text = TextStream(service.served.tokenizer, asked.stops)
 
     async def pieces(self) -> AsyncIterator[str]:
@@ -83,21 +87,33 @@ class Completion:
           Problem: if the server stops before the answer ends.
         """
         while self.reason is None:
-            event = await self.events.get()
-            if event is None or event.end == "cancelled":
-                raise Problem(503, "the server stops: send the request to another one, or later.")
-            assert event.token is not None
-            self.tokens += 1
-            # A stop token is no part of the text.
-            piece = "" if event.end == "stop" else self._text.push(event.token)
-            if event.end is not None and not self._text.stopped:
-                piece += self._text.finish()
-            if self._text.stopped:
-                self.reason = "stop"
-            elif event.end is not None:
-                self.reason = event.end
+            events = await self.events.get()
+            if events is None:
+                raise Problem(503, STOPS)
+            piece = "".join(map(self._read, events))
             if piece:
                 yield piece
+
+    def take(self, event: Event) -> None:
+        """Gives it to whoever reads."""
+        self._new.append(event)
+        if self._each or event.end is not None:
+            self.events.put_nowait(self._new)
+            self._new = []
+
+    def _read(self, event: Event) -> str:
+        """The text that one more token makes."""
+        if event.token is None:
+            raise Problem(503, STOPS)
+        if self.reason is not None:
+            return ""
+        self.tokens += 1
+        # A stop token is no part of the text.
+        piece = "" if event.end == "stop" else self._text.push(event.token)
+        if event.end is not None and not self._text.stopped:
+            piece += self._text.finish()
+        self.reason = "stop" if self._text.stopped else event.end
+        return piece
 
     def close(self) -> None:
         """Frees what the answer has, if it has not ended; it is safe to call at any time."""
@@ -173,7 +189,7 @@ class Service:
           Problem: if the engine does not take it.
         """
         if self.stopping:
-            raise Problem(503, "the server stops: send the request to another one, or later.")
+            raise Problem(503, STOPS)
         try:
             answer = self.engine.submit(asked.request)
         except TooLarge as error:
@@ -214,7 +230,7 @@ class Service:
                 self.metrics.wrote(event.answer.request.cache, 1)
             completion = self._open.get(event.answer)
             if completion is not None:
-                completion.events.put_nowait(event)
+                completion.take(event)
 
     def _fail(self, error: BaseException) -> None:
         self.error, self.stopping = error, True
