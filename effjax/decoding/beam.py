@@ -176,6 +176,8 @@ def _rows(caches: Any, axes: Any, rows: Int[Array, " n"]) -> Any:
     """These rows of the batch of every cache; `axes` names the axes of one layer's, depth comes in front."""
 
     def taken(leaf: Array, names: tuple[str | None, ...]) -> Array:
+        if "pages" in names:
+            raise UsageError("beams copy what sequences hold, and a page belongs to one: hold them plain.")
         return jnp.take(leaf, rows, axis=1 + names.index("batch")) if "batch" in names else leaf
 
     def taken_apart(leaf: Any, names: tuple[str | None, ...]) -> Any:

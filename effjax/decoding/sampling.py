@@ -9,13 +9,19 @@
 
 Filters set what they drop to -inf. They are applied in this order, each on what the one before it left.
 Ties go to the smaller token number in the first two, so that they keep exactly the number they promise.
+
+`sample` knows at compile time how is drawn; `sample_rows` is told with the logits, of every row by itself.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from effjax.errors import UsageError
@@ -48,12 +54,44 @@ class Sampling:
             raise UsageError(f"min_p is {self.min_p}: give a number from 0 (keeps all) to 1.")
 
 
-def top_k(logits: Float[Array, "*batch v"], k: int) -> Float[Array, "*batch v"]:
+@flax.struct.dataclass
+class Samplings:
+    """How the next token of each row is drawn, as data: what `Sampling` says, row by row.
+
+    The fields are annotated `Any` because the same class also carries their shapes and shardings.
+
+    Attributes:
+      temperature: `[B]` float32; 0 is greedy.
+      top_k: `[B]` int32; more than there are tokens keeps all.
+      top_p: `[B]` float32; 1 keeps all.
+      log_min_p: `[B]` float32, the logarithm of the share; -inf keeps all.
+    """
+
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    log_min_p: Any
+
+
+def in_rows(samplings: Sequence[Sampling]) -> Samplings:
+    """How each row is drawn, as arrays of NumPy."""
+    return Samplings(
+        temperature=np.asarray([how.temperature for how in samplings], np.float32),
+        top_k=np.asarray([how.top_k or 2**30 for how in samplings], np.int32),
+        top_p=np.asarray([how.top_p for how in samplings], np.float32),
+        # Of the share in double precision, as where it is known at compile time.
+        log_min_p=np.asarray(
+            [math.log(how.min_p) if how.min_p else -math.inf for how in samplings], np.float32
+        ),
+    )
+
+
+def top_k(logits: Float[Array, "*batch v"], k: Int[Array, ""] | int) -> Float[Array, "*batch v"]:
     """Keeps the `k` largest logits; all of them where there are fewer."""
     return jnp.where(_rank(logits) < k, logits, -jnp.inf)
 
 
-def top_p(logits: Float[Array, "*batch v"], p: float) -> Float[Array, "*batch v"]:
+def top_p(logits: Float[Array, "*batch v"], p: Float[Array, ""] | float) -> Float[Array, "*batch v"]:
     """Keeps the most likely tokens until their mass reaches `p`; the first is always kept."""
     falling = jax.nn.softmax(jnp.sort(logits, axis=-1, descending=True), axis=-1)
     # A token stays if the mass of those before it has not reached p.
@@ -63,8 +101,12 @@ def top_p(logits: Float[Array, "*batch v"], p: float) -> Float[Array, "*batch v"
 
 def min_p(logits: Float[Array, "*batch v"], share: float) -> Float[Array, "*batch v"]:
     """Keeps the tokens of at least `share`, above 0, of the largest probability; the largest always is."""
+    return _near(logits, math.log(share))
+
+
+def _near(logits: Float[Array, "*batch v"], log_share: Float[Array, ""] | float) -> Float[Array, "*batch v"]:
     # The normaliser cancels: p_i / max p = exp(logit_i - max logit).
-    least = jnp.max(logits, axis=-1, keepdims=True) + math.log(share)
+    least = jnp.max(logits, axis=-1, keepdims=True) + log_share
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
@@ -100,3 +142,26 @@ def sample(
     if sampling.temperature == 0.0:
         return jnp.argmax(logits)
     return jax.random.categorical(key, filtered(logits, sampling))
+
+
+def sample_rows(
+    logits: Float[Array, "b v"], keys: PRNGKeyArray | Key[Array, " b"], how: Samplings
+) -> Int[Array, " b"]:
+    """Draws one token of each row, as `sample` does with that row's logits, key and way.
+
+    Nothing is sorted in a step in which no row asks for a filter that needs it.
+    """
+    greedy = how.temperature == 0.0
+    scaled = logits.astype(jnp.float32) / jnp.where(greedy, 1.0, how.temperature)[:, None]  # [B, V]
+    sorts = ~greedy & ((how.top_k < logits.shape[1]) | (how.top_p < 1.0))
+
+    def narrowed(logits: Array, k: Array, p: Array) -> Array:
+        logits = top_k(logits, k)
+        return jnp.where(p < 1.0, top_p(logits, p), logits)
+
+    scaled = jax.lax.cond(
+        jnp.any(sorts), jax.vmap(narrowed), lambda rows, *_: rows, scaled, how.top_k, how.top_p
+    )
+    scaled = jax.vmap(_near)(scaled, how.log_min_p)
+    drawn = jax.vmap(jax.random.categorical)(keys, scaled)
+    return jnp.where(greedy, jnp.argmax(logits, axis=1), drawn)

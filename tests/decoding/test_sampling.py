@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.decoding.sampling import Sampling, min_p, sample, top_k, top_p
+from effjax.decoding.sampling import Sampling, in_rows, min_p, sample, sample_rows, top_k, top_p
 from effjax.errors import UsageError
 
 # Probabilities 0.1, 0.4, 0.05, 0.3, 0.15.
@@ -111,3 +111,24 @@ def test_temperature_zero_is_greedy():
 def test_bad_requests_are_named(fields, message):
     with pytest.raises(UsageError, match=message):
         Sampling(**fields)
+
+
+WAYS = (
+    Sampling(temperature=0.0, top_k=3, min_p=0.5),
+    Sampling(),
+    Sampling(temperature=0.7, top_k=4, top_p=0.8, min_p=0.05),
+    Sampling(temperature=1.7, top_p=0.6),
+    Sampling(temperature=1.3, min_p=0.2),
+    Sampling(temperature=2.0, top_k=1),
+    Sampling(temperature=1.0, top_k=99),
+)
+
+
+@pytest.mark.parametrize("ways", [WAYS, WAYS[:2]], ids=["all", "nothing_to_sort"])
+def test_rows_that_are_told_draw_what_each_draws_alone(draw, ways):
+    logits = jnp.asarray(draw.normal(size=(40, len(ways), 23)) * 3, jnp.float32)
+    keys = jax.random.split(jax.random.key(1), logits.shape[:2])
+    drawn = jax.jit(jax.vmap(sample_rows, (0, 0, None)))(logits, keys, in_rows(ways))
+    for row, how in enumerate(ways):
+        alone = jax.jit(jax.vmap(lambda logits, key: sample(logits, key, how)))  # noqa: B023
+        np.testing.assert_array_equal(drawn[:, row], alone(logits[:, row], keys[:, row]))

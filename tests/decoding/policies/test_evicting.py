@@ -123,6 +123,21 @@ def test_padding_goes_before_any_token(tokens):
     assert held[:, 0].min() >= 0
 
 
+def test_padding_attends_to_nothing(tokens):
+    """The scores of a padded prompt are those of the prompt alone."""
+    cache = HeavyHitters(budget=9)
+    _, padded, _ = stepwise(toy(cache=cache), tokens[:1], 13, [9])
+    _, alone, _ = stepwise(toy(cache=cache), tokens[:1, 5:], 8)
+    for layer in range(2):
+        for group in range(2):
+            at = lambda held, which: np.asarray(getattr(held, which)[layer, 0, :, group])  # noqa: B023
+            expected = dict(zip(at(alone, "positions"), at(alone, "score"), strict=True))
+            found = dict(zip(at(padded, "positions"), at(padded, "score"), strict=True))
+            np.testing.assert_allclose(
+                [found[i] for i in range(8)], [expected[i] for i in range(8)], rtol=1e-5
+            )
+
+
 def test_empty_slots_go_first():
     cache = Window(budget=5).init(1, 9, 1, 2, jnp.float32)
     new = jnp.ones((1, 3, 1, 2))
