@@ -126,7 +126,7 @@ def test_no_cache_exceeds_the_bound_and_attention_costs_what_the_model_says(mode
         cache = layer_of(left.caches, 0)
         assert cache.keys.shape[1] == rule.peak(len(question))  # slots of the array itself
         sizes.append(int(jnp.sum(cache.positions >= 0)))
-        seen = visible(cache, cache.positions) & (cache.positions >= 0)[:, None, :, None]
+        seen = visible(cache.positions, cache.positions) & (cache.positions >= 0)[:, None, :, None]
         pairs += int(jnp.sum(seen))
     assert sizes == [each.read for each in done.rounds]
     assert max(sizes) <= rule.peak(len(question)) == 4 + (1 + 3) + 5 + (1 + 3)
