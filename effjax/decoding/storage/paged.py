@@ -135,5 +135,7 @@ class Paged:
     def _index(self, held: Pool, slots: Int[Array, "b n *groups"]) -> tuple[Array, ...]:
         """Numbers of the page, the slot in it and, where heads differ, the group."""
         batch = jnp.arange(slots.shape[0]).reshape(-1, *(1,) * (slots.ndim - 1))
-        at = held.table[batch, slots // self.page], slots % self.page
+        # A slot that there is not is in no page: it is not written, as in one array.
+        page = held.table.at[batch, slots // self.page].get(mode="fill", fill_value=NONE)
+        at = page, slots % self.page
         return at if slots.ndim == 2 else (*at, jnp.arange(slots.shape[2])[None, None, :])

@@ -10,6 +10,7 @@ import pytest
 
 from effjax.decoding.generate import generate, left_pad
 from effjax.decoding.policies.heavy_hitters import HeavyHitters
+from effjax.decoding.policies.kvmerger import KVMerger
 from effjax.decoding.policies.policy import Policy
 from effjax.decoding.policies.window import Window
 from effjax.decoding.sampling import Sampling
@@ -27,6 +28,7 @@ POLICIES = {
     "all": Policy(),
     "window": Window(budget=12, sinks=2),
     "heavy_hitters": HeavyHitters(budget=12),
+    "kvmerger": KVMerger(budget=12, sinks=1, epsilon=0.3),
 }
 GREEDY = Sampling(temperature=0.0)
 

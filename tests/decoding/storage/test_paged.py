@@ -8,8 +8,11 @@ import pytest
 from effjax.config import build
 from effjax.decoding.beam import Beams, beam_search
 from effjax.decoding.generate import generate, left_pad
+from effjax.decoding.policies.dhsa import DHSA
 from effjax.decoding.policies.heavy_hitters import HeavyHitters
+from effjax.decoding.policies.kvmerger import KVMerger
 from effjax.decoding.policies.policy import Policy
+from effjax.decoding.policies.recycled import RecycledAttention
 from effjax.decoding.policies.window import Window
 from effjax.decoding.sampling import Sampling
 from effjax.decoding.storage.paged import NONE, Paged
@@ -23,6 +26,9 @@ POLICIES = {
     "all": Policy(),
     "window": Window(budget=6),
     "heavy_hitters": HeavyHitters(budget=6),
+    "kvmerger": KVMerger(budget=8, sinks=1, epsilon=0.3),
+    "recycled": RecycledAttention(budget=6, stride=3),
+    "dhsa": DHSA(budget=8, local=4, block=4, chunk=2),
 }
 
 
@@ -79,6 +85,13 @@ def test_what_has_no_page_is_dropped_and_all_else_is_as_in_one_array(two, draw, 
     numbers[0, 2 * PAGE :] = 0
     numbers[1] = 0
     np.testing.assert_array_equal(storage.read(held), numbers)
+
+
+def test_a_slot_that_there_is_not_is_not_written(two):
+    storage, held = two[:2]
+    new = jnp.full((3, 1, 2, 5), 9.0)
+    put = jax.jit(storage.put)(held, new, jnp.full((3, 1), SLOTS))
+    np.testing.assert_array_equal(put.pages, held.pages)
 
 
 def test_groups_put_into_slots_of_their_own(two, draw):
