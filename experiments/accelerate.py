@@ -20,9 +20,10 @@ be a kind of `effjax.diffusion.caches`.
     python -m experiments.accelerate --workdir=runs/probes --evaluator=needle --method=window:budget=64 \\
         --method="heavy_hitters:budget=64,storage=plain()"
 
-Of a language model's run methods are those of `effjax.compress`, or kinds of `effjax.decoding.policies`:
-under each of these the evaluator's rows are decoded token by token, and accuracy, bytes of the caches, keys
-read, MACs and time of a token are printed, and drawn as quality against bytes.
+Of a language model's run methods are those of `effjax.compress`, or such as change how it writes: kinds of
+`effjax.decoding.policies`, gemfilter:layer=1,keep=64, skip_layers:layers=(1,2), early_exit:blocks=3. By each
+of these the evaluator's rows are decoded token by token, and accuracy, bytes of the caches, keys read, MACs
+and time of a token are printed, and drawn as quality against bytes.
 """
 
 from typing import Any
@@ -51,14 +52,13 @@ def main(argv: list[str]) -> None:
     """Measures and reports."""
     del argv
     # Imported here, so that --help and a wrong flag answer at once.
-    from effjax.decoding.policies.policy import Policy
     from effjax.errors import UsageError
     from effjax.train.tasks.diffusion import Diffusion
     from effjax.train.tasks.language import Language
     from experiments.run import (
-        accelerated_caches,
         accelerated_language,
         accelerated_sampling,
+        accelerated_writing,
         accelerating,
         sampling,
     )
@@ -80,12 +80,13 @@ def main(argv: list[str]) -> None:
         accelerated_sampling.run(source, methods, request, rounds=ROUNDS.value, out=OUT.value)
         return
     if isinstance(source.program.task, Language):
-        policies = [isinstance(asked.method, Policy) for asked in methods]
-        if any(policies) and not all(policies):
-            raise UsageError("cache policies are measured token by token: ask for others by themselves.")
+        stepwise = [isinstance(asked.method, accelerated_writing.STEPWISE) for asked in methods]
+        if any(stepwise) and not all(stepwise):
+            told = methods[stepwise.index(True)].label
+            raise UsageError(f"--method={told} is measured token by token: ask for others by themselves.")
         said: dict[str, Any] = dict(evaluator=EVALUATOR.value, rounds=ROUNDS.value, out=OUT.value)
-        if all(policies):
-            accelerated_caches.run(source, methods, examples=EXAMPLES.value, **said)
+        if all(stepwise):
+            accelerated_writing.run(source, methods, examples=EXAMPLES.value, **said)
         else:
             accelerated_language.run(source, methods, **said)
         return

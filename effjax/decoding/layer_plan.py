@@ -15,6 +15,7 @@ Sources: Men et al., "ShortGPT", 2024, arXiv:2403.03853 (blocks removed by a lis
 ICLR 2026, arXiv:2510.12773 (skip, execute and repeat).
 """
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -65,6 +66,39 @@ def early_exit(depth: int, blocks: int) -> Plan:
     if not 1 <= blocks <= depth:
         raise UsageError(f"an exit behind {blocks} of {depth} blocks: choose from 1 to {depth}.")
     return (EXECUTE,) * blocks + (SKIP,) * (depth - blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class SkipLayers:
+    """Leaves blocks out.
+
+    Attributes:
+      layers: which, counted from 0.
+    """
+
+    layers: tuple[int, ...]
+
+    def plan(self, depth: int) -> Plan:
+        """The plan, of so many blocks."""
+        return skipping(depth, self.layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyExit:
+    """Stops behind the first blocks.
+
+    Attributes:
+      blocks: how many run.
+    """
+
+    blocks: int
+
+    def plan(self, depth: int) -> Plan:
+        """The plan, of so many blocks."""
+        return early_exit(depth, self.blocks)
+
+
+PLANS: dict[str, Any] = {"early_exit": EarlyExit, "skip_layers": SkipLayers}
 
 
 def order_of(plan: Sequence[int]) -> tuple[int, ...]:

@@ -6,14 +6,17 @@ from typing import Any
 from effjax import tokens
 from effjax.compress import methods
 from effjax.config import build_kind
+from effjax.decoding.gemfilter import GemFilter
+from effjax.decoding.layer_plan import PLANS
 from effjax.decoding.policies.kinds import POLICIES
 from effjax.diffusion import caches
 from effjax.errors import UsageError
 from experiments.run import kind_spec
 
-# What reduces tokens, what skips work between the steps of a sampler, what leaves neurons out, and what a
-# language model keeps in its caches.
-KINDS = {**tokens.KINDS, **caches.KINDS, **methods.KINDS, **POLICIES}
+# What reduces tokens, what skips work between the steps of a sampler, what leaves neurons out, and of what
+# writes: what it keeps in its caches, what it reads of a prompt, and which layers it runs.
+WRITING = {**POLICIES, **PLANS, "gemfilter": GemFilter}
+KINDS = {**tokens.KINDS, **caches.KINDS, **methods.KINDS, **WRITING}
 
 
 @dataclasses.dataclass(frozen=True)

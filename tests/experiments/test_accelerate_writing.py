@@ -1,4 +1,4 @@
-"""`experiments.accelerate` with cache policies of a language run."""
+"""`experiments.accelerate` with methods that change how a language model writes."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 
 from effjax.decoding.policies.heavy_hitters import HeavyHitters
 from effjax.errors import UsageError
-from experiments.run.accelerated_caches import prompt_of
+from experiments.run.accelerated_writing import prompt_of
 from experiments.run.method_spec import parse
 from tests.experiments.driver import drive
 
@@ -22,13 +22,16 @@ def trained(tmp_path_factory):
 @pytest.mark.slow
 def test_policies_stand_beside_each_other(trained):
     methods = ("all", "window:budget=16,sinks=2", "heavy_hitters:budget=64")
+    methods += ("gemfilter:layer=1,keep=8,recent=2", "gemfilter:layer=0,keep=32", "early_exit:blocks=1")
     asked = [f"--method={method}" for method in methods]
     out, _ = drive("accelerate", f"--workdir={trained}", *asked, "--rounds=1", "--examples=8")
-    full, kept, window, whole = json.loads((trained / "accelerate" / "caches.json").read_text())
+    full, kept, window, whole, gems, read, exit_ = json.loads(
+        (trained / "accelerate" / "writing.json").read_text()
+    )
     assert [full["label"], kept["label"], window["label"]] == ["full model", *methods[:2]]
     assert "prompts of 32 tokens" in out
     # What keeps everything says the same, to the last bit.
-    for row in (kept, whole):
+    for row in (kept, whole, read):
         assert row["perplexity"] == full["perplexity"]
         assert row["agreement"] == 1.0
     assert window["perplexity"] != full["perplexity"]
@@ -38,8 +41,14 @@ def test_policies_stand_beside_each_other(trained):
     assert full["cache_bytes"] == pytest.approx(2 * 64 * (2 * 2 * 8 * 4 + 4), abs=8)
     assert window["cache_bytes"] == pytest.approx(full["cache_bytes"] / 4, abs=8)
     assert window["macs"] < full["macs"]
+    # 8 of the 32 tokens of the prompts, and what follows them.
+    assert gems["keys"] == 40
+    assert gems["cache_bytes"] == pytest.approx(full["cache_bytes"] * 40 / 64, abs=8)
+    assert gems["perplexity"] != full["perplexity"]
+    assert exit_["cache_bytes"] == pytest.approx(full["cache_bytes"] / 2, abs=8)
+    assert exit_["macs"] < 0.75 * full["macs"]
     assert (trained / "accelerate" / "quality_bytes.png").read_bytes().startswith(b"\x89PNG")
-    assert (trained / "report.html").read_text().count("<h2>Caches</h2>") == 1
+    assert (trained / "report.html").read_text().count("<h2>Writing</h2>") == 1
 
 
 @pytest.mark.slow
@@ -48,6 +57,8 @@ def test_what_can_not_be_is_refused(trained):
         return drive("accelerate", f"--workdir={trained}", *flags, code=2)[1]
 
     assert "ask for others by themselves" in refused("--method=all", "--method=cats:sparsity=0.5")
+    assert "layer=2 of 2" in refused("--method=gemfilter:layer=2,keep=4")
+    assert "layer 5 is not there" in refused("--method=skip_layers:layers=(5,)")
     assert "budget=4 slots hold no window beside sinks=4" in refused("--method=window:budget=4")
 
 

@@ -1,4 +1,4 @@
-"""What cache policies do to a language model that was trained to see everything."""
+"""A language model that writes with less: smaller caches, fewer tokens of a prompt, fewer layers."""
 
 import dataclasses
 import functools
@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.decoding.forced import forced
+from effjax.decoding.gemfilter import GemFilter, compress
+from effjax.decoding.layer_plan import PLANS, planned
 from effjax.decoding.policies.policy import Policy
 from effjax.measure.analytic.active import decode_macs
 from effjax.measure.latency import Comparison, compare
@@ -27,14 +29,44 @@ from experiments.run.plots import pareto
 from experiments.run.report import Figure, Section, Table, with_section
 from experiments.run.restore import read_weights
 
+# Methods that are measured token by token.
+STEPWISE = (Policy, GemFilter, *PLANS.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way to write.
+
+    Attributes:
+      model: that writes.
+      variables: of it.
+      gems: which tokens of a prompt it reads; None reads all.
+    """
+
+    model: LM
+    variables: Any
+    gems: GemFilter | None = None
+
+    def keys(self, tokens: int) -> float:
+        """That the last of so many tokens reads in a layer."""
+        return float(tokens) if self.model.cache is None else self.model.cache.attended(tokens)
+
+    def reads(self, tokens: jax.Array, first: int) -> tuple[jax.Array, int]:
+        """Whole sequences as it reads them, and how many of their tokens are prompt."""
+        if self.gems is None:
+            return tokens, first
+        lengths = jnp.full(tokens.shape[:1], first)
+        chosen, _ = compress(self.model, self.variables, tokens[:, :first], lengths, self.gems)
+        return jnp.concatenate([chosen, tokens[:, first:]], axis=1), chosen.shape[1]
+
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
     """One row of the table.
 
     Attributes:
-      label: the policy as it was asked for, or `full model`.
-      settings: the policy with every field, as text.
+      label: the method as it was asked for, or `full model`.
+      settings: the method with every field, as text.
       perplexity: of the targets behind the prompts.
       accuracy: share of them that were the likeliest token.
       agreement: share of them at which the full model finds the same token likeliest.
@@ -70,7 +102,7 @@ def run(
     name, chosen = evaluator_of(source, evaluator)
     rows, first = measure(source.program, source.variables, chosen, methods, rounds, examples)
     folder = Path(out) if out is not None else (source.folder or Path()) / FOLDER
-    write_atomic(folder / "caches.json", to_json([dataclasses.asdict(row) for row in rows]))
+    write_atomic(folder / "writing.json", to_json([dataclasses.asdict(row) for row in rows]))
     write_atomic(folder / "quality_bytes.png", front(rows))
     print_table(f"{source.name}, {name}, prompts of {first} tokens", *text_rows(rows))
     page = None if source.folder is None else source.folder / "report.html"
@@ -88,7 +120,7 @@ def measure(
     rounds: int,
     examples: int,
 ) -> tuple[list[Kept], int]:
-    """Decodes the evaluator's rows by the full model and under every policy.
+    """Decodes the evaluator's rows by the full model and by every method.
 
     A row is one sequence, whatever documents it holds. Its prompt reaches to the first answer where only
     answers count, and else to the middle.
@@ -97,40 +129,54 @@ def measure(
       The rows, and how many tokens of each sequence are its prompt.
 
     Raises:
-      UsageError: for a model that has no keys and values.
+      UsageError: for a model that a method does not suit.
     """
     model = language_model(program)
     variables = {**variables, "params": program.experiment.train.precision.cast(variables["params"])}
     variables = model.layers_apart(variables)
-    ways: dict[str, Policy] = {WHOLE: Policy()} | {asked.label: asked.method for asked in methods}
+    made = {asked.label: asked.method for asked in methods}
+    ways = {WHOLE: Way(model, variables)}
+    ways |= {label: way_of(method, model, variables) for label, method in made.items()}
     data = _first(evaluator.open(read_weights).data, examples)
     first = prompt_of(data)
-    length = data[0]["tokens"].shape[1]
-    models = {label: model.clone(cache=policy) for label, policy in ways.items()}
-    for made in models.values():
-        jax.eval_shape(functools.partial(made.init_cache, 1, length))  # what cannot be is refused at once
     with activate(program.mesh, program.rules):
-        said = {label: _said(made, variables, data, first) for label, made in models.items()}
-        timed = _timed(models, variables, data[0]["tokens"], rounds)
+        said = {label: _said(way, data, first) for label, way in ways.items()}
+        timed = _timed(ways, data[0]["tokens"], first, rounds)
     rows = []
-    for label, policy in ways.items():
-        log_p, right, likeliest, cache_bytes = said[label]
-        keys = policy.attended(length)
+    for label, way in ways.items():
+        log_p, right, likeliest, cache_bytes, length = said[label]
+        keys = way.keys(length)
         rows.append(
             Kept(
                 label=label,
-                settings="" if label == WHOLE else repr(policy),
+                settings="" if label == WHOLE else repr(made[label]),
                 perplexity=float(np.exp(-np.mean(log_p))),
                 accuracy=float(np.mean(right)),
                 agreement=agreement(likeliest, said[WHOLE][2]) or 0.0,
                 cache_bytes=cache_bytes,
                 keys=keys,
-                macs=decode_macs(model, round(keys)).total,
+                macs=decode_macs(way.model, round(keys)).total,
                 seconds=timed.timings[label].median,
                 speedup=timed.speedup(label),
             )
         )
     return rows, first
+
+
+def way_of(method: Any, model: LM, variables: Any) -> Way:
+    """The way that a method makes of a model; what cannot be is refused before anything is compiled.
+
+    Raises:
+      UsageError: for a model that the method does not suit.
+    """
+    if isinstance(method, GemFilter):
+        method.check(model)
+        return Way(model, variables, method)
+    if isinstance(method, Policy):
+        kept = model.clone(cache=method)
+        jax.eval_shape(functools.partial(kept.init_cache, 1, 2))
+        return Way(kept, variables)
+    return Way(*planned(model, variables, method.plan(model.depth)))
 
 
 def _first(data: Any, examples: int) -> list[dict[str, np.ndarray]]:
@@ -148,31 +194,37 @@ def prompt_of(data: Sequence[Mapping[str, np.ndarray]]) -> int:
 
 
 def _said(
-    model: LM, variables: Any, data: Sequence[Mapping[str, np.ndarray]], first: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Of the targets that count: their log-probability, whether they were likeliest, and what was."""
-    found, cache_bytes = [], 0
+    way: Way, data: Sequence[Mapping[str, np.ndarray]], first: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int]:
+    """Of the targets that count: their log-probability, whether they were likeliest, and what was.
+
+    And the bytes of a sequence's caches, and the tokens that are read of it.
+    """
+    found, cache_bytes, length = [], 0, 0
     for batch in data:
-        tokens, targets = jnp.asarray(batch["tokens"]), jnp.asarray(batch["targets"])
-        made = forced(model, variables, tokens, targets, first)
-        cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(made.caches)) // tokens.shape[0]
+        tokens, begin = way.reads(jnp.asarray(batch["tokens"]), first)
+        behind = batch["targets"][:, first - 1 :]
+        targets = jnp.pad(jnp.asarray(behind), ((0, 0), (begin - 1, 0)))
+        made = forced(way.model, way.variables, tokens, targets, begin)
+        batch_size, length = tokens.shape
+        cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(made.caches)) // batch_size
         counts = (batch["weights"] * batch["mask"][:, None])[:, first - 1 :] > 0
         likeliest = np.asarray(made.likeliest)
-        right = likeliest == batch["targets"][:, first - 1 :]
-        found.append((np.asarray(made.log_p)[counts], right[counts], likeliest[counts]))
+        found.append((np.asarray(made.log_p)[counts], (likeliest == behind)[counts], likeliest[counts]))
     log_p, right, likeliest = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return log_p, right, likeliest, cache_bytes
+    return log_p, right, likeliest, cache_bytes, length
 
 
-def _timed(models: Mapping[str, LM], variables: Any, rows: np.ndarray, rounds: int) -> Comparison:
-    """The last token of a row, by every policy in turn, batch 1."""
+def _timed(ways: Mapping[str, Way], rows: np.ndarray, first: int, rounds: int) -> Comparison:
+    """The last token of a row, in every way in turn, batch 1."""
     tokens = jnp.asarray(rows)
-    functions = {label: _last(model, variables, tokens[:1, :-1]) for label, model in models.items()}
+    functions = {label: _last(way, way.reads(tokens[:1], first)[0][:, :-1]) for label, way in ways.items()}
     return compare(functions, [(row[None, -1:],) for row in tokens[:8]], repeats=rounds, costs={})
 
 
-def _last(model: LM, variables: Any, prompt: jax.Array) -> Any:
+def _last(way: Way, prompt: jax.Array) -> Any:
     """The compiled step behind a prompt."""
+    model, variables = way.model, way.variables
     made = forced(model, variables, prompt, prompt, prompt.shape[1])
     place = jnp.full((1, 1), prompt.shape[1])
     step = jax.jit(lambda token, caches: model.apply(variables, token, caches, place, method="step"))
@@ -182,7 +234,7 @@ def _last(model: LM, variables: Any, prompt: jax.Array) -> Any:
 def text_rows(rows: Sequence[Kept]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headings and cells, numbers as people read them."""
     headings: tuple[str, ...] = (
-        *("policy", "accuracy", "perplexity", "agreement", "cache", "keys a token"),
+        *("method", "accuracy", "perplexity", "agreement", "cache", "keys a token"),
         *("MACs a token", "time a token", "speed-up"),
     )
     cells: list[tuple[str, ...]] = [
@@ -205,7 +257,7 @@ def text_rows(rows: Sequence[Kept]) -> tuple[tuple[str, ...], list[tuple[str, ..
 def section(rows: Sequence[Kept]) -> Section:
     """What a report says of it."""
     caption = "accuracy against the bytes of a sequence's caches, with the Pareto front"
-    return Section("Caches", [Table(*text_rows(rows)), Figure(front(rows), caption, plot=True)])
+    return Section("Writing", [Table(*text_rows(rows)), Figure(front(rows), caption, plot=True)])
 
 
 def front(rows: Sequence[Kept]) -> bytes:
