@@ -21,60 +21,75 @@
 
 from ml_collections import ConfigDict
 
+from configs.language import probes
 from configs.language.lm import Size, experiment
 
 SIZES = {
     "smoke": Size(3, 32, 4, 2, 96, 32, tied=True, rotary_base=1e4, max_length=64),
-    "probe": Size(6, 64, 4, 4, 176, 32, tied=True, rotary_base=1e4, max_length=64),
     "llama-3b": Size(28, 3072, 24, 8, 8192, 128_256, tied=True, rotary_base=5e5, max_length=8192),
     "llama-8b": Size(32, 4096, 32, 8, 14_336, 128_256, tied=False, rotary_base=5e5, max_length=8192),
 }
 VARIANTS = ("smoke", "probe-base", "probe", "llama-3b", "llama-8b")
 
-LENGTH = 24
-TASKS = (dict(kind="copy"), dict(kind="recall", pairs=6), dict(kind="induction"), dict(kind="needle"))
 # Everything but the routers stays as it is.
 FROZEN = (r"(?!blocks/router/).*",)
 
 
 def get_config(variant: str = "probe") -> ConfigDict:
     """Returns the experiment of one variant."""
-    name = variant.removesuffix("-base")
-    size = SIZES[name]
-    config = experiment(size, smoke=name == "smoke")
-    if variant in ("smoke", "probe-base", "probe"):
-        config.data = ConfigDict(dict(source=probes(0), batch_size=64))
+    if variant.startswith("probe"):
+        return probe(base=variant == "probe-base")
+    size, smoke = SIZES[variant], variant == "smoke"
+    config = experiment(size, smoke=smoke)
+    with_routers(config, "10%" if smoke else "500 steps")
+    if smoke:
+        config.data = ConfigDict(dict(source=asked(24, 32, pairs=6), batch_size=64))
         config.evaluators.test.data = ConfigDict(
-            dict(source=probes(1) | dict(examples=1024), batch_size=256, threads=0)
+            dict(source=asked(24, 32, pairs=6, seed=1) | dict(examples=1024), batch_size=256, threads=0)
         )
-    if variant == "probe-base":
-        config.train.steps = "2400 steps"
-        config.optimizer.weight_decay = 0.01
-        return config
-    with_routers(config)
-    if variant == "smoke":
         config.task.candidates = 4
         return config
+    from_paths(config, length=2048, depth=size.depth)
+    config.evaluators = ConfigDict()
+    return config
+
+
+def probe(base: bool) -> ConfigDict:
+    """The model of `configs/language/probes.py`, asked one thing a row; or its routers."""
+    config = probes.get_config("probes")
+    length, vocab = 128, probes.VOCAB
+    test = dict(source=asked(length, vocab, seed=1) | dict(examples=1024), batch_size=64, threads=0)
+    config.evaluators = ConfigDict(dict(test=dict(kind="metrics", data=test, every="100%")))
+    if base:
+        config.data = ConfigDict(dict(source=asked(length, vocab), batch_size=24, threads=1))
+        config.optimizer.lr = 1e-3
+        config.train.steps = "50 steps"
+        config.train.start = "runs/probes"
+        return config
+    with_routers(config, warmup="5%")
+    from_paths(config, length, config.model.depth)
+    config.model.block.bottleneck = 32
+    config.data.batch_size = 32
+    return config
+
+
+def asked(length: int, vocab: int, pairs: int | None = None, seed: int = 0) -> dict:
+    """Rows of one sequence, of which no one says what it asks."""
+    tasks = (dict(kind="recall", pairs=pairs), dict(kind="needle"))
+    if pairs is not None:
+        tasks += (dict(kind="copy"), dict(kind="induction"))
+    parts = tuple(dict(task=task) for task in tasks)
+    return dict(kind="probe_mixture", parts=parts, length=length, vocab=vocab, seed=seed)
+
+
+def from_paths(config: ConfigDict, length: int, depth: int) -> None:
+    """Trains on what `experiments.layer_paths` found."""
     config.data = ConfigDict(dict(source=dict(kind="arrays", root="data/paths"), batch_size=16))
-    config.data.expected = expected(2048 if size.dim > 64 else LENGTH, size.depth)
+    config.data.expected = expected(length, depth)
     config.train.start = "data/base"
     config.train.fresh = (r"blocks/router/.*",)
     config.train.steps = config.train.checkpoint_every = "25 epochs"
     config.train.log_every = "100 steps"
-    if variant == "probe":
-        config.model.block.bottleneck = 32
-        config.data.batch_size = 64
-        config.optimizer.schedule.warmup = "5%"
-        config.evaluators.test.every = "5 epochs"
-    else:
-        config.evaluators = ConfigDict()
-    return config
-
-
-def probes(seed: int) -> dict:
-    """A mixture of probes, of which no one says which it is."""
-    parts = tuple(dict(task=task) for task in TASKS)
-    return dict(kind="probe_mixture", parts=parts, length=LENGTH, vocab=32, seed=seed)
 
 
 def expected(length: int, depth: int) -> dict:
@@ -87,7 +102,7 @@ def expected(length: int, depth: int) -> dict:
     return dict(fields=fields)
 
 
-def with_routers(config: ConfigDict) -> None:
+def with_routers(config: ConfigDict, warmup: str = "500 steps") -> None:
     """Puts a router before each block, and trains nothing else."""
     config.model.kind = "routed_lm"
     config.task = ConfigDict(dict(kind="layer_routing"))
@@ -97,6 +112,6 @@ def with_routers(config: ConfigDict) -> None:
             lr=1e-3,
             weight_decay=0.01,
             freeze=FROZEN,
-            schedule=dict(kind="cosine", warmup="500 steps" if config.model.dim > 64 else "10%"),
+            schedule=dict(kind="cosine", warmup=warmup),
         )
     )

@@ -10,8 +10,8 @@ and so it takes other experts:
 `smoke`
     20 steps of a toy on digits: seconds.
 `digits`
-    The ViT of `vit.py:digits`, with four experts of its FFN's size for all four blocks: 0.15M parameters. Not
-    run to its end yet.
+    The ViT of `vit.py:digits`, with four experts of its FFN's size for all four blocks: 0.15M parameters
+    in the place of 0.20M, 98.3% of the 360 held-out digits, where the ViT has 98.9%.
 `b16`, `l16`, `h14`
     ViT's shapes on ImageNet at 224 pixels. Not run here.
 

@@ -17,16 +17,15 @@ from experiments.run import path_search
 from tests.experiments.driver import drive, metric_rows
 
 # Of two symbols half of the answers are right by chance, also of a network that was never trained.
-TOY = dict(dim=16, depth=3, unroll=3)
-TASK = dict(kind="induction")
+TOY = dict(dim=16, depth=4, unroll=1)
+SOURCE = dict(kind="probe_mixture", parts=(dict(task=dict(kind="induction")),), vocab=4)
 
 
 @pytest.fixture(scope="module")
 def program():
     config = get_config("probe-base")
     config.model.update(TOY)
-    config.data.source.update(dict(vocab=4, length=8))
-    config.data.source.task = TASK
+    config.data.source = SOURCE | dict(length=8)
     experiment = resolve(config)
     return build_program(experiment, experiment.data.open())
 
@@ -61,42 +60,40 @@ def test_bad_requests_are_named(program):
 
 @pytest.mark.slow
 def test_a_run_from_model_to_routers(tmp_path):
-    config, base = "--config=configs/language/dr_llm.py", tmp_path / "base"
-    toy = [f"--config.model.{name}={value}" for name, value in TOY.items()]
-    config_file = tmp_path / "base.py"
-    config_file.write_text(
-        "from configs.language.dr_llm import get_config as of\n"
-        "def get_config():\n"
-        "    config = of('probe-base')\n"
-        f"    config.model.update({TOY!r})\n"
-        f"    config.data.source.task = {TASK!r}\n"
-        "    config.data.source.vocab = 4\n"
-        "    config.train.steps = '2 steps'\n"
-        "    config.evaluators = {}\n"
-        "    return config\n"
-    )
-    drive("train", f"--config={config_file}", f"--workdir={base}")
-    said, _ = drive(
-        "layer_paths", f"--workdir={base}", f"--out={tmp_path / 'paths'}", "--examples=64", "--turns=4"
-    )
+    base, paths = tmp_path / "base", tmp_path / "paths"
+
+    def written(name, variant, *lines):
+        """A file with a variant of the config, changed by these lines."""
+        begin = "from configs.language.dr_llm import get_config as of", "def get_config():"
+        body = f"config = of({variant!r})", f"config.model.update({TOY!r})", *lines, "return config"
+        file = tmp_path / f"{name}.py"
+        file.write_text("\n".join([*begin, *(f"    {line}" for line in body)]) + "\n")
+        return f"--config={file}"
+
+    source = f"config.data.source = {SOURCE | dict(length=24)!r}"
+    small = "config.train.steps = '2 steps'", "config.train.start = None", "config.evaluators = {}"
+    drive("train", written("small", "probe-base", source, *small), f"--workdir={base}")
+    few = "--examples=64", "--batch=64", "--turns=4"
+    said, _ = drive("layer_paths", f"--workdir={base}", f"--out={paths}", *few)
     assert "skip, execute, repeat" in said
-    rows = Arrays(str(tmp_path / "paths")).open()
-    assert rows[0]["labels"].sum() == 3 * len(rows)
+    rows = Arrays(str(paths)).open()
+    assert rows[0]["labels"].sum() == 4 * len(rows)
     drive(
         "train",
-        f"{config}:probe",
+        written("routers", "probe", "config.data.expected = None"),
         f"--workdir={tmp_path / 'routers'}",
-        *toy,
         f"--config.train.start={base}",
-        f"--config.data.source.root={tmp_path / 'paths'}",
+        f"--config.data.source.root={paths}",
         "--config.data.batch_size=8",
         "--config.train.steps=3 epochs",
         "--config.train.log_every=1 epochs",
         "--config.train.checkpoint_every=3 epochs",
         "--config.evaluators.test.data.source.examples=32",
+        "--config.evaluators.test.data.source.length=24",
+        "--config.evaluators.test.data.batch_size=32",
     )
     shown = metric_rows(tmp_path / "routers")
     train = [row for row in shown if row["split"] == "train"]
     assert train[-1]["loss"] < train[0]["loss"]
-    assert 0 < [row for row in shown if row["split"] == "test"][-1]["layers"] <= 6
-    drive("layer_paths", f"--workdir={base}", f"--out={tmp_path / 'paths'}", code=2)
+    assert 0 < [row for row in shown if row["split"] == "test"][-1]["layers"] <= 8
+    drive("layer_paths", f"--workdir={base}", f"--out={paths}", code=2)
