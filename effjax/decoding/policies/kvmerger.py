@@ -9,6 +9,8 @@ The first tokens, the latest and those that were attended to most stay as they a
 head has sets of its own. Wang, Jin, Yu and Zhang, "Model Tells You Where to Merge: Adaptive KV Cache Merging
 for LLMs on Long-Context Tasks" (KVMerger), 2024, arXiv:2407.08454, section 4 and algorithm 1: a walk from the
 last token to the first, which takes a token into the set of the one behind it where they are alike enough.
+How sigma is printed there refers to itself, and first tokens are not kept there: both are ours, as is merging
+while tokens are written, of which nothing was to be read.
 
 Slots are merged when no more tokens fit, in one go and down to `budget - reserve`, so that the next `reserve`
 steps find room; a slot of s tokens counts s times in all sums. Where epsilon alone leaves too many sets, a
