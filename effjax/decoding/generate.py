@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from effjax.decoding.prefill import Sequences, left_pad, prefill, slots_for
-from effjax.decoding.sampling import Sampling, sample
+from effjax.decoding.sampling import Sampling, keys_of_rows, sample
 
 __all__ = ["Writing", "begin", "decode", "generate", "left_pad"]
 
@@ -48,7 +48,7 @@ def begin(sequences: Sequences, max_new: int, key: PRNGKeyArray, stop_token: int
     batch = sequences.tokens.shape[0]
     return Writing(
         sequences=sequences,
-        keys=jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch)),
+        keys=keys_of_rows(key, batch),
         text=jnp.full((batch, max_new), 0 if stop_token is None else stop_token, jnp.int32),
         written=jnp.int32(0),
         ended=jnp.zeros(batch, bool),

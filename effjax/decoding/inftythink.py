@@ -32,7 +32,7 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from effjax.decoding.prefill import Sequences, prefill, slots_for
-from effjax.decoding.sampling import Sampling, sample
+from effjax.decoding.sampling import Sampling, keys_of_rows, sample
 from effjax.errors import UsageError
 
 
@@ -143,7 +143,7 @@ def reason(
         raise UsageError("a question is empty: give at least one token to think about.")
     prompts = [tuple(question) for question in questions]
     width = think.width(max(map(len, prompts)))
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(prompts)))
+    keys = keys_of_rows(key, len(prompts))
     rounds: list[list[Round]] = [[] for _ in prompts]
     for number in range(think.rounds):
         rows = np.zeros((len(prompts), width), np.int32)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 
 from effjax.decoding.cache import Cache
 from effjax.errors import UsageError
-from effjax.layers.stack import Layers
+from effjax.layers.stack import each_layer
 
 
 def rewind(caches: Any, lengths: Int[Array, " b"]) -> Any:
@@ -30,22 +30,15 @@ def rewind(caches: Any, lengths: Int[Array, " b"]) -> Any:
       The caches, with a count of slots in use for every sequence.
     """
 
-    def taken_back(
-        positions: Int[Array, "b slots"], written: Int[Array, "*b"]
-    ) -> tuple[Int[Array, "b slots"], Int[Array, " b"]]:
-        late = positions >= lengths[:, None]  # [B, S]
-        return jnp.where(late, -1, positions), written - jnp.sum(late, axis=1)
+    def taken_back(cache: Cache) -> Cache:
+        late = cache.positions >= lengths[:, None]  # [B, S]
+        return dataclasses.replace(
+            cache,
+            positions=jnp.where(late, -1, cache.positions),
+            written=cache.written - jnp.sum(late, axis=1),
+        )
 
-    def of_all_layers(cache: Cache) -> Cache:
-        if isinstance(cache.positions, Layers):
-            each = zip(cache.positions.each, cache.written.each, strict=True)
-            made = zip(*(taken_back(*one) for one in each), strict=True)
-            positions, written = (Layers(leaves) for leaves in made)
-            return dataclasses.replace(cache, positions=positions, written=written)
-        stacked = jax.vmap(taken_back)(cache.positions, cache.written)
-        return dataclasses.replace(cache, positions=stacked[0], written=stacked[1])
-
-    return jax.tree.map(of_all_layers, caches, is_leaf=_is_cache)
+    return jax.tree.map(lambda cache: each_layer(taken_back, cache), caches, is_leaf=_is_cache)
 
 
 def check_rewinds(model: nn.Module) -> None:

@@ -116,6 +116,11 @@ def _rank(logits: Float[Array, "*batch v"]) -> Int[Array, "*batch v"]:
     return jnp.argsort(order, axis=-1)
 
 
+def keys_of_rows(key: PRNGKeyArray, rows: int) -> Key[Array, " rows"]:
+    """A key for the draws of each row, which does not depend on how many there are."""
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
+
+
 def filtered(logits: Float[Array, "*batch v"], sampling: Sampling) -> Float[Array, "*batch v"]:
     """Logits over a temperature above 0, with -inf for the tokens that the filters drop."""
     logits = logits.astype(jnp.float32) / sampling.temperature

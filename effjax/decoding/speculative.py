@@ -37,7 +37,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 from effjax.decoding.drafts import Draft, unlimited
 from effjax.decoding.prefill import Sequences, prefill, slots_for
 from effjax.decoding.rewind import check_rewinds, rewind
-from effjax.decoding.sampling import Sampling, probabilities
+from effjax.decoding.sampling import Sampling, keys_of_rows, probabilities
 
 
 @flax.struct.dataclass
@@ -145,7 +145,7 @@ def begin(
     return Writing(
         sequences=Sequences(own, sequences.tokens, sequences.positions),
         draft=draft.start(draft_variables, prompts, lengths, slots),
-        keys=jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch)),
+        keys=keys_of_rows(key, batch),
         text=jnp.full((batch, max_new), 0 if stop_token is None else stop_token, jnp.int32),
         ended=jnp.zeros(batch, bool),
         # Four arrays and not one four times: `decode` gives each of them up.

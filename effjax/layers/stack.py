@@ -74,6 +74,20 @@ def layers_of(tree: Any, layers: Sequence[int]) -> Any:
     return jax.tree.map(taken, tree, is_leaf=_is_layers)
 
 
+def each_layer(function: Callable[..., Any], *trees: Any) -> Any:
+    """Does the same to every layer, whether depth is in front or the layers stand apart.
+
+    Args:
+      function: of one layer's slices of the trees.
+      *trees: all in one piece, or any of them apart.
+    """
+    if not is_apart(trees):
+        return jax.vmap(function)(*trees)
+    found = next(leaf for leaf in jax.tree.leaves(trees, is_leaf=_is_layers) if _is_layers(leaf))
+    layers = [function(*(layer_of(tree, i) for tree in trees)) for i in range(len(found.each))]
+    return jax.tree.map(lambda *leaves: Layers(leaves), *layers)
+
+
 def is_apart(tree: Any) -> bool:
     """Whether layers stand apart anywhere in a tree."""
     return any(map(_is_layers, jax.tree.leaves(tree, is_leaf=_is_layers)))

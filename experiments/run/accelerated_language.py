@@ -14,6 +14,7 @@ import numpy as np
 from effjax.compress.cats import Thresholding, left_out
 from effjax.compress.methods import KINDS
 from effjax.compress.rows import by_rows
+from effjax.decoding.prefill import new_caches
 from effjax.errors import UsageError
 from effjax.measure.analytic.active import decode_macs
 from effjax.measure.latency import Comparison, compare
@@ -122,7 +123,8 @@ def language_model(program: Program) -> LM:
     model = program.experiment.model
     if not isinstance(model, LM):
         raise UsageError(
-            f"neurons are left out of the perceptrons of an LM, and {type(model).__name__} is none."
+            f"a decoding step is made cheaper for an LM of like decoder blocks, and "
+            f"{type(model).__name__} is none."
         )
     return model
 
@@ -144,12 +146,15 @@ def _step(program: Program, variables: Any, prompt: jax.Array) -> Any:
     variables = {**variables, "params": program.experiment.train.precision.cast(variables["params"])}
     if hasattr(model.block.ffn, "by_rows"):
         model, variables = by_rows(model, variables)
-    variables = model.layers_apart(variables)
-    step = jax.jit(lambda variables, token, caches: model.apply(variables, token, caches, method="step"))
     with activate(program.mesh, program.rules):
-        dtype = jnp.result_type(*jax.tree.leaves(variables["params"]))
-        caches = model.init_cache(1, prompt.shape[1] + 1, dtype)
-        _, caches = step(variables, prompt, caches)
+        return step_behind(model, model.layers_apart(variables), prompt)
+
+
+def step_behind(model: LM, variables: Any, prompt: jax.Array) -> Any:
+    """What a token takes behind a prompt: the compiled step, with caches that have room for it."""
+    step = jax.jit(lambda variables, token, caches: model.apply(variables, token, caches, method="step"))
+    caches = new_caches(model, variables, 1, prompt.shape[1] + 1)
+    _, caches = step(variables, prompt, caches)
     return lambda token: step(variables, token, caches)
 
 

@@ -19,7 +19,7 @@ from effjax.measure.latency import Comparison, compare
 from effjax.models.lm import LM
 from effjax.parallel.sharding import activate
 from effjax.train.program import Program
-from experiments.run.accelerated_language import language_model
+from experiments.run.accelerated_language import language_model, step_behind
 from experiments.run.accelerating import FOLDER, WHOLE, Source, agreement, evaluator_of
 from experiments.run.closing import print_table
 from experiments.run.files import to_json, write_atomic
@@ -218,17 +218,11 @@ def _said(
 def _timed(ways: Mapping[str, Way], rows: np.ndarray, first: int, rounds: int) -> Comparison:
     """The last token of a row, in every way in turn, batch 1."""
     tokens = jnp.asarray(rows)
-    functions = {label: _last(way, way.reads(tokens[:1], first)[0][:, :-1]) for label, way in ways.items()}
+    functions = {
+        label: step_behind(way.model, way.variables, way.reads(tokens[:1], first)[0][:, :-1])
+        for label, way in ways.items()
+    }
     return compare(functions, [(row[None, -1:],) for row in tokens[:8]], repeats=rounds, costs={})
-
-
-def _last(way: Way, prompt: jax.Array) -> Any:
-    """The compiled step behind a prompt."""
-    model, variables = way.model, way.variables
-    made = forced(model, variables, prompt, prompt, prompt.shape[1])
-    place = jnp.full((1, 1), prompt.shape[1])
-    step = jax.jit(lambda token, caches: model.apply(variables, token, caches, place, method="step"))
-    return lambda token: step(token, made.caches)
 
 
 def text_rows(rows: Sequence[Kept]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

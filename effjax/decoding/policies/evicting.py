@@ -113,31 +113,25 @@ class Evicting(Policy):
         """The slots of largest worth, in the order they lie in, in the form and the size of `cache`."""
         worth = self.ranked(whole, newest)  # [B, S + N, ...]
         kept = jnp.sort(jnp.argsort(-worth, axis=1, stable=True)[:, : cache.slots], axis=1)
-        return self.written(cache, whole, kept)
-
-    def written(self, cache: Cache, whole: Cache, kept: Int[Array, "b slots *groups"]) -> Cache:
-        """These slots of a plain cache, in the form of `cache`."""
         plain = Plain()
         order = jnp.broadcast_to(jnp.arange(cache.slots)[None], kept.shape[:2])
 
-        def numbers(held: Array | None) -> Array | None:
+        def of_kept(held: Array | None) -> Array | None:
             return None if held is None else plain.read_at(held, kept)
 
         return dataclasses.replace(
             cache,
             keys=self.storage.put(cache.keys, plain.read_at(whole.keys, kept), order),
             values=self.storage.put(cache.values, plain.read_at(whole.values, kept), order),
-            positions=numbers(whole.positions),
-            size=numbers(whole.size),
-            score=numbers(whole.score),
+            positions=of_kept(whole.positions),
+            size=of_kept(whole.size),
+            score=of_kept(whole.score),
             written=whole.written,
         )
 
     def ranked(self, cache: Cache, newest: Int[Array, " b"]) -> Float[Array, "b slots *groups"]:
         """`worth`, and below all of it padding, and last what is empty."""
         worth, held = self.worth(cache, newest), cache.positions
-        if worth.ndim > held.ndim:
-            held = held[:, :, None]
         nothing = jnp.where(held == EMPTY, -4 * ALWAYS, -2 * ALWAYS)
         return jnp.where(held >= 0, worth, nothing)
 

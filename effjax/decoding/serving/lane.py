@@ -28,7 +28,7 @@ from effjax.decoding.serving.requests import Request
 from effjax.decoding.storage.paged import NONE, Paged
 from effjax.decoding.storage.plain import Plain
 from effjax.errors import UsageError
-from effjax.layers.stack import Layers, apart, is_apart, layer_of
+from effjax.layers.stack import apart, each_layer, is_apart
 
 # Prompts are padded to this many tokens, or twice as many, and so on.
 SMALLEST = 16
@@ -223,7 +223,7 @@ def join(
     # The first row that `generate` would write with this seed.
     key = jax.random.fold_in(jax.random.key(seed), 0)
     return Running(
-        caches=_each_layer(
+        caches=each_layer(
             functools.partial(_placed, model.cache, row=row, table=table), running.caches, caches
         ),
         tokens=running.tokens.at[row].set(last),
@@ -290,19 +290,6 @@ def _placed(
 
 def _is_names(leaf: Any) -> bool:
     return type(leaf) is tuple and all(isinstance(name, str | None) for name in leaf)
-
-
-def _each_layer(function: Callable[..., Any], *trees: Any) -> Any:
-    """Does the same to every layer, whether depth is in front or the layers stand apart."""
-    if not is_apart(trees):
-        return jax.vmap(function)(*trees)
-    found = next(leaf for leaf in jax.tree.leaves(trees, is_leaf=_is_layers) if _is_layers(leaf))
-    layers = [function(*(layer_of(tree, i) for tree in trees)) for i in range(len(found.each))]
-    return jax.tree.map(lambda *leaves: Layers(leaves), *layers)
-
-
-def _is_layers(leaf: Any) -> bool:
-    return isinstance(leaf, Layers)
 
 
 def _sizes(length: int) -> tuple[int, ...]:
