@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 
 from effjax import models
+from effjax.compress.storage import kinds as storage
 from effjax.config import build, build_kind, part
 from effjax.data import Data
 from effjax.parallel.mesh import MeshShape
@@ -58,6 +59,7 @@ class Experiment:
       evaluators: what is measured while training, by name.
       mesh: devices along each axis.
       sharding: logical axis names mapped otherwise than by default.
+      storage: layouts of kernels that are not stored as arrays, by path; `experiments.compress` writes them.
     """
 
     model: nn.Module = part(models.KINDS)
@@ -70,6 +72,7 @@ class Experiment:
     )
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
     sharding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    storage: Mapping[str, Any] = dataclasses.field(default_factory=dict, metadata={"kinds": storage.KINDS})
 
 
 def resolve(config: Any) -> Experiment:

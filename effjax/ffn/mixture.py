@@ -32,7 +32,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.initializers import Initializer
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
 from effjax.config import part
 from effjax.errors import UsageError
@@ -45,6 +45,7 @@ from effjax.ffn.routing import capacity as capacity_of
 from effjax.layers.activations import activation
 from effjax.layers.dense import Dense, named, xavier, zeros
 from effjax.layers.grouped_product import grouped
+from effjax.layers.stored import array, kernel_of
 
 # The collection of what training changes without a gradient.
 STATE = "routing"
@@ -192,9 +193,9 @@ class Mixture(nn.Module):
     def perceptrons(self, rows: Float[Array, "m c"], routes: Routes) -> Float[Array, "m c"]:
         """Runs every row through its expert."""
         width, act = rows.shape[1], activation(self.activation)
-        gate = self.kernel("gate", (width, self.hidden), ("embed", "mlp")) if self.gated else None
-        expand = self.kernel("expand", (width, self.hidden), ("embed", "mlp"))
-        contract = self.kernel("contract", (self.hidden, width), ("mlp", "embed"))
+        gate = self.kernel("gate", (width, self.hidden), ("embed", "mlp"), rows.dtype) if self.gated else None
+        expand = self.kernel("expand", (width, self.hidden), ("embed", "mlp"), rows.dtype)
+        contract = self.kernel("contract", (self.hidden, width), ("mlp", "embed"), rows.dtype)
         h = grouped(rows, expand, routes.sizes)  # [M, F]
         if self.use_bias:
             bias = self.param("expand_bias", named(zeros, ("expert", "mlp")), (self.experts, self.hidden))
@@ -218,10 +219,12 @@ class Mixture(nn.Module):
         return common
 
     @nn.nowrap
-    def kernel(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Float[Array, "e i o"]:
+    def kernel(
+        self, name: str, shape: tuple[int, int], axes: tuple[str, str], dtype: DTypeLike
+    ) -> Float[Array, "e i o"]:
         """The matrices of all experts, stacked."""
-        init = named(_each(xavier), ("expert", *axes))
-        return jnp.asarray(self.param(f"{name}_kernel", init, (self.experts, *shape), jnp.float32))
+        init = kernel_of(_each(xavier), ("expert", *axes), 1, 1)
+        return array(self, f"{name}_kernel", init, (self.experts, *shape), jnp.float32, dtype=dtype)
 
 
 def _each(init: Initializer) -> Initializer:

@@ -18,6 +18,7 @@ from effjax.layers.depthwise import DepthwiseConv
 from effjax.layers.grouped import grouped_conv, together
 from effjax.layers.norms import NormKind, norm
 from effjax.layers.padding import Padding, pad_same
+from effjax.layers.stored import array, kernel_of
 
 # Fan-in scaling, a normal cut at two of its own standard deviations.
 _fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -61,12 +62,13 @@ class Conv(nn.Module):
                 f"{x.shape[2]} with a padding of {side}: use a larger picture."
             )
         shape = self.kernel, self.kernel, channels // self.groups, self.features
-        kernel = self.param("kernel", named(_fan_in, (None, None, None, "embed")), shape, jnp.float32)
+        init = kernel_of(_fan_in, (None, None, None, "embed"), 3, 1)
+        kernel = array(self, "kernel", init, shape, jnp.float32, dtype=x.dtype)
         x, kernel = nn.dtypes.promote_dtype(x, kernel)
         if self.groups > 1:
-            y = grouped_conv(x, jnp.asarray(kernel), self.stride, side, self.groups)
+            y = grouped_conv(x, kernel, self.stride, side, self.groups)
         else:
-            y = together(x, jnp.asarray(kernel), stride=self.stride, padding=side, groups=1)
+            y = together(x, kernel, stride=self.stride, padding=side, groups=1)
         if self.use_bias:
             bias = self.param("bias", named(zeros, ("embed",)), (self.features,), jnp.float32)
             y = y + bias.astype(y.dtype)[None, None, None]

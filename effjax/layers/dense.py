@@ -4,7 +4,8 @@
 
 The names (`embed`, `heads`, `mlp`, ...) say what an axis is; `effjax.parallel` maps them to mesh axes.
 Parameters are float32 at rest; the training step casts them, and a projection computes in the dtype that
-parameters and input promote to.
+parameters and input promote to. A kernel that is stored otherwise (`effjax.layers.stored`) multiplies by
+itself, in the dtype of the input.
 """
 
 import functools
@@ -17,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax.linen.initializers import Initializer
 from jaxtyping import Array, Float
+
+from effjax.layers.stored import Stored, kernel_of, parameter
 
 xavier = nn.initializers.xavier_uniform()
 zeros = nn.initializers.zeros_init()
@@ -59,10 +62,14 @@ class Dense(nn.Module):
         """Maps `[..., *inputs]` to `[..., *features]`."""
         outs = (self.features,) if isinstance(self.features, int) else tuple(self.features)
         ins = x.shape[x.ndim - self.inputs :]
-        kernel = self.param("kernel", named(_flattened(self.kernel_init, ins, outs), self.axes))
-        x, kernel = nn.dtypes.promote_dtype(x, kernel)
+        init = _flattened(self.kernel_init, ins, outs)
+        kernel = parameter(self, "kernel", kernel_of(init, self.axes, self.inputs, len(outs)))
         product = functools.partial(_product, inputs=self.inputs)
-        if self.block and self.inputs == 1 and ins[0] % self.block == 0:
+        if not isinstance(kernel, Stored):
+            x, kernel = nn.dtypes.promote_dtype(x, kernel)
+        if isinstance(kernel, Stored):
+            y = kernel.product(x)  # [..., *features]
+        elif self.block and self.inputs == 1 and ins[0] % self.block == 0:
             y = _in_blocks(x, kernel, self.block)  # [..., *features]
         elif math.prod(x.shape[: -self.inputs]) == 1 and (len(outs) > 1 or x.dtype != jnp.float32):
             twice = functools.partial(_as_two_rows, inputs=self.inputs)

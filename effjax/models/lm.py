@@ -28,6 +28,7 @@ from effjax.errors import UsageError
 from effjax.layers.dense import named, truncated_normal, zeros
 from effjax.layers.norms import NormKind, norm
 from effjax.layers.stack import Stack
+from effjax.layers.stored import Stored, kernel_of, parameter
 from effjax.mixers import rotary
 from effjax.mixers.cached import KeyValue
 from effjax.mixers.context import Context
@@ -46,6 +47,9 @@ class Layer:
     window: int | None = None
     rotary_base: float | None = None
     rotary_scaling: rotary.Scaling | None = part(rotary.SCALINGS, default=None)
+
+
+_TABLE = kernel_of(truncated_normal(0.02), ("vocab", "embed"), 1, 1, turned=True)
 
 
 class DecoderBlock(nn.Module):
@@ -298,10 +302,12 @@ class LM(nn.Module):
         kind = self.block.norm if self.last_norm is None else self.last_norm
         x = norm(kind, self.block.epsilon, "norm", train=train)(x)  # [B, N, C]
         if not self.tied:
-            init = named(truncated_normal(0.02), ("vocab", "embed"))
-            table = self.param("head", init, (self.vocab, self.dim), jnp.float32)
-        # Operands keep their dtype and the sums are float32: no float32 copy of a table of 128k rows.
-        logits = jnp.einsum("bnc,vc->bnv", x, table, preferred_element_type=jnp.float32)  # [B, N, V]
+            table = parameter(self, "head", _TABLE, (self.vocab, self.dim), jnp.float32)
+        if isinstance(table, Stored):
+            logits = table.product(x).astype(jnp.float32)  # [B, N, V]
+        else:
+            # Operands keep their dtype and the sums are float32: no float32 copy of a table of 128k rows.
+            logits = jnp.einsum("bnc,vc->bnv", x, table, preferred_element_type=jnp.float32)
         if self.head_bias:
             bias = self.param("head_bias", named(zeros, ("vocab",)), (self.vocab,), jnp.float32)
             logits = logits + bias.astype(logits.dtype)[None, None, :]
@@ -314,11 +320,10 @@ class LM(nn.Module):
     @nn.nowrap
     def embed(
         self, tokens: Int[Array, "b n"], context: Context, caches: Any
-    ) -> tuple[Float[Array, "b n c"], Float[Array, "vocab c"]]:
+    ) -> tuple[Float[Array, "b n c"], Any]:
         """Returns what goes into the first block, and the embedding table."""
-        init = named(truncated_normal(0.02), ("vocab", "embed"))
-        table = jnp.asarray(self.param("embedding", init, (self.vocab, self.dim), jnp.float32))
-        x = jnp.take(table, tokens, axis=0)  # [B, N, C]
+        table = parameter(self, "embedding", _TABLE, (self.vocab, self.dim), jnp.float32)
+        x = table.take(tokens) if isinstance(table, Stored) else jnp.take(table, tokens, axis=0)  # [B, N, C]
         if self.embedding_scale != 1.0:
             x = x * jnp.asarray(self.embedding_scale, x.dtype)
         if self.position_table:

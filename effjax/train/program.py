@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from effjax.compress.storage.trees import boxed_like
 from effjax.data import Described
 from effjax.data.text import check_vocabulary
 from effjax.errors import UsageError
@@ -159,7 +160,10 @@ class Program:
 def _init_variables(experiment: Experiment, data: Described) -> Any:
     """Freshly initialised variables, with their axis names."""
     batch = jax.tree.map(jnp.asarray, dict(data.example_batch(1)))
-    return experiment.task.init(jax.random.key(experiment.train.seed), batch)
+    variables = experiment.task.init(jax.random.key(experiment.train.seed), batch)
+    if experiment.storage:
+        variables = {**variables, "params": boxed_like(variables["params"], experiment.storage)}
+    return variables
 
 
 def _state(experiment: Experiment, optimizer: optax.GradientTransformation, variables: Any) -> TrainState:

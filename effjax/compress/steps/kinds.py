@@ -1,0 +1,5 @@
+"""Steps of a recipe, by the name that a config gives them."""
+
+from effjax.compress.steps.round import Round
+
+KINDS = {"round": Round}

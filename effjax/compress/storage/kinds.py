@@ -1,0 +1,5 @@
+"""Layouts of stored weights, by the name that a config gives them."""
+
+from effjax.compress.storage.uniform import Uniform
+
+KINDS = {"uniform": Uniform}
