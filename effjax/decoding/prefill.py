@@ -22,6 +22,7 @@ from jaxtyping import Array, Int
 
 from effjax.errors import UsageError
 from effjax.layers.stack import apart, is_apart
+from effjax.layers.stored import dtype_of
 
 
 @flax.struct.dataclass
@@ -121,5 +122,5 @@ def prefill(
 
 def new_caches(model: nn.Module, variables: Any, batch: int, slots: int) -> Any:
     """Empty caches in the dtype that the parameters promote to, apart where the model's layers are."""
-    caches = model.init_cache(batch, slots, jnp.result_type(*jax.tree.leaves(variables["params"])))
+    caches = model.init_cache(batch, slots, dtype_of(variables["params"]))
     return apart(caches) if is_apart(variables) else caches

@@ -86,6 +86,12 @@ def array(module: nn.Module, name: str, init: Callable[..., Any], *args: Any, dt
     return jnp.asarray(value.whole(dtype) if isinstance(value, Stored) else value)
 
 
+def dtype_of(params: Any) -> jnp.dtype:
+    """What a network with these parameters computes in: what their floating-point leaves promote to."""
+    floats = [x.dtype for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.result_type(*floats)
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
     """A kernel in a tree.

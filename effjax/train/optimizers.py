@@ -310,4 +310,22 @@ class Momentum(Optimizer):
         return optax.trace(self.momentum, nesterov=self.nesterov) if self.momentum else optax.identity()
 
 
-KINDS = {"adamw": AdamW, "lion": Lion, "adafactor": Adafactor, "muon": Muon, "sgd": Momentum}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Still(Optimizer):
+    """Nothing moves, and there is no state: for weights that are stored in codes."""
+
+    lr: float = 1.0
+
+    def transformation(self, params: Any, budget: Budget) -> optax.GradientTransformation:
+        """See `Optimizer.transformation`."""
+        return optax.set_to_zero()
+
+
+KINDS = {
+    "adamw": AdamW,
+    "lion": Lion,
+    "adafactor": Adafactor,
+    "muon": Muon,
+    "sgd": Momentum,
+    "still": Still,
+}

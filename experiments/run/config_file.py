@@ -52,31 +52,37 @@ class LoadedConfig:
 
 
 def define_config(
-    example: str = "configs/vision/vit.py:smoke", *, flag_values: flags.FlagValues = flags.FLAGS
+    example: str = "configs/vision/vit.py:smoke",
+    *,
+    name: str = "config",
+    what: str = "the experiment",
+    flag_values: flags.FlagValues = flags.FLAGS,
 ) -> None:
     """Defines `--config` for the driver that calls; `load_config` reads it.
 
     Args:
       example: a config that this driver takes, for --help and for the message when the flag is missing.
+      name: of the flag.
+      what: it describes.
       flag_values: where the driver defines its flags.
     """
     config_flags.DEFINE_config_file(
-        "config", None, f"the experiment, for example --config={example}", flag_values=flag_values
+        name, None, f"{what}, for example --{name}={example}", flag_values=flag_values
     )
     # The parser of ml_collections runs files through a loader that Python deprecates, and keeps a missing
     # file to itself until the first use.
-    flag_values["config"].parser = _Parser()
+    flag_values[name].parser = _Parser(name)
 
 
-def load_config(flag_values: flags.FlagValues = flags.FLAGS) -> LoadedConfig:
+def load_config(flag_values: flags.FlagValues = flags.FLAGS, *, name: str = "config") -> LoadedConfig:
     """Returns the config that the command line describes.
 
     Raises:
-      UsageError: if no --config was given.
+      UsageError: if the flag was not given.
     """
-    flag = flag_values["config"]
+    flag = flag_values[name]
     if flag.value is None:
-        raise UsageError(f"--config is missing: it names {flag.help}.")
+        raise UsageError(f"--{name} is missing: it names {flag.help}.")
     path, variant = _split(config_flags.get_config_filename(flag))
     return LoadedConfig(flag.value, path, variant, config_flags.get_override_values(flag))
 
@@ -129,11 +135,21 @@ class _ListParser(flags.ArgumentParser):
 class _Parser(flags.ArgumentParser):
     """Loads the file, then checks every `--config.KEY` of the command line against it."""
 
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
     def parse(self, argument: str) -> ConfigDict:
+        try:
+            return self._parse(argument)
+        except UsageError as error:  # what reads files calls its flag --config, whoever asks
+            raise UsageError(str(error).replace("--config", f"--{self.name}")) from error
+
+    def _parse(self, argument: str) -> ConfigDict:
         path, variant = _split(argument)
         config = _call(_load(_find(path), path), path, variant)
         for given in sys.argv[1:]:
-            override = re.match(r"--?(no)?config\.([^=]+)(?:=(.*))?$", given, re.DOTALL)
+            override = re.match(rf"--?(no)?{self.name}\.([^=]+)(?:=(.*))?$", given, re.DOTALL)
             if override:
                 _check_override(config, *override.group(2, 3))
         config.lock()

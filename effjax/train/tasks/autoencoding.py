@@ -16,6 +16,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from effjax.diffusion.examples import mean_of_each
 from effjax.errors import UsageError
+from effjax.layers.stored import dtype_of
 from effjax.models.autoencoder import Autoencoder, divergence, drawn
 from effjax.train.tasks.mean import Mean, Means
 
@@ -69,7 +70,7 @@ class Autoencoding:
         self, variables: Any, images: Array, noise: Array | None = None
     ) -> tuple[dict[str, Array], Array]:
         """Mean absolute and squared error and the divergence of each picture, and the mean of the code."""
-        dtype = jax.tree.leaves(variables["params"])[0].dtype
+        dtype = dtype_of(variables["params"])
         code_of: Any = self.model.apply(variables, images.astype(dtype), method="encode")
         mean, spread = (value.astype(jnp.float32) for value in code_of)
         code = mean if noise is None else drawn(mean, spread, noise)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from effjax import models
 from effjax.config import part
 from effjax.decoding.policies.attention_shift import AttentionShift
+from effjax.layers.stored import dtype_of
 from effjax.mixers.boundaries import focal_loss
 from effjax.train.tasks.mean import Mean, Means
 
@@ -68,7 +69,7 @@ class Boundaries:
         """Keys of every layer, one text after the other, and how attention shifts in them."""
         model = self.teacher.clone(cache=AttentionShift(self.model.window))
         held = jax.tree.map(jax.lax.stop_gradient, teacher)
-        dtype = jnp.result_type(*jax.tree.leaves(held["params"]))
+        dtype = dtype_of(held["params"])
         caches = model.init_cache(*tokens.shape, dtype)
         told: Any = model.apply(held, tokens, caches, method="step")
         caches = told[1]  # [L, B, N, ..]

@@ -26,10 +26,11 @@ from effjax.config import part
 from effjax.errors import UsageError
 from effjax.ffn.mixture import Mixture
 from effjax.layers.stack import streams
+from effjax.layers.stored import dtype_of
 from effjax.models.blocks.mixture import MixtureOfBlocks
 from effjax.models.dit import DiT
 from effjax.train.tasks.auxiliary import LOSSES, with_auxiliary
-from effjax.train.tasks.diffusion import Diffusion, dtype_of
+from effjax.train.tasks.diffusion import Diffusion
 from effjax.train.tasks.mean import Mean, Means
 
 Batch = Mapping[str, Array]
@@ -135,9 +136,9 @@ class Dense2MoE(Diffusion):
     def loss(self, variables: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Means, Any]:
         """The distances to what the teacher predicts and passes on, and what routers sow."""
         content, noise = self._noised(variables, batch), batch["noise"].astype(jnp.float32)
-        x_t = self.process.noise(content, noise, batch["time"]).astype(dtype_of(variables))
+        x_t = self.process.noise(content, noise, batch["time"]).astype(dtype_of(variables["params"]))
         told = x_t, self.process.network_time(batch["time"]), self.told(batch)
-        dtype = dtype_of(variables)
+        dtype = dtype_of(variables["params"])
         held = jax.tree.map(lambda leaf: leaf.astype(dtype), variables["teacher"]["params"])
         seen: Any
         wanted, seen = self.teacher.apply({"params": held}, *told, mutable=["intermediates"])

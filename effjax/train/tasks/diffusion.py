@@ -31,6 +31,7 @@ from effjax.diffusion.masks import check_weights, draw_known
 from effjax.diffusion.process import KINDS as PROCESSES
 from effjax.diffusion.process import Process
 from effjax.errors import UsageError
+from effjax.layers.stored import dtype_of
 from effjax.train.tasks.auxiliary import LOSSES, with_auxiliary
 from effjax.train.tasks.mean import Mean, Means
 
@@ -244,7 +245,7 @@ class Diffusion:
             )
 
         def begin(x_t: Array, t: Array, condition: Condition) -> Any:
-            x_t = x_t.astype(dtype_of(variables))
+            x_t = x_t.astype(dtype_of(variables["params"]))
             return self.model.apply(variables, x_t, self.process.network_time(t), condition, method="begin")
 
         def layers(stream: Any, part: tuple[int, int] | None) -> Any:
@@ -299,7 +300,7 @@ class Diffusion:
 
     def _predict(self, variables: Any, x_t: Array, t: Array, label: Array, **options: Any) -> Any:
         """Runs the network in the dtype of its parameters."""
-        x_t = x_t.astype(dtype_of(variables))
+        x_t = x_t.astype(dtype_of(variables["params"]))
         return self.model.apply(variables, x_t, self.process.network_time(t), label, **options)
 
 
@@ -311,8 +312,3 @@ def _with_known(x_t: Array, content: Array, known: Array | None) -> Array:
 def _is_pair(node: Any) -> bool:
     """Whether a node of what was sown is a prediction and its pixels; sowing makes tuples of such pairs."""
     return isinstance(node, tuple) and len(node) == 2 and not isinstance(node[0], tuple)
-
-
-def dtype_of(variables: Any) -> Any:
-    """What the network computes in: the dtype of its parameters."""
-    return jax.tree.leaves(variables["params"])[0].dtype

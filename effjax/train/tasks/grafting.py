@@ -24,9 +24,10 @@ from effjax import models
 from effjax.compress.grafting import Distance, Operator, inherited, regressions, replaced, watch
 from effjax.config import part
 from effjax.errors import UsageError
+from effjax.layers.stored import dtype_of
 from effjax.models.blocks.several import Parallel
 from effjax.models.dit import DiT
-from effjax.train.tasks.diffusion import Diffusion, dtype_of
+from effjax.train.tasks.diffusion import Diffusion
 from effjax.train.tasks.mean import Mean, Means
 
 Batch = Mapping[str, Array]
@@ -97,7 +98,7 @@ class Grafting(Diffusion):
 
     def _compared(self, variables: Any, x_t: Array, t: Array, condition: Array) -> dict[str, Any]:
         """What `regressions` says, with the teacher in the dtype of the grafted network."""
-        dtype = dtype_of(variables)
+        dtype = dtype_of(variables["params"])
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), variables["teacher"]["params"])
         student, teacher = self._networks
         times = self.process.network_time(t)
