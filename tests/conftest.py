@@ -16,17 +16,17 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK_TO_C
 import jax
 import numpy as np
 import pytest
-from jaxtyping import install_import_hook
+
+from tests import annotations
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Every function of the library has its annotations checked on every call; but for what walks programs, by a
 # million calls of one line that see no arrays.
 LIBRARY = Path(__file__).resolve().parents[1] / "effjax"
 WALKS = {"graph", "loops", "traffic", "walk", "work"}
-install_import_hook(
+annotations.install(
     [f"effjax.{path.stem}" for path in LIBRARY.iterdir() if path.stem != "measure"]
-    + [f"effjax.measure.{path.stem}" for path in (LIBRARY / "measure").iterdir() if path.stem not in WALKS],
-    "beartype.beartype",
+    + [f"effjax.measure.{path.stem}" for path in (LIBRARY / "measure").iterdir() if path.stem not in WALKS]
 )
 
 # Tests that took long when `pytest -n 2 --write-slow` last timed them all, one a line: they are marked slow.

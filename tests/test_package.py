@@ -27,16 +27,12 @@ print(took)
 
 
 def test_import_touches_nothing_and_is_quick():
-    # The fastest of three: a busy machine may be slow, but a slow import is never fast.
-    took = min(
-        float(
-            subprocess.run(
-                [sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, text=True, check=True
-            ).stdout
-        )
+    # One of three: a busy machine may be slow, but a slow import is never fast.
+    command = [sys.executable, "-c", CODE]
+    assert any(
+        float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout) < 3.0
         for _ in range(3)
     )
-    assert took < 3.0
 
 
 def test_files_are_of_one_concept():

@@ -166,12 +166,24 @@ class Stack(nn.Module):
         block = self.block.clone(parent=None, name=None)
 
         if self.is_initializing():
-            first = layer_of(each, 0)
+            drawn = jax.random.split(self.make_rng("params"), self.depth)
 
-            def init(key):
-                return block.init({"params": key}, x, first, *shared, method=method)
+            def init(x, slices):
+                key, each = slices
+                (y, out), made = block.init_with_output({"params": key}, x, each, *shared, method=method)
+                return y, (out, made)
 
-            stacked = jax.vmap(init)(jax.random.split(self.make_rng("params"), self.depth))
+            cut = points or before or through or turns or part
+            if not (cut or train or self.shared or is_apart(each)):
+                # A layer is traced once, for its parameters and for what it hands on.
+                if self.depth == 1:
+                    y, made = init(x, layer_of((drawn, each), 0))
+                    outs, stacked = jax.tree.map(lambda leaf: leaf[None], made)
+                else:
+                    y, (outs, stacked) = jax.lax.scan(init, x, (drawn, each))
+                _put(self, meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "layers"}))
+                return y, outs
+            stacked = jax.vmap(lambda key: init(x, (key, layer_of(each, 0)))[1][1])(drawn)
             own, common = self._split(stacked)
             own = meta.add_axis(own, 0, {nn.PARTITION_NAME: "layers"})
             _put(self, _together(own, jax.tree.map(lambda leaf: leaf[0], common)))

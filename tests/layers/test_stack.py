@@ -62,6 +62,22 @@ def test_parameters_are_stacked_under_the_paths_of_one_block_and_named():
     assert not np.allclose(kernels[0], kernels[1]), "every layer is initialised by its own key"
 
 
+@pytest.mark.parametrize("depth", [1, DEPTH])
+def test_what_is_drawn_and_handed_on_in_one_pass_is_what_layers_draw_and_a_pass_hands_on(depth):
+    stack, each = Stack(Layer(), depth), EACH[:depth]
+
+    @jax.jit
+    def made(key):
+        once = stack.init_with_output(key, X, SHARED, each=each)
+        cut = stack.init(key, X, SHARED, each=each, before={0: lambda x, train: x})
+        return *once, cut, stack.apply(meta.unbox(once[1]), X, SHARED, each=each)
+
+    out, drawn, cut, passed = made(jax.random.key(0))
+    assert jax.tree.structure(drawn) == jax.tree.structure(cut)
+    jax.tree.map(np.testing.assert_array_equal, drawn, cut)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), out, passed)
+
+
 def test_every_layer_drops_its_own_units():
     stack = Stack(Layer(), DEPTH)
     params = meta.unbox(variables(stack))
