@@ -10,6 +10,10 @@ UltraMemV2, Huang et al. 2025, arXiv:2508.18756. With several cores each weighs 
 channels. `score="sum"` is the memory with product keys, whose scores go through a softmax: Lample et al.
 2019, arXiv:1907.05242; without inputs (`read_dim=0`) its slots are values alone.
 
+The slots of all layers may be one pool. Each layer has keys of its own for a part of it, and slot i of layer
+l is number (i + l stride) mod pool. Where n^2 is `share` of depth x stride slots, each slot is within the
+reach of share x depth layers.
+
 At the start keys and queries are as in the published code, and values are scaled so that the read has the
 root mean square `initial` for inputs of unit variance, however many slots are read. In the sum over a deep
 model `initial = a / sqrt(depth)` keeps the variance.
@@ -52,6 +56,8 @@ class Memory(nn.Module):
       initial: root mean square of the read at the start.
       rank_penalty: weight of the loss `tucker_rank`.
       balance: weight of the loss `key_balance`.
+      pool: slots of the tables that all layers share, see `LM.shared`; 0 means that each has its own.
+      stride: by how many slots the part of each layer lies behind that of the one before.
     """
 
     rows: int
@@ -68,11 +74,15 @@ class Memory(nn.Module):
     initial: float = 0.1
     rank_penalty: float = 0.001
     balance: float = 0.0
+    pool: int = 0
+    stride: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.chosen <= self.rows**2:
             raise UsageError(f"chosen={self.chosen} of rows^2={self.rows**2} slots: read from 1 to all.")
+        if self.pool and self.pool < self.rows**2:
+            raise UsageError(f"rows^2={self.rows**2} slots are not in a pool of {self.pool}: make it larger.")
         if self.score == "tucker" and (self.rank < 1 or self.cores < 1 or self.value_dim % self.cores):
             raise UsageError(
                 f"rank={self.rank} and cores={self.cores} must be at least 1, and cores divide "
@@ -80,8 +90,10 @@ class Memory(nn.Module):
             )
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch c"], train: bool = False) -> Float[Array, "*batch c"]:
-        """Reads for each token, and mixes its channels."""
+    def __call__(
+        self, x: Float[Array, "*batch c"], train: bool = False, layer: Int[Array, ""] | None = None
+    ) -> Float[Array, "*batch c"]:
+        """Reads for each token, and mixes its channels; `layer` says which part of a pool is the layer's."""
         tokens = x.reshape(-1, x.shape[-1])  # [T, C]
         rows, columns = self.key_scores(tokens)  # [T, H, n, R]
         cores = None
@@ -90,6 +102,8 @@ class Memory(nn.Module):
         if train and self.is_mutable_collection("losses") and not self.is_initializing():
             self.sow_losses(rows, columns, cores)
         scores, slots = self.retrieve(rows, columns, cores)  # [T, H, k, M], [T, H, k]
+        if self.pool and layer is not None:
+            slots = (slots + layer * self.stride) % self.pool
         read = self.read(tokens, scores, slots)  # [T, V]
         draw = nn.initializers.normal(self.value_dim**-0.5)
         out = Dense(x.shape[-1], ("mlp", "embed"), use_bias=False, kernel_init=draw, name="output")(read)
@@ -140,7 +154,7 @@ class Memory(nn.Module):
         self, tokens: Float[Array, "t c"], scores: Float[Array, "t h k m"], slots: Int[Array, "t h k"]
     ) -> Float[Array, "t v"]:
         """The weighted sum of what the slots say."""
-        count, cores = self.rows**2, scores.shape[-1]
+        count, cores = self.pool or self.rows**2, scores.shape[-1]
         weights = scores.reshape(len(tokens), -1, cores).astype(tokens.dtype)  # [T, K, M]
         slots = slots.reshape(len(tokens), -1)  # [T, K]
         if self.read_dim:

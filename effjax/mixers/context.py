@@ -23,6 +23,7 @@ class Context:
       rotary: `([D/2], [])` frequencies and amplitude of this layer's rotary positions; in place of the
         mixer's own where layers differ.
       norm_scale: `[]`, factor of the norms before the branches of this layer.
+      layer: `[]` int, number of this layer, where its FFN asks for it.
       share: of the weights of each head those that count, the largest; the others are left out of the sum.
         None counts all.
       grid: rows and columns that the tokens are laid out in, row by row, where nothing else is among them;
@@ -40,6 +41,7 @@ class Context:
     window: Any = None
     rotary: Any = None
     norm_scale: Any = None
+    layer: Any = None
     modality: Any = None
     share: float | None = flax.struct.field(pytree_node=False, default=None)
     grid: Any = flax.struct.field(pytree_node=False, default=None)

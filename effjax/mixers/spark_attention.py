@@ -10,7 +10,17 @@ are those of `effjax.mixers.attention`.
 
 The paper's text on two points could not be had: here both parts are scaled by their own width, and rotary
 positions turn each part by itself, with the frequencies of its own width, so that both products know
-distances alone. This is the masked form: all keys are read.
+distances alone.
+
+Two forms of one function:
+
+    masked      all scores, gains and values are computed; the others' weights are 0
+    gathered    of a single query, as in decoding: all scores are computed, from the first r channels of every
+                key; the rest of a key and its value are fetched for the keys with a weight alone, up to
+                `BLOCK` of a head at once, as often as the head with the most keys needs
+
+The number of blocks is counted at run time: no budget of keys can be exceeded. Heads fetch apart, so where
+the cache has fewer slots than heads would fetch together, the masked form reads less.
 
 You et al., "Spark Transformer: Reactivating Sparsity in FFN and Attention", NeurIPS 2025, arXiv:2506.06644,
 section 2. In Gemma-2 2B: d = 256, r = 128, 256 keys.
@@ -31,6 +41,9 @@ from effjax.mixers import rotary
 from effjax.mixers.cached import KeyValue
 from effjax.mixers.context import Context
 from effjax.mixers.dot_product import band, both, dot_products, softmax, weighted_sum
+
+# Keys that a head fetches at once: of 128 channels in float32, 64 kB and as much of values of these.
+BLOCK = 128
 
 
 class SparkAttention(KeyValue):
@@ -84,6 +97,7 @@ class SparkAttention(KeyValue):
                 *(q, k, v, positions, cache, context),
                 lambda queries, keys, allowed, bias: self.weights(queries, keys, allowed, bias),
                 window=self.window,
+                take=self.take,
             )  # [B, N, H, D]
         axes = ("heads", "head_dim", "embed")
         return Dense(x.shape[-1], axes, inputs=2, use_bias=False, name="output")(y), cache  # [B, N, C]
@@ -97,12 +111,38 @@ class SparkAttention(KeyValue):
         bias: Float[Array, "b h 1 s"] | None = None,
     ) -> Float[Array, "b h n s"]:
         """How much of each value a query takes, in float32; the bias is added to the scores."""
-        r, rest = self.predictor, q.shape[-1] - self.predictor
+        r = self.predictor
+        return self.predicted(q, k, allowed, bias)[0] * gain(q[..., r:], k[..., r:])
+
+    @nn.nowrap
+    def predicted(
+        self,
+        q: Float[Array, "b n h d"],
+        k: Float[Array, "b s g d"],
+        allowed: Bool[Array, "#b #h n s"],
+        bias: Float[Array, "b h 1 s"] | None,
+    ) -> tuple[Float[Array, "b h n s"], Bool[Array, "b h n s"]]:
+        """p above, in float32, and which keys have one, by the first channels of a head."""
+        r = self.predictor
         scores = dot_products(q[..., :r], k[..., :r]) * r**-0.5  # [B, H, N, S]
         scores = scores if bias is None else scores + bias
         chosen = among(jax.lax.stop_gradient(scores), allowed, self.active)  # [B, H, N, S]
-        weights = softmax(jnp.where(chosen, scores, -0.7 * jnp.finfo(scores.dtype).max))
-        return weights * jax.nn.softplus(dot_products(q[..., r:], k[..., r:]) * rest**-0.5)
+        return softmax(jnp.where(chosen, scores, -0.7 * jnp.finfo(scores.dtype).max)), chosen
+
+    @nn.nowrap
+    def take(
+        self,
+        queries: Float[Array, "b n h d"],
+        keys: Float[Array, "b s g d"],
+        values: Float[Array, "b s g e"],
+        allowed: Bool[Array, "#b #h n s"],
+        bias: Float[Array, "b h 1 s"] | None,
+    ) -> Float[Array, "b n h e"]:
+        """What queries take from values: by the gathered form where that reads less, which the shapes say."""
+        if queries.shape[1] > 1 or self.active * self.heads >= keys.shape[1] * keys.shape[2]:
+            return weighted_sum(self.weights(queries, keys, allowed, bias).astype(values.dtype), values)
+        chosen = self.predicted(queries, keys, allowed, bias)
+        return gathered(queries, keys, values, *chosen, self.predictor, self.active)
 
     @nn.nowrap
     def sizes(self, width: int) -> tuple[int, int]:
@@ -147,3 +187,52 @@ class SparkAttention(KeyValue):
         tables = [rotary.table(self.rotary_base, part.shape[-1], None, None)[0] for part in parts]
         turned = [rotary.rotate(p, positions, t) for p, t in zip(parts, tables, strict=True)]
         return jnp.concatenate(turned, axis=-1)
+
+
+def gain(q: Float[Array, "b n h d"], k: Float[Array, "b s g d"]) -> Float[Array, "b h n s"]:
+    """softplus above, of the last channels of queries and keys."""
+    return jax.nn.softplus(dot_products(q, k) * q.shape[-1] ** -0.5)
+
+
+def gathered(
+    q: Float[Array, "b 1 h d"],
+    k: Float[Array, "b s g d"],
+    v: Float[Array, "b s g e"],
+    weights: Float[Array, "b h 1 s"],
+    chosen: Bool[Array, "b h 1 s"],
+    predictor: int,
+    active: int,
+) -> Float[Array, "b 1 h e"]:
+    """What a single query takes, reading the last channels and the values of the chosen keys alone.
+
+    Args:
+      q: queries, one of each sequence.
+      k: keys.
+      v: values.
+      weights: p above.
+      chosen: which keys have one.
+      predictor: channels of a head that chose them.
+      active: how many a query is meant to keep.
+    """
+    (b, s, groups, _), h = k.shape, q.shape[2]
+    block = min(BLOCK, active)
+    # Behind the chosen slots stands one that no cache has.
+    listed = jnp.vectorize(
+        lambda row: jnp.nonzero(row, size=s + block, fill_value=s)[0], signature="(s)->(m)"
+    )
+    slots = listed(chosen)  # [B, H, 1, S + M]
+    batch, group = jnp.arange(b)[:, None, None], (jnp.arange(h) // (h // groups))[None, None, :]
+
+    def add(number: Int[Array, ""], y: Float[Array, "b 1 h e"]) -> Float[Array, "b 1 h e"]:
+        # Tied to the counter, neither is converted as a whole before the loop; see `effjax.ffn.active`.
+        keys, values, number = jax.lax.optimization_barrier((k, v, number))
+        at = jax.lax.dynamic_slice_in_dim(slots, number * block, block, axis=3)  # [B, H, 1, M]
+        there = jnp.minimum(at, s - 1)
+        p = jnp.where(at < s, jnp.take_along_axis(weights, there, axis=3), 0)  # [B, H, 1, M]
+        place = batch, there[:, :, 0].swapaxes(1, 2), group  # a slot of each head: [B, M, H]
+        p = p * gain(q[..., predictor:], keys[place][..., predictor:])  # [B, H, 1, M]
+        return y + weighted_sum(p.astype(v.dtype), values[place])  # [B, 1, H, E]
+
+    blocks = (jnp.max(jnp.sum(chosen, axis=3)) + block - 1) // block
+    y = jnp.zeros((b, 1, h, v.shape[3]), jnp.promote_types(v.dtype, jnp.float32))
+    return jax.lax.fori_loop(0, blocks, add, y).astype(v.dtype)

@@ -13,6 +13,7 @@ rotary positions (Gemma 3).
 """
 
 import dataclasses
+import re
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -130,7 +131,8 @@ class DecoderBlock(nn.Module):
     def channels(self, h: Float[Array, "b n c"], context: Context, train: bool) -> Float[Array, "b n c"]:
         """The FFN."""
         assert self.ffn is not None
-        return self.ffn(h, train=train)
+        own = {} if context.layer is None else {"layer": context.layer}
+        return self.ffn(h, train=train, **own)
 
     @nn.nowrap
     def _before(
@@ -208,6 +210,8 @@ class LM(nn.Module):
         super().__post_init__()
         if self.norm_scaling and self.block.norm_at == "after":
             raise UsageError("norm_scaling scales the norms before the branches: set norm_at to 'before'.")
+        if self._pooled and not any(re.fullmatch(pattern, "ffn/values") for pattern in self.shared):
+            raise UsageError("a pool is of all layers: share its tables, shared=('ffn/(inputs|values)',).")
 
     def __call__(
         self,
@@ -343,6 +347,8 @@ class LM(nn.Module):
         """What each layer has for itself, depth in front: fields of its `Context`."""
         scales = self.scales()
         own: dict[str, Any] = {} if scales is None else {"norm_scale": scales}
+        if self._pooled:
+            own["layer"] = jnp.arange(self.depth)  # [L]
         if not self.layers:
             return own
         kinds = [self.layers[i % len(self.layers)] for i in range(self.depth)]
@@ -354,6 +360,11 @@ class LM(nn.Module):
             frequencies, amplitudes = zip(*(tables[kind] for kind in kinds), strict=True)
             own["rotary"] = jnp.stack(frequencies), jnp.asarray(amplitudes, jnp.float32)  # [L, D/2], [L]
         return own
+
+    @property
+    def _pooled(self) -> bool:
+        """Whether layers look into one pool of slots."""
+        return bool(getattr(self.block.ffn, "pool", 0))
 
     @nn.nowrap
     def scales(self) -> Float[Array, " depth"] | None:

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 from effjax.diffusion.coupling import as_flow, check_deterministic, straightness
 from effjax.diffusion.ddpm import DDPM
 from effjax.diffusion.denoiser import memoryless
-from effjax.diffusion.examples import example_keys
+from effjax.diffusion.examples import example_keys, example_noise
 from effjax.diffusion.rectified_flow import RectifiedFlow
 from effjax.diffusion.samplers import EulerSampler, sample
 from effjax.diffusion.samplers.chain import DDIMSampler, DDPMSampler
@@ -63,6 +65,65 @@ def test_straightness_falls_to_zero_where_paths_are_straight():
     rate = (t - (1 - t) * SPREAD**2) / ((1 - t) ** 2 * SPREAD**2 + t**2)
     expected = np.mean(((1 - SPREAD) - rate * ((1 - t) * SPREAD + t)) ** 2)
     np.testing.assert_allclose(bent, expected * np.mean(np.square(noise)), rtol=1e-4)
+
+
+CENTRES = jnp.float32([[2.0, 0.0], [-1.0, 1.7], [-1.0, -1.7]])
+WIDTH = 0.3  # of every blob around its centre
+
+
+def of_blobs(x_t, t, condition):
+    """The best velocity between N(0, 1) and three blobs of the plane, drawn independently."""
+    s = (1 - t)[:, None, None]  # [B, 1, 1]
+    variance = s**2 * WIDTH**2 + (1 - s) ** 2
+    off = x_t[:, None] - s * CENTRES[None]  # [B, K, 2]
+    weight = jax.nn.softmax(-0.5 * jnp.sum(off**2, axis=2) / variance[..., 0], axis=1)[..., None]
+    x0 = CENTRES[None] + s * WIDTH**2 / variance * off
+    return jnp.sum(weight * ((1 - s) / variance * off - x0), axis=1)
+
+
+def of_pairs(noise, end, bandwidth=0.12):
+    """The best velocity on pairs, by their neighbours on the lines: E[eps - x_0 | x_t]."""
+
+    def velocity(x_t, t, condition):
+        lines = (1 - t)[:, None, None] * end[None] + t[:, None, None] * noise[None]  # [B, N, 2]
+        near = -0.5 * jnp.sum((x_t[:, None] - lines) ** 2, axis=2) / bandwidth**2
+        return jax.nn.softmax(near, axis=1) @ (noise - end)
+
+    return velocity
+
+
+def energy_distance(a, b):
+    between = lambda x, y: jnp.mean(jnp.linalg.norm(x[:, None] - y[None], axis=2))
+    return float(2 * between(a, b) - between(a, a) - between(b, b))
+
+
+def test_reflow_straightens_the_way_to_blobs_and_keeps_them():
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def drawn(velocity, steps, keys):
+        nothing = jnp.zeros(len(keys))
+        return sample(EulerSampler(steps), memoryless(velocity), FLOW, nothing, (2,), keys)
+
+    seen, new = jnp.arange(600), jnp.arange(600, 856)
+    noise, end = (
+        jnp.concatenate([part(index) for index in (seen, new)])
+        for part in (
+            lambda index: example_noise(example_keys(jax.random.key(0), index), 0, (2,)),
+            lambda index: drawn(of_blobs, 30, example_keys(jax.random.key(0), index)),
+        )
+    )
+    reflowed, nothing = of_pairs(noise[:600], end[:600]), jnp.zeros(256)
+    bends = [
+        float(straightness(memoryless(v), FLOW, noise[600:], end[600:], nothing).mean())
+        for v in (of_blobs, reflowed)
+    ]
+    assert bends[1] < 0.2 * bends[0]
+    keys = example_keys(jax.random.key(0), new)
+    errors = [float(jnp.mean((drawn(v, 1, keys) - drawn(v, 20, keys)) ** 2)) for v in (of_blobs, reflowed)]
+    assert errors[1] < 0.1 * errors[0]
+    pick, spread = jax.random.split(jax.random.key(5))
+    real = CENTRES[jax.random.randint(pick, (512,), 0, 3)] + WIDTH * jax.random.normal(spread, (512, 2))
+    gaps = [energy_distance(real, found) for found in (end[600:], drawn(reflowed, 1, keys))]
+    assert max(gaps) < 0.05 < energy_distance(real, drawn(of_blobs, 1, keys))
 
 
 def test_a_network_of_noise_is_a_velocity():

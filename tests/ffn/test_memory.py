@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from flax.core import meta
 
+from configs.language import ultramem_v2
 from effjax.errors import UsageError
+from effjax.experiment import resolve
 from effjax.ffn import Gated, Memory
 from effjax.ffn.product_keys import best_sums, best_tucker, rank_one, spread
 
@@ -182,7 +184,71 @@ def test_only_slots_that_were_read_have_a_gradient():
     assert all(np.abs(slope[name]).max() > 0 for name in ("keys", "cores"))
 
 
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_part_of_a_pool_is_a_memory_of_its_own(layer):
+    pooled, variables = made(pool=100, stride=30)
+    params = variables["params"]
+    own = (np.arange(49) + layer * 30) % 100  # the last of layer 2 are the first of the pool
+    cut = {name: params[name][own] if name in ("inputs", "values") else params[name] for name in params}
+    found = jax.jit(lambda v, layer: pooled.apply(v, X, layer=layer))(variables, jnp.int32(layer))
+    np.testing.assert_allclose(found, apply(Memory(**SMALL), {"params": cut}), rtol=1e-5, atol=1e-5)
+
+
+def pooled_lm(depth=3):
+    config = ultramem_v2.get_config("smoke")
+    config.model.depth = config.model.unroll = depth
+    config.model.block.ffn.update(rows=9, pool=depth * 64, stride=64)  # 81 of 192 slots: parts overlap
+    return resolve(config).model
+
+
+@functools.cache
+def lm_variables():
+    shapes = meta.unbox(jax.eval_shape(pooled_lm().init, jax.random.key(0), TOKENS))
+    draw = np.random.default_rng(3)
+    return jax.tree.map(lambda leaf: jnp.float32(0.3 * draw.normal(size=leaf.shape)), shapes)
+
+
+TOKENS = jnp.asarray(np.random.default_rng(5).integers(0, 256, size=(2, 12)))
+
+
+def test_layers_look_into_one_pool_each_at_its_place():
+    lm, held = pooled_lm(), lm_variables()
+    ffn = held["params"]["blocks"]["ffn"]
+    assert ffn["values"].shape == (192, 16)
+    assert ffn["keys"].shape[0] == 3
+    slope = jax.jit(jax.grad(lambda v: jnp.sum(jnp.sin(lm.apply(v, TOKENS)))))(held)["params"]["blocks"][
+        "ffn"
+    ]
+    touched = np.abs(slope["values"]).max(axis=1) > 0
+    assert all(touched[64 * layer :][:64].any() for layer in range(3))
+    # As three layers with tables of their own, cut out of the pool.
+    block = lm.block.clone(ffn=lm.block.ffn.clone(pool=0, stride=0))
+    apart = lm.clone(block=block, shared=())
+    places = (np.arange(81)[None] + 64 * np.arange(3)[:, None]) % 192
+    cut = ffn | {name: ffn[name][places] for name in ("inputs", "values")}
+    blocks = held["params"]["blocks"] | {"ffn": cut}
+    own = {"params": held["params"] | {"blocks": blocks}}
+    np.testing.assert_allclose(
+        jax.jit(lm.apply)(held, TOKENS), jax.jit(apart.apply)(own, TOKENS), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_decoding_with_a_pool_equals_the_whole():
+    lm, held = pooled_lm(), lm_variables()
+    step = jax.jit(functools.partial(lm.apply, method="step"))
+    caches, found = lm.init_cache(2, 12), []
+    for cut in (slice(0, 7), *(slice(i, i + 1) for i in range(7, 12))):
+        logits, caches = step(held, TOKENS[:, cut], caches)
+        found.append(logits)
+    whole = jax.jit(lm.apply)(held, TOKENS)
+    np.testing.assert_allclose(jnp.concatenate(found, 1), whole, rtol=1e-3, atol=1e-3)
+
+
 def test_bad_requests_are_named():
+    with pytest.raises(UsageError, match="not in a pool of 40"):
+        Memory(**SMALL, pool=40)
+    with pytest.raises(UsageError, match="share its tables"):
+        pooled_lm().clone(shared=())
     with pytest.raises(UsageError, match=r"chosen=50 of rows\^2=49 slots"):
         Memory(**{**SMALL, "chosen": 50})
     with pytest.raises(UsageError, match="cores divide value_dim=8"):

@@ -152,6 +152,14 @@ def test_published_size():
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 129_135_360
 
 
+def test_the_state_is_as_large_for_any_length():
+    model = LM(DecoderBlock(Mamba(), ffn=None), vocab=50_280, dim=768, depth=24, tied=True)
+    sizes = [jax.eval_shape(lambda slots=slots: model.init_cache(1, slots)) for slots in (1, 1_000_000)]
+    assert sizes[0] == sizes[1]
+    # Per layer 1536 inner channels with 16 numbers each and the last 3 inputs of the convolution.
+    assert sum(leaf.size for leaf in jax.tree.leaves(sizes[0])) == 24 * (1536 * (16 + 3) + 1)
+
+
 def test_every_parameter_and_cache_names_its_axes(x):
     boxed = jax.eval_shape(Mamba().init, jax.random.key(0), x, Context())["params"]
     for leaf in jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata)):

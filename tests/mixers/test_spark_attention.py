@@ -7,8 +7,9 @@ import pytest
 from flax.core import meta
 
 from effjax.errors import UsageError
-from effjax.mixers import Attention, SparkAttention
+from effjax.mixers import Attention, SparkAttention, spark_attention
 from effjax.mixers.context import Context
+from effjax.mixers.dot_product import weighted_sum
 
 N, WIDTH = 24, 16
 X = jax.random.normal(jax.random.key(0), (2, N, WIDTH))
@@ -91,6 +92,33 @@ def test_cached_decoding_equals_the_whole(window):
         y, cache = step(params(), X[:, cut], cache, Context())
         found.append(y)
     np.testing.assert_allclose(jnp.concatenate(found, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_gathered_keys_give_what_all_give(monkeypatch, draw):
+    monkeypatch.setattr(spark_attention, "BLOCK", 2)  # and several times as many are chosen
+    b, s, active = 2, 40, 5
+    mixer = SparkAttention(**{**FIELDS, "active": active})
+    q, k, v = (jnp.float32(draw.normal(size=(b, *size, 8))) for size in ((1, 4), (s, 2), (s, 2)))
+    allowed = jnp.asarray(draw.uniform(size=(b, 1, 1, s)) < 0.8).at[1, :, :, 3:].set(False)
+    bias = jnp.float32(draw.normal(size=(b, 4, 1, s)))
+    whole = jax.jit(lambda *a: weighted_sum(mixer.weights(q, k, *a), v))(allowed, bias)
+    # A weight of 0 does not hide a number that is none: what is neither chosen nor the last slot is not read.
+    _, chosen = jax.jit(mixer.predicted)(q, k, allowed, bias)
+    assert np.sum(chosen, axis=3).max() > 2
+    read = jnp.any(chosen.reshape(b, 2, 2, s), axis=2).swapaxes(1, 2)[..., None]  # [B, S, G, 1]
+    read = read.at[:, -1].set(True)
+    k, v = k.at[..., 4:].set(jnp.where(read, k[..., 4:], jnp.nan)), jnp.where(read, v, jnp.nan)
+    found = jax.jit(lambda *a: mixer.take(q, k, v, *a))(allowed, bias)
+    np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("queries", "slots"), [(2, 100), (1, 10)])
+def test_many_queries_and_few_slots_read_all(queries, slots, draw):
+    sizes = (queries, 4), (slots, 2), (slots, 2)
+    q, k, v = (jnp.float32(draw.normal(size=(1, *size, 8))) for size in sizes)
+    allowed = jnp.ones((1, 1, queries, slots), bool)
+    program = jax.make_jaxpr(lambda: SparkAttention(**FIELDS).take(q, k, v, allowed, None))()
+    assert "while" not in str(program)
 
 
 def test_packed_documents_do_not_see_each_other():

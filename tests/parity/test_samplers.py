@@ -1,4 +1,4 @@
-"""DPM-Solver++ against diffusers' scheduler, with a network whose answer both can compute."""
+"""DPM-Solver++ and a flow's Euler steps against diffusers' schedulers, with networks that both compute."""
 
 import diffusers
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ import torch
 from effjax.diffusion.ddpm import DDPM
 from effjax.diffusion.denoiser import memoryless
 from effjax.diffusion.examples import example_noise
-from effjax.diffusion.samplers import DPMSolverSampler, sample
+from effjax.diffusion.rectified_flow import RectifiedFlow
+from effjax.diffusion.samplers import DPMSolverSampler, EulerSampler, sample
 from tests.diffusion.test_samplers import KEYS, LABEL, SHAPE
 
 
@@ -40,3 +41,16 @@ def test_dpm_solver_draws_the_same_pictures(order, steps):
     got = sample(DPMSolverSampler(steps, order), memoryless(network), DDPM(sigma="small"), LABEL, SHAPE, KEYS)
     want = theirs(order, steps, example_noise(KEYS, 0, SHAPE))
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 25])
+def test_euler_draws_the_same_pictures(steps):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=np.arange(steps, 0, -1) / steps)
+    first = example_noise(KEYS, 0, SHAPE)
+    x = torch.tensor(np.asarray(first))
+    for t in scheduler.timesteps:
+        x = scheduler.step(torch.tanh(1.1 * x + float(t) / 1000), t, x).prev_sample
+    flow = memoryless(lambda x_t, t, label: jnp.tanh(1.1 * x_t + t[:, None, None, None]))
+    got = sample(EulerSampler(steps), flow, RectifiedFlow(), LABEL, SHAPE, KEYS)
+    np.testing.assert_allclose(got, x.numpy(), atol=1e-5 * np.abs(x.numpy()).max(), rtol=0)

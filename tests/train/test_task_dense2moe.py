@@ -10,7 +10,7 @@ from flax.core import meta
 
 from configs.diffusion import dense2moe
 from configs.diffusion import dit as dit_configs
-from effjax.compress.dense2moe import importance
+from effjax.compress.dense2moe import importance, magnitude
 from effjax.errors import UsageError
 from effjax.experiment import resolve
 from tests.experiments.driver import drive, metric_rows
@@ -24,8 +24,9 @@ def recipe(stage="experts", **ffn):
     dense = config.model
     sparse = dense2moe.with_experts(dense)
     sparse.block.ffn.update(ffn)
-    config.model = sparse if stage == "experts" else dense2moe.in_groups(sparse, 2, 1)
-    teacher = dense if stage == "experts" else sparse
+    groups = dense2moe.in_groups(sparse, 2, 1)
+    config.model = dict(experts=sparse, blocks=groups, pruned=dense2moe.narrowed(dense))[stage]
+    teacher = sparse if stage == "blocks" else dense
     config.task = dict(config.task.to_dict(), kind="dense2moe", teacher=teacher)
     config.evaluators = {}
     return config
@@ -94,6 +95,23 @@ def test_neurons_are_ranked_on_training_batches():
     np.testing.assert_array_equal(shared, teacher["blocks"]["ffn"]["expand"]["kernel"][1][:, best])
 
 
+def test_pruned_neurons_are_the_largest():
+    config = recipe("pruned")
+    config.task.scores = "magnitude"
+    task = resolve(config).task
+    ffn = task.model.block.ffn
+    experts = dense2moe.with_experts(config.task.teacher).block.ffn
+    assert ffn.hidden == experts.shared + experts.chosen * experts.hidden
+    held = held_by(task)
+    kept, dense = held["params"]["blocks"]["ffn"], held["teacher"]["params"]
+    teacher = dense["blocks"]["ffn"]
+    best = np.argsort(-np.asarray(magnitude(dense)[1]))[: ffn.hidden]
+    np.testing.assert_array_equal(kept["contract"]["kernel"][1], teacher["contract"]["kernel"][1][best])
+    found = figures(task, held)
+    assert found["output_error"] > 1e-6
+    assert found["loss"] == pytest.approx(found["output_error"] + found["feature_error"])
+
+
 def test_bad_requests_are_named():
     with pytest.raises(UsageError, match="the model has others"):
         resolve(recipe(hidden=9))
@@ -101,19 +119,24 @@ def test_bad_requests_are_named():
     config.model.depth = 2
     with pytest.raises(UsageError, match="2 groups of 2 blocks are not the teacher's 2"):
         resolve(config)
+    config = recipe("pruned")
+    config.model.block.ffn.activation = "relu"
+    with pytest.raises(UsageError, match="it has none of them"):
+        resolve(config)
     config = recipe()
     config.model = config.task.teacher
-    with pytest.raises(UsageError, match="it has neither"):
+    with pytest.raises(UsageError, match="it has none of them"):
         resolve(config)
 
 
 @pytest.mark.slow
-def test_a_run_through_both_stages(tmp_path):
+def test_a_run_of_every_stage(tmp_path):
     drive("train", "--config=configs/diffusion/dit.py:smoke", f"--workdir={tmp_path}/dense")
     paths = {}
-    for stage, config in (("experts", recipe("experts")), ("blocks", recipe("blocks"))):
+    for stage in ("experts", "blocks", "pruned"):
+        config = recipe(stage)
         config.train.steps = "20 steps"
-        config.task.weights = str(tmp_path / ("dense" if stage == "experts" else "experts"))
+        config.task.weights = str(tmp_path / ("experts" if stage == "blocks" else "dense"))
         paths[stage] = tmp_path / f"{stage}.py"
         paths[stage].write_text(
             "import json\nfrom ml_collections import ConfigDict\n"

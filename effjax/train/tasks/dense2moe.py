@@ -4,8 +4,8 @@
 
 g is the teacher, f the network that is trained, h_k and h'_k what leaves the k-th block of f (or group of
 blocks) and as many blocks of g, at the times and with the noise of an ordinary diffusion training. f starts
-with the parts of the teacher: experts of its neurons, or groups of its blocks, whichever its definition asks
-for.
+with the parts of the teacher: experts of its neurons, groups of its blocks, or, to compare with, FFNs of its
+best neurons alone, whichever its definition asks for.
 
 Source: Zheng et al., ICCV 2025; see `effjax.compress.dense2moe`.
 """
@@ -21,10 +21,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from effjax import models
-from effjax.compress.dense2moe import importance, magnitude, mixture_of, to_experts, to_groups
+from effjax.compress.dense2moe import importance, magnitude, mixture_of, pruned, to_experts, to_groups
 from effjax.config import part
 from effjax.errors import UsageError
 from effjax.ffn.mixture import Mixture
+from effjax.ffn.mlp import MLP
 from effjax.layers.stack import streams
 from effjax.layers.stored import dtype_of
 from effjax.models.blocks.mixture import MixtureOfBlocks
@@ -38,7 +39,7 @@ Batch = Mapping[str, Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dense2MoE(Diffusion):
-    """Teaches a DiT with experts, or with groups of blocks, what a denser one does.
+    """Teaches a DiT with experts, with groups of blocks or with narrower FFNs what a denser one does.
 
     In evaluation it is `Diffusion`: the losses are those of the sparse network.
 
@@ -47,7 +48,7 @@ class Dense2MoE(Diffusion):
       weights: folder of the teacher's: of a training run, or of what `experiments.convert` wrote.
       output: weight of the distance of predictions.
       features: weight of the distance of what leaves the blocks.
-      scores: how neurons are ranked before they become experts.
+      scores: how neurons are ranked before they become experts, or are left out.
       batches: of training data, that the first-order scores are measured on.
     """
 
@@ -73,8 +74,12 @@ class Dense2MoE(Diffusion):
                     f"{self.model.depth} groups of {len(block.members)} blocks are not the teacher's "
                     f"{self.teacher.depth} blocks."
                 )
+        elif self._pruned:
+            pass
         elif not isinstance(getattr(block, "ffn", None), Mixture):
-            raise UsageError("the model is made of experts or of groups of blocks: it has neither.")
+            raise UsageError(
+                "the model is made of experts, of groups of blocks or of fewer neurons: it has none of them."
+            )
         elif self._experts != block.ffn.clone(balance=0.0):  # type: ignore[attr-defined]
             raise UsageError(
                 f"experts made of the teacher's neurons are {self._experts}: the model has others."
@@ -84,8 +89,17 @@ class Dense2MoE(Diffusion):
     def _experts(self) -> Mixture:
         """The definition of experts that hold the teacher's neurons, as many as the model asks for."""
         own, dense = self.model.block.ffn, self.teacher.block.ffn
-        shared = own.shared / (dense.hidden or round(self.teacher.dim * dense.ratio))
+        shared = own.shared / _hidden(self.teacher)
         return mixture_of(dense, self.teacher.dim, own.experts, own.chosen, shared).clone(balance=0.0)
+
+    @property
+    def _pruned(self) -> bool:
+        """Whether the model is the teacher with fewer neurons in its FFNs."""
+        own, block = getattr(self.model.block, "ffn", None), self.teacher.block
+        if not isinstance(own, MLP) or _hidden(self.model) >= _hidden(self.teacher):
+            return False
+        ffn = block.ffn.clone(hidden=own.hidden, ratio=own.ratio)
+        return self.model == self.teacher.clone(block=block.clone(ffn=ffn))
 
     @property
     def frozen(self) -> dict[str, str | None]:
@@ -104,7 +118,7 @@ class Dense2MoE(Diffusion):
     def inherit(
         self, shapes: Any, given: Mapping[str, Any], batches: Callable[[], Iterable[Batch]]
     ) -> dict[str, Any]:
-        """The teacher's parts as experts or in groups, and routers that prefer none."""
+        """The teacher's parts as experts, in groups or the best of them, and routers that prefer none."""
         del shapes
         params, key = given["teacher"]["params"], jax.random.key(0)
         assert isinstance(self.model, DiT)
@@ -116,6 +130,8 @@ class Dense2MoE(Diffusion):
             scores = magnitude(params)
         else:
             scores = importance(self._dense_loss(given), params, itertools.islice(batches(), self.batches))
+        if self._pruned:
+            return pruned(self.teacher, params, scores, _hidden(self.model))[1]
         own = block.ffn
         shared = own.shared / scores.shape[1]
         return to_experts(self.teacher, params, scores, key, own.experts, own.chosen, shared)[1]
@@ -165,6 +181,12 @@ class Dense2MoE(Diffusion):
         }
         means, rest = with_auxiliary(means, changed)
         return means, rest | {name: variables[name] for name in self.frozen}
+
+
+def _hidden(model: Any) -> int:
+    """Neurons of each perceptron of a DiT."""
+    ffn = model.block.ffn
+    return int(ffn.hidden or round(model.dim * ffn.ratio))
 
 
 def _mean_square(x: Float[Array, "b *rest"]) -> Float[Array, " b"]:
