@@ -72,8 +72,8 @@ class Dense(nn.Module):
         elif self.block and self.inputs == 1 and ins[0] % self.block == 0:
             y = _in_blocks(x, kernel, self.block)  # [..., *features]
         elif math.prod(x.shape[: -self.inputs]) == 1 and (len(outs) > 1 or x.dtype != jnp.float32):
-            twice = functools.partial(_as_two_rows, inputs=self.inputs)
-            y = jax.lax.platform_dependent(x, kernel, cpu=twice, default=product)  # [..., *features]
+            alone = functools.partial(_single_row, inputs=self.inputs)
+            y = jax.lax.platform_dependent(x, kernel, cpu=alone, default=product)  # [..., *features]
         else:
             y = product(x, kernel)  # [..., *features]
         if self.use_bias:
@@ -87,15 +87,39 @@ def _product(x: Float[Array, "..."], kernel: Float[Array, "..."], inputs: int) -
     return jax.lax.dot_general(x, kernel, (contracted, ((), ())))
 
 
-def _as_two_rows(x: Float[Array, "..."], kernel: Float[Array, "..."], inputs: int) -> Float[Array, "..."]:
-    """The product for a single row, computed for two of the same.
+def _single_row(x: Float[Array, "..."], kernel: Float[Array, "..."], inputs: int) -> Float[Array, "..."]:
+    """The product for a single row, in the time to read the kernel.
 
-    XLA's loop for one row walks a kernel of several output axes, or one that is not float32, by columns on a
-    CPU: 13 ms for 2048 x 2048 where two rows take 0.4 ms, which is the time to read the kernel.
+    XLA's loop for one row walks a kernel of several output axes by columns on a CPU: 13 ms for 2048 x 2048
+    where two equal rows take 0.4. One that is not float32 it converts as a whole first, into memory that is
+    new in every call: 22 ms for 2048 x 8192 in bfloat16 (jax 0.10.1), where a few rows of it at a time take
+    2.5.
     """
-    rows = jnp.broadcast_to(x.reshape(1, -1), (2, math.prod(kernel.shape[:inputs])))
-    y = rows @ kernel.reshape(rows.shape[1], -1)  # [2, prod(features)]
-    return y[:1].reshape(*x.shape[: x.ndim - inputs], *kernel.shape[inputs:])
+    row = x.reshape(1, -1)  # [1, I]
+    matrix = kernel.reshape(row.shape[1], -1)  # [I, O]
+    if matrix.dtype == jnp.float32 or matrix.shape[0] % 8:
+        y = (jnp.broadcast_to(row, (2, row.shape[1])) @ matrix)[:1]  # [1, O]
+    else:
+        y = _few_rows_at_a_time(row, matrix)  # [1, O]
+    return y.reshape(*x.shape[: x.ndim - inputs], *kernel.shape[inputs:])
+
+
+def _few_rows_at_a_time(row: Float[Array, "1 i"], matrix: Float[Array, "i o"]) -> Float[Array, "1 o"]:
+    """Products and sums of 16 rows of the matrix in one loop over columns, in float32."""
+    step = 16 if matrix.shape[0] % 16 == 0 else 8
+    numbers = row.reshape(-1, step).astype(jnp.float32)  # [I / step, step]
+
+    def add(y: Float[Array, " o"], at: Array) -> tuple[Float[Array, " o"], None]:
+        # Tied to the counter, the matrix is not converted as a whole before the loop.
+        kept, at = jax.lax.optimization_barrier((matrix, at))
+        rows = jax.lax.dynamic_slice_in_dim(kept, at * step, step)  # [step, O]
+        part = jnp.zeros_like(y)
+        for i in range(step):
+            part = part + numbers[at, i] * rows[i].astype(jnp.float32)
+        return y + part, None
+
+    y, _ = jax.lax.scan(add, jnp.zeros(matrix.shape[1], jnp.float32), jnp.arange(len(numbers)))
+    return y.astype(row.dtype)[None]
 
 
 def _in_blocks(x: Float[Array, "*batch i"], kernel: Float[Array, "i ..."], block: int) -> Float[Array, "..."]:

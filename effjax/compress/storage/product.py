@@ -58,7 +58,9 @@ def _of_plane(
     step = next(step for step in range(min(STEP, size), 0, -1) if size % step == 0)
 
     def add(y: Float[Array, "r n"], at: Array) -> tuple[Float[Array, "r n"], None]:
-        codes = jax.lax.dynamic_slice_in_dim(plane, at * step, step)  # [step, N]
+        # Tied to the counter, the codes are not unpacked as a whole before the loop.
+        kept, at = jax.lax.optimization_barrier((plane, at))
+        codes = jax.lax.dynamic_slice_in_dim(kept, at * step, step)  # [step, N]
         numbers = jax.lax.dynamic_slice_in_dim(x, at * step * each, step * each, 1)  # [R, step each]
         part = jnp.zeros_like(y)
         for i in range(step):
