@@ -8,9 +8,9 @@
 `digits`, `digits-text`
     1.06M parameters on the digits, told a label, or 1.22M told a text of one word; v prediction, 1500 steps.
     Told a label, the held-out loss is 0.265 after 300 steps, 0.228 after 600 and 0.215 at the end (the DiT of
-    `dit.py:digits` with 1.87M has 0.229); at scale 2 the evaluator finds all samples in their class, a Fréchet
-    distance of 0.37 (the DiT's is 0.39), precision 0.97 and recall 0.40. Sixteen minutes of a busy core. The
-    text was not run.
+    `dit.py:digits` with 1.87M has 0.229); at scale 2 the evaluator finds all samples in their class, a
+    Fréchet distance of 0.37 (the DiT's is 0.39), precision 0.97 and recall 0.40. Sixteen minutes of a busy
+    core. The text was not run.
 `s`
     The class-conditional model of the ablations on 32 x 32 x 4 latents of ImageNet, a TFDS data set
     `imagenet_latents` (fields `image` [32, 32, 4] float32 and `label`). The paper reports an FID of 19.30

@@ -10,8 +10,8 @@
     steps: eight and a half minutes of CPU time on busy cores, a held-out loss of 0.118. From two frames of 64
     held-out clips the six others are predicted with a mean squared error of 0.111 in one DDIM step, which is
     the mean of what may come, and 0.127 in four; copying the last given frame has 0.147. A draw of twenty
-    steps has 0.155, as a sample varies where a mean does not: the error of a perfect draw is twice that of the
-    mean. With `--config.task.process.prediction=x0` it is 0.104, 0.128 and 0.163.
+    steps has 0.155, as a sample varies where a mean does not: the error of a perfect draw is twice that of
+    the mean. With `--config.task.process.prediction=x0` it is 0.104, 0.128 and 0.163.
 `s2`, `l2`
     The paper's models on clips of 16 frames of 32 x 32 x 4 latents of Sky Time-lapse, which lie on disk as a
     TFDS data set `sky_latents` (field `video` [16, 32, 32, 4] float32), with all kinds of masks, for which
