@@ -11,7 +11,7 @@ function:
 
 Lee et al., COLM 2024, arXiv:2404.08763, section 3.2. The published code keeps a histogram of 1,000 bins
 between -1 and 1; here it has one for each of the upper 16 bits of a float32, so that a threshold is exact to
-0.8% at any scale. Its fine-tuning with low-rank adapters is not built.
+0.8% at any scale. Fine-tuning with low-rank adapters is the task `low_rank`.
 """
 
 import dataclasses

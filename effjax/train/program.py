@@ -153,8 +153,8 @@ class Program:
         """The weights to evaluate: the averaged ones where asked and kept, with the other collections."""
         if ema and state.ema is None:
             raise UsageError("averaged weights were asked for and the run keeps none: set config.train.ema.")
-        params = state.ema if ema else state.params
-        return served(self.task, {"params": params, **state.collections})
+        held = {"params": state.ema if ema else state.params, **state.collections}
+        return served(self.task, self.task.tuned(held) if hasattr(self.task, "tuned") else held)
 
 
 def _init_variables(experiment: Experiment, data: Described) -> Any:

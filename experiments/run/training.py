@@ -103,6 +103,7 @@ def first_state(program: Program) -> TrainState:
     if train.start is not None:
         shapes = served(task, {"params": program.shapes.params, **program.shapes.collections})
         shapes["params"] = _without(shapes["params"], train.fresh)
+        shapes = {name: leaf for name, leaf in shapes.items() if name not in getattr(task, "measured", ())}
         given = read_weights(train.start, shapes, "config.model")
     for name, folder in getattr(task, "frozen", {}).items():
         if folder is None:
@@ -110,6 +111,8 @@ def first_state(program: Program) -> TrainState:
         given[name] = read_weights(folder, program.shapes.collections[name], f"config.task.{name}")
     if train.start is None and hasattr(task, "inherit"):
         given["params"] = task.inherit(program.shapes.params, given, lambda: _rows(program))
+    if hasattr(task, "measure"):
+        given |= task.measure(given, lambda: _rows(program))
     state = program.init(given or None)
     if hasattr(task, "check"):
         with activate(program.mesh, program.rules):

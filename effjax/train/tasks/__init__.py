@@ -23,6 +23,10 @@ and where not all variables are the model's own
     inherit(shapes, collections, batches) -> params
         parameters that start from what these collections hold, of those with such shapes; `batches()` are
         those of training
+    measured, measure(variables, batches) -> collections
+        names of collections that no folder holds, and how they are found on what it does hold
+    tuned(variables) -> variables
+        what the trained model works with, where other parameters are trained
 
 `means` are `Mean(total, count)` pairs, so that accumulated micro-batches and evaluation batches add up to
 the figures of one large batch.
@@ -42,6 +46,7 @@ from effjax.train.tasks.grafting import Grafting
 from effjax.train.tasks.in_context import InContext
 from effjax.train.tasks.language import Language
 from effjax.train.tasks.layer_routing import LayerRouting
+from effjax.train.tasks.low_rank import LowRank
 from effjax.train.tasks.pose import Pose
 
 KINDS = {
@@ -56,6 +61,7 @@ KINDS = {
     "in_context": InContext,
     "language": Language,
     "layer_routing": LayerRouting,
+    "low_rank": LowRank,
     "pose": Pose,
 }
 
