@@ -2,6 +2,7 @@
 
 import collections
 import os
+import time
 from pathlib import Path
 
 from tests.flags import QUICK_TO_COMPILE
@@ -47,6 +48,14 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--write-slow") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Timer(), "timer")
+
+
+def pytest_sessionstart(session):
+    """Forgets programs that were compiled a week ago, of which most are no longer made."""
+    if not hasattr(session.config, "workerinput"):
+        for file in Path(os.environ["TFDS_DATA_DIR"], "compiled").rglob("*-cache"):
+            if time.time() - file.stat().st_mtime > 7 * 86_400:
+                file.unlink()
 
 
 @pytest.hookimpl(tryfirst=True)

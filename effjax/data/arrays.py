@@ -94,10 +94,8 @@ class ArrayWriter:
         Raises:
           UsageError: where the folder exists, or an unfinished one of another number of rows or origin.
         """
-        self.folder, self.rows = Path(folder).expanduser(), rows
+        self.folder, self.rows = unused(folder), rows
         self._partial = partial_of(self.folder)
-        if self.folder.exists():
-            raise UsageError(f"'{self.folder}' exists: name another folder, or remove it first.")
         self._fields: dict[str, np.ndarray] = {}
         self._origin = json.loads(json.dumps(dict(origin)))
         self.done = 0
@@ -163,6 +161,18 @@ class ArrayWriter:
             self._fields.clear()
             (self._partial / _COUNT).unlink()
             os.replace(self._partial, self.folder)
+
+
+def unused(folder: str | Path) -> Path:
+    """The folder that a writer will make; for who works long before there are rows to write.
+
+    Raises:
+      UsageError: where it exists.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists():
+        raise UsageError(f"'{folder}' exists: name another folder, or remove it first.")
+    return folder
 
 
 def partial_of(folder: Path) -> Path:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.data.arrays import ArrayWriter
+from effjax.data.arrays import ArrayWriter, unused
 from effjax.decoding.layer_router import ACTIONS
 from effjax.decoding.layer_search import Search, agreed, find_plans
 from effjax.errors import UsageError
@@ -54,6 +54,7 @@ def run(workdir: str, out: str, search: Search, request: Request, *, step: int |
     Raises:
       UsageError: for a run that is no language model, or a folder that exists.
     """
+    unused(out)  # now, not after the search
     program, variables = load_run(workdir, step)
     rows = searched(program, variables, search, request)
     found = rows["right"] > 0

@@ -1,8 +1,8 @@
 """Runs a driver as a person does: in a process of its own.
 
-What a driver imports of others takes as long as a small run does. So `drive` forks a process that has
-imported that already, and none of ours; where jax itself must start otherwise it takes a new one, as `start`
-does.
+What a driver imports takes as long as a small run does, and what it compiles twice as long. So `drive` forks
+a process that has imported the libraries, ours among them, and reads what an earlier one compiled of the same
+program; where jax itself must start otherwise it takes a new process without either, as `start` does.
 """
 
 import atexit
@@ -10,25 +10,31 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import jax
+
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 300
+
+# Of each worker its own: nobody reads what another is writing.
+COMPILED = ROOT / ".testdata" / "compiled" / os.environ.get("PYTEST_XDIST_WORKER", "main")
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
-        "flax.linen",
-        "grain",
+        "experiments.run.accelerating",
+        "experiments.run.comparing",
+        "experiments.run.sampling",
+        "experiments.run.training",
+        "experiments.run.writing",
+        "matplotlib.backends.backend_agg",
         "matplotlib.figure",
-        "ml_collections",
-        "optax",
-        "orbax.checkpoint",
-        "rich.progress",
     ]
 )
 
@@ -63,6 +69,7 @@ def _forked(name, arguments, environment):
         if process.exitcode is None:
             process.kill()
             process.join()
+            shutil.rmtree(COMPILED, ignore_errors=True)  # it may have been writing there
         return process.exitcode, *(path.read_text() for path in said)
 
 
@@ -74,6 +81,8 @@ def _run(name, arguments, environment, output, errors):
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
+    jax.config.update("jax_compilation_cache_dir", str(COMPILED))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     sys.argv = [name, *arguments]
     try:
         runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)

@@ -49,7 +49,9 @@ def test_plans_that_are_found_answer_their_examples(program, agree):
         assert bool(solved(logits, batch)[0])
 
 
-def test_bad_requests_are_named(program):
+def test_bad_requests_are_named(program, tmp_path):
+    with pytest.raises(UsageError, match="exists: name another folder"):
+        path_search.run("no/run", str(tmp_path), Search(), path_search.Request(1, 1, 0))
     with pytest.raises(UsageError, match="--batch=0 must be at least 1"):
         path_search.Request(1, 0, 0)
     smoke = resolve(get_config("smoke"))
@@ -96,4 +98,6 @@ def test_a_run_from_model_to_routers(tmp_path):
     train = [row for row in shown if row["split"] == "train"]
     assert train[-1]["loss"] < train[0]["loss"]
     assert 0 < [row for row in shown if row["split"] == "test"][-1]["layers"] <= 8
-    drive("layer_paths", f"--workdir={base}", f"--out={paths}", code=2)
+    # By default it searches for minutes, and that is too late to hear it.
+    _, errors = drive("layer_paths", f"--workdir={base}", f"--out={paths}", code=2)
+    assert "exists: name another folder" in errors
