@@ -18,7 +18,7 @@ from effjax.layers.depthwise import DepthwiseConv
 from effjax.layers.grouped import grouped_conv, together
 from effjax.layers.norms import NormKind, norm
 from effjax.layers.padding import Padding, pad_same
-from effjax.layers.stored import array, kernel_of
+from effjax.layers.stored import Stored, kernel_of, parameter
 
 # Fan-in scaling, a normal cut at two of its own standard deviations.
 _fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -63,7 +63,9 @@ class Conv(nn.Module):
             )
         shape = self.kernel, self.kernel, channels // self.groups, self.features
         init = kernel_of(_fan_in, (None, None, None, "embed"), 3, 1)
-        kernel = array(self, "kernel", init, shape, jnp.float32, dtype=x.dtype)
+        kernel = parameter(self, "kernel", init, shape, jnp.float32)
+        if isinstance(kernel, Stored):
+            x, kernel = kernel.entering(x), kernel.whole(x.dtype)
         x, kernel = nn.dtypes.promote_dtype(x, kernel)
         if self.groups > 1:
             y = grouped_conv(x, kernel, self.stride, side, self.groups)

@@ -41,6 +41,20 @@ class Stored:
         """Maps `[..., *ins]` to `[..., *outs]`, in the dtype of x; only where no axis is in front."""
         raise NotImplementedError
 
+    def entering(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """What a layer that asks for the whole array puts in the place of x; `product` does so itself."""
+        return x
+
+    def within(self, module: nn.Module, name: str) -> "Stored":
+        """The same for one use in a module, whose variables it may read and keep.
+
+        Args:
+          module: whose parameter it is.
+          name: of the parameter.
+        """
+        del module, name
+        return self
+
     def take(self, rows: Int[Array, "*n"]) -> Float[Array, "*n c"]:
         """Rows of a table."""
         return jnp.take(self.whole(jnp.float32), rows, axis=0)
@@ -76,7 +90,7 @@ def parameter(module: nn.Module, name: str, init: Callable[..., Any], *args: Any
     if module.has_variable("params", name):
         value = meta.unbox(module.get_variable("params", name))
         if isinstance(value, Stored):
-            return value
+            return value.within(module, name)
     return module.param(name, init, *args)
 
 
