@@ -24,6 +24,9 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from effjax.matching import path_of
 
+# The collection of what a stored kernel keeps beside the parameters, at its own path.
+RANGES = "ranges"
+
 
 class Stored:
     """The base of what stands in a tree in the place of a kernel. A subclass is a pytree."""
@@ -54,6 +57,10 @@ class Stored:
         """
         del module, name
         return self
+
+    def beside(self) -> dict[str, Any]:
+        """What stands for this kernel in the collection `ranges` at the start; nothing for most."""
+        return {}
 
     def take(self, rows: Int[Array, "*n"]) -> Float[Array, "*n c"]:
         """Rows of a table."""
