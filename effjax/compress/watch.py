@@ -19,7 +19,7 @@ from effjax.compress.storage.trees import replaced
 from effjax.compress.subject import Batch, Subject, leaf_at
 from effjax.layers.stored import Place, Stored
 
-Summary = Callable[[Float[Array, "r k"]], Any]
+Summary = Callable[[Float[Array, "..."]], Any]
 
 
 @flax.struct.dataclass
@@ -33,6 +33,8 @@ class Watched(Stored):
       place: shapes.
       summary: what the host is told of the rows that enter.
       tell: `(path, layer, summary)` on the host.
+      entire: whether the summary is of what enters as it stands, `[..., *ins]`, also of the maps that enter a
+        convolution, and not of the rows `[R, K]` of products alone.
     """
 
     kernel: Any
@@ -41,6 +43,7 @@ class Watched(Stored):
     place: Place = flax.struct.field(pytree_node=False)
     summary: Summary = flax.struct.field(pytree_node=False)
     tell: Callable[..., None] = flax.struct.field(pytree_node=False)
+    entire: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,8 +56,8 @@ class Watched(Stored):
 
     def product(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Tells, and multiplies."""
-        rows = x.reshape(-1, self.place.matrix[0])  # [R, K]
-        jax.debug.callback(self._told, self.layer, self.summary(rows))
+        seen = x if self.entire else x.reshape(-1, self.place.matrix[0])  # [R, K]
+        jax.debug.callback(self._told, self.layer, self.summary(seen))
         if isinstance(self.kernel, Stored):
             return self.kernel.product(x)
         ins = len(self.place.ins)
@@ -64,12 +67,18 @@ class Watched(Stored):
             axes = tuple(range(x.ndim - ins, x.ndim)), tuple(range(ins))
         return jax.lax.dot_general(x, self.kernel.astype(x.dtype), (axes, ((), ())))
 
+    def entering(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Tells of what enters a convolution, where it is asked."""
+        if self.entire:
+            jax.debug.callback(self._told, self.layer, self.summary(x))
+        return self.kernel.entering(x) if isinstance(self.kernel, Stored) else x
+
     def take(self, rows: Any) -> Float[Array, "*n c"]:
         """Rows of a table."""
         return self.kernel.take(rows) if isinstance(self.kernel, Stored) else self.kernel[rows]
 
     def _told(self, layer: Any, summary: Any) -> None:
-        self.tell(self.path, int(layer), summary)
+        self.tell(self.path, int(layer), jax.tree.map(np.asarray, summary))
 
 
 def watch(
@@ -78,6 +87,7 @@ def watch(
     batches: Iterable[Batch],
     summary: Summary,
     add: Callable[[Any, Any], Any],
+    entire: bool = False,
 ) -> dict[str, list[Any]]:
     """Runs the network in evaluation and sums up what enters its kernels.
 
@@ -86,10 +96,12 @@ def watch(
       places: which kernels are watched.
       batches: as the task's metrics take them.
       summary: of the rows that enter a kernel at once, on device.
-      add: two summaries as one, on the host.
+      add: two summaries as one, on the host, the older first.
+      entire: whether the summary is of what enters as it stands, see `Watched`.
 
     Returns:
-      By path, the summary of every matrix in front, in order; a kernel that nothing entered has None.
+      By path, the first that was entered first, the summary of every matrix in front, in order; a kernel that
+      nothing entered has None.
     """
     told: dict[str, dict[int, Any]] = collections.defaultdict(dict)
 
@@ -100,13 +112,13 @@ def watch(
     made = {}
     for path, place in places.items():
         layer = jnp.arange(int(np.prod(place.front)), dtype=jnp.int32).reshape(place.front)
-        made[path] = Watched(leaf_at(subject.params, path), layer, path, place, summary, tell)
+        made[path] = Watched(leaf_at(subject.params, path), layer, path, place, summary, tell, entire)
     variables = {**subject.variables, "params": replaced(subject.params, made)}
     run = jax.jit(subject.task.metrics)
     for batch in batches:
         jax.block_until_ready(run(variables, dict(batch)))
     jax.effects_barrier()
+    order = [*told, *(path for path in places if path not in told)]
     return {
-        path: [told[path].get(layer) for layer in range(int(np.prod(place.front)))]
-        for path, place in places.items()
+        path: [told[path].get(layer) for layer in range(int(np.prod(places[path].front)))] for path in order
     }

@@ -18,7 +18,7 @@ from effjax.layers.depthwise import DepthwiseConv
 from effjax.layers.grouped import grouped_conv, together
 from effjax.layers.norms import NormKind, norm
 from effjax.layers.padding import Padding, pad_same
-from effjax.layers.stored import array, kernel_of
+from effjax.layers.stored import Stored, kernel_of, parameter
 
 # Fan-in scaling, a normal cut at two of its own standard deviations.
 _fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -63,7 +63,9 @@ class Conv(nn.Module):
             )
         shape = self.kernel, self.kernel, channels // self.groups, self.features
         init = kernel_of(_fan_in, (None, None, None, "embed"), 3, 1)
-        kernel = array(self, "kernel", init, shape, jnp.float32, dtype=x.dtype)
+        kernel = parameter(self, "kernel", init, shape, jnp.float32)
+        if isinstance(kernel, Stored):
+            x, kernel = kernel.entering(x), kernel.whole(x.dtype)
         x, kernel = nn.dtypes.promote_dtype(x, kernel)
         if self.groups > 1:
             y = grouped_conv(x, kernel, self.stride, side, self.groups)
@@ -116,22 +118,32 @@ class ConvNorm(nn.Module):
         self, x: Float[Array, "b h w c"], train: bool = False, features: int | None = None
     ) -> Float[Array, "b h2 w2 o"]:
         """Convolves, normalises and bends the maps; `features` serves where the field says none."""
-        features = self.features or features or x.shape[-1]
-        use_bias = self.use_bias or self.merged
-        if self.depthwise:
-            if features != x.shape[-1]:
-                raise UsageError(f"a depthwise convolution keeps {x.shape[-1]} channels, not {features}.")
-            conv: nn.Module = DepthwiseConv(
-                self.kernel, self.stride, padding=self.padding, use_bias=use_bias, name="conv"
-            )
-        elif self.kernel == self.stride == 1:
-            conv = Dense(features, (None, "embed"), use_bias=use_bias, name="conv")
-        else:
-            conv = Conv(features, self.kernel, self.stride, self.padding, use_bias=use_bias, name="conv")
+        conv = self.convolution(self.features or features or x.shape[-1], x.shape[-1])
         x = conv(x)  # [B, H', W', O]
         if self.norm is not None and not self.merged:
             x = norm(self.norm, self.epsilon, "norm", train=train, initial=self.initial)(x)
         return x if self.activation is None else activation(self.activation)(x)
+
+    @nn.nowrap
+    def convolution(self, features: int, channels: int, name: str | None = "conv") -> nn.Module:
+        """The convolution alone.
+
+        Args:
+          features: output channels.
+          channels: input channels.
+          name: of the module among the parameters.
+
+        Raises:
+          UsageError: for a depthwise one that would change the number of channels.
+        """
+        use_bias = self.use_bias or self.merged
+        if self.depthwise:
+            if features != channels:
+                raise UsageError(f"a depthwise convolution keeps {channels} channels, not {features}.")
+            return DepthwiseConv(self.kernel, self.stride, padding=self.padding, use_bias=use_bias, name=name)
+        if self.kernel == self.stride == 1:
+            return Dense(features, (None, "embed"), use_bias=use_bias, name=name)
+        return Conv(features, self.kernel, self.stride, self.padding, use_bias=use_bias, name=name)
 
     @nn.nowrap
     def merge(self) -> tuple["ConvNorm", Fold]:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from effjax.errors import UsageError
 from effjax.layers.dense import named, truncated_normal, zeros
 from effjax.layers.padding import Padding, pad_same
+from effjax.layers.stored import Stored, kernel_of, parameter
 
 Edges = tuple[tuple[int, int], tuple[int, int]]
 Map = Float[Array, "b h w c"]
@@ -205,8 +206,10 @@ class DepthwiseConv(nn.Module):
         """Convolves the maps."""
         size = (self.kernel, self.kernel) if isinstance(self.kernel, int) else self.kernel
         channels = x.shape[-1]
-        init = named(truncated_normal((size[0] * size[1]) ** -0.5), (None, None, "embed"))
-        kernel = self.param("kernel", init, (*size, channels), jnp.float32)
+        init = kernel_of(truncated_normal((size[0] * size[1]) ** -0.5), (None, None, "embed"), 2, 1)
+        kernel = parameter(self, "kernel", init, (*size, channels), jnp.float32)
+        if isinstance(kernel, Stored):
+            x, kernel = kernel.entering(x), kernel.whole(x.dtype)
         padding = self.padding
         if padding == "same":
             x, padding = pad_same(x, size[0], self.stride), 0

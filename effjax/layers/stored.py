@@ -24,6 +24,9 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from effjax.matching import path_of
 
+# The collection of what a stored kernel keeps beside the parameters, at its own path.
+RANGES = "ranges"
+
 
 class Stored:
     """The base of what stands in a tree in the place of a kernel. A subclass is a pytree."""
@@ -40,6 +43,24 @@ class Stored:
     def product(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Maps `[..., *ins]` to `[..., *outs]`, in the dtype of x; only where no axis is in front."""
         raise NotImplementedError
+
+    def entering(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """What a layer that asks for the whole array puts in the place of x; `product` does so itself."""
+        return x
+
+    def within(self, module: nn.Module, name: str) -> "Stored":
+        """The same for one use in a module, whose variables it may read and keep.
+
+        Args:
+          module: whose parameter it is.
+          name: of the parameter.
+        """
+        del module, name
+        return self
+
+    def beside(self) -> dict[str, Any]:
+        """What stands for this kernel in the collection `ranges` at the start; nothing for most."""
+        return {}
 
     def take(self, rows: Int[Array, "*n"]) -> Float[Array, "*n c"]:
         """Rows of a table."""
@@ -76,7 +97,7 @@ def parameter(module: nn.Module, name: str, init: Callable[..., Any], *args: Any
     if module.has_variable("params", name):
         value = meta.unbox(module.get_variable("params", name))
         if isinstance(value, Stored):
-            return value
+            return value.within(module, name)
     return module.param(name, init, *args)
 
 

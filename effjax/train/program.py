@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from effjax.compress.storage.trees import boxed_like
+from effjax.compress.storage.trees import boxed_like, with_beside
 from effjax.data import Described
 from effjax.data.text import check_vocabulary
 from effjax.errors import UsageError
@@ -162,7 +162,8 @@ def _init_variables(experiment: Experiment, data: Described) -> Any:
     batch = jax.tree.map(jnp.asarray, dict(data.example_batch(1)))
     variables = experiment.task.init(jax.random.key(experiment.train.seed), batch)
     if experiment.storage:
-        variables = {**variables, "params": boxed_like(variables["params"], experiment.storage)}
+        stored = boxed_like(variables["params"], experiment.storage)
+        variables = with_beside({**variables, "params": stored})
     return variables
 
 

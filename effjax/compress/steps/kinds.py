@@ -1,5 +1,12 @@
 """Steps of a recipe, by the name that a config gives them."""
 
+from effjax.compress.steps.fake_quantise import FakeQuantise, Freeze
+from effjax.compress.steps.inputs import CalibrateInputs
 from effjax.compress.steps.round import Round
 
-KINDS = {"round": Round}
+KINDS = {
+    "round": Round,
+    "calibrate_inputs": CalibrateInputs,
+    "fake_quantise": FakeQuantise,
+    "freeze": Freeze,
+}

@@ -6,10 +6,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax.core import meta
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Array
 
 from effjax.errors import UsageError, did_you_mean
-from effjax.layers.stored import Kernel, Place, Stored, kernels
+from effjax.layers.stored import RANGES, Kernel, Place, Stored, kernels
 from effjax.matching import Rules, explain, match, path_of
 
 
@@ -63,6 +64,20 @@ def boxed_like(boxed: Any, layouts: Mapping[str, Any]) -> Any:
             stored = layout.store(box.value, place)
             made[path] = jax.tree.map(nn.LogicallyPartitioned, stored, layout.names(place))
     return replaced(boxed, made)
+
+
+def with_beside(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The same variables with what stored kernels keep in collections beside the parameters, at its start.
+
+    Args:
+      variables: by collection, boxed or not.
+    """
+    kept: dict[tuple[str, ...], Any] = {}
+    for path, leaf in stored_in(variables["params"]).items():
+        beside = meta.unbox(leaf).beside()
+        if beside:
+            kept[tuple(path.split("/"))] = beside
+    return {**variables, RANGES: unflatten_dict(kept)} if kept else dict(variables)
 
 
 def choose(rules: Rules, places: Mapping[str, Place], where: str = "rules") -> dict[str, Any]:

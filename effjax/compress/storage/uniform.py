@@ -10,6 +10,8 @@ Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference"
 section 2. A group of 0 is all weights of one output ("per channel"), of -1 all weights of the matrix ("per
 tensor").
 
+What enters may be rounded too: `inputs`, see `effjax.compress.storage.inputs`.
+
 Bits a weight, with scales of 16 bits:  b + 16 / group, and b / group more where it is affine.
 """
 
@@ -22,8 +24,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from effjax.compress.storage.input_kinds import KINDS as INPUTS
+from effjax.compress.storage.inputs import check_length, integer_product
 from effjax.compress.storage.packing import Planes, pack, unpack, widths
 from effjax.compress.storage.product import few_rows
+from effjax.config import part
 from effjax.errors import UsageError
 from effjax.layers.stored import Place, Stored
 
@@ -45,6 +50,7 @@ class QTensor(Stored):
       ins: sizes of the axes that are summed over.
       outs: sizes of those of the product.
       turned: whether the array has `outs` before `ins`.
+      inputs: what is known beforehand of what enters; None where it is not rounded, or nothing needs to be.
     """
 
     codes: Any
@@ -54,6 +60,7 @@ class QTensor(Stored):
     ins: tuple[int, ...] = flax.struct.field(pytree_node=False)
     outs: tuple[int, ...] = flax.struct.field(pytree_node=False)
     turned: bool = flax.struct.field(pytree_node=False, default=False)
+    inputs: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -97,12 +104,23 @@ class QTensor(Stored):
     def product(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Maps `[..., *ins]` to `[..., *outs]`."""
         lead = x.shape[: x.ndim - len(self.ins)]
-        rows = x.reshape(-1, math.prod(self.ins))  # [R, K]
-        if rows.shape[0] <= FEW:
-            y = jax.lax.platform_dependent(rows, self, cpu=_few, default=_many)
+        x, many = x.reshape(*lead, math.prod(self.ins)), _many  # [..., K]
+        if self.layout.inputs is not None and self.layout.inputs.integers:
+            few, many = _few_rounded, _integers
+        elif self.layout.inputs is not None:
+            x, few = self.layout.inputs.rounded(x, self.inputs), _few
         else:
-            y = _many(rows, self)  # [R, N]
+            few = _few
+        rows = x.reshape(-1, x.shape[-1])  # [R, K]
+        if rows.shape[0] <= FEW:
+            y = jax.lax.platform_dependent(rows, self, cpu=few, default=many)
+        else:
+            y = many(rows, self)  # [R, N]
         return y.reshape(*lead, *self.outs)
+
+    def entering(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """What enters, rounded."""
+        return x if self.layout.inputs is None else self.layout.inputs.rounded(x, self.inputs)
 
 
 def _many(rows: Float[Array, "r k"], kernel: QTensor) -> Float[Array, "r n"]:
@@ -114,6 +132,22 @@ def _few(rows: Float[Array, "r k"], kernel: QTensor) -> Float[Array, "r n"]:
     scale = jnp.broadcast_to(kernel.scale, shape)
     zero = zero if isinstance(zero, float) else jnp.broadcast_to(zero, shape)
     return few_rows(rows, kernel.codes, kernel.layout.bits, scale, zero).astype(rows.dtype)
+
+
+def _few_rounded(rows: Float[Array, "r k"], kernel: QTensor) -> Float[Array, "r n"]:
+    return _few(kernel.layout.inputs.rounded(rows, kernel.inputs), kernel)
+
+
+def _integers(rows: Float[Array, "r k"], kernel: QTensor) -> Float[Array, "r n"]:
+    layout, groups = kernel.layout, kernel.scale.shape[0]
+    check_length(rows.shape[1], groups)
+    a, a_scale, a_zero = layout.inputs.codes(rows, kernel.inputs)
+    zero = jnp.broadcast_to(kernel.zeros(), (groups, math.prod(kernel.outs))).astype(jnp.int32)
+    codes = unpack(kernel.codes, layout.bits, rows.shape[1])  # [K, N]
+    exact = integer_product(a.astype(jnp.int8), a_zero.astype(jnp.int32), codes, zero, layout.bits)
+    scale = kernel.scale.astype(jnp.float32)
+    y = jnp.sum(exact.astype(jnp.float32) * scale[:, None], 0) * a_scale  # [R, N]
+    return y.astype(rows.dtype)
 
 
 def flat(kernel: Float[Array, "..."], place: Place) -> Float[Array, "*front k n"]:
@@ -146,12 +180,14 @@ class Uniform:
       group: weights that share a scale; 0 for all of an output, -1 for all of the matrix.
       symmetric: whether codes lie evenly on both sides of 0.
       scale: dtype of the scales.
+      inputs: how what enters is rounded, a kind in `effjax.compress.storage.input_kinds`; None leaves it.
     """
 
     bits: int = 4
     group: int = 128
     symmetric: bool = True
     scale: Literal["float32", "float16", "bfloat16"] = "float16"
+    inputs: Any = part(INPUTS, default=None)
 
     def __post_init__(self) -> None:
         widths(self.bits)
@@ -274,6 +310,7 @@ class Uniform:
             ins=place.ins,
             outs=place.outs,
             turned=place.turned,
+            inputs=None if self.inputs is None else self.inputs.unknown(place.front, place.matrix[0]),
         )
 
     def store(self, kernel: Float[Array, "..."], place: Place) -> QTensor:
@@ -292,4 +329,5 @@ class Uniform:
         # Scales are few: along the inputs they lie whole.
         scales = (*front, None, n if self.group >= 0 else None)
         zeros = None if self.symmetric else tuple((*front, None, None) for _ in widths(self.bits))
-        return QTensor(planes, scales, zeros, self, place.ins, place.outs, place.turned)
+        inputs = None if self.inputs is None else self.inputs.names(tuple(front))
+        return QTensor(planes, scales, zeros, self, place.ins, place.outs, place.turned, inputs)

@@ -1,0 +1,5 @@
+"""How what enters a kernel is rounded, by the name that a config gives it."""
+
+from effjax.compress.storage.inputs import Static, Tensor, Token
+
+KINDS = {"token": Token, "tensor": Tensor, "static": Static}
