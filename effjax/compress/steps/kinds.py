@@ -1,5 +1,6 @@
 """Steps of a recipe, by the name that a config gives them."""
 
+from effjax.compress.steps.finequant import FineQuant
 from effjax.compress.steps.round import Round
 
-KINDS = {"round": Round}
+KINDS = {"finequant": FineQuant, "round": Round}
