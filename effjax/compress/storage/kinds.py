@@ -1,5 +1,6 @@
 """Layouts of stored weights, by the name that a config gives them."""
 
+from effjax.compress.storage.binary_coding import BinaryCoding
 from effjax.compress.storage.uniform import Uniform
 
-KINDS = {"uniform": Uniform}
+KINDS = {"binary_coding": BinaryCoding, "uniform": Uniform}
