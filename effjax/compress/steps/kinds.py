@@ -1,11 +1,15 @@
 """Steps of a recipe, by the name that a config gives them."""
 
+from effjax.compress.steps.efficientqat import EfficientQAT
 from effjax.compress.steps.fake_quantise import FakeQuantise, Freeze
+from effjax.compress.steps.finequant import FineQuant
 from effjax.compress.steps.inputs import CalibrateInputs
 from effjax.compress.steps.round import Round
 
 KINDS = {
     "round": Round,
+    "finequant": FineQuant,
+    "efficientqat": EfficientQAT,
     "calibrate_inputs": CalibrateInputs,
     "fake_quantise": FakeQuantise,
     "freeze": Freeze,
