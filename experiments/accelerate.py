@@ -21,9 +21,9 @@ be a kind of `effjax.diffusion.caches`.
         --method="heavy_hitters:budget=64,storage=plain()"
 
 Of a language model's run methods are those of `effjax.compress`, or such as change how it writes: kinds of
-`effjax.decoding.policies`, gemfilter:layer=1,keep=64, skip_layers:layers=(1,2), early_exit:blocks=3. By each
-of these the evaluator's rows are decoded token by token, and accuracy, bytes of the caches, keys read, MACs
-and time of a token are printed, and drawn as quality against bytes.
+`effjax.decoding.policies`, unified_softmax:splits=8, gemfilter:layer=1,keep=64, skip_layers:layers=(1,2),
+early_exit:blocks=3. By each of these the evaluator's rows are decoded token by token, and accuracy, bytes of
+the caches, keys read, MACs and time of a token are printed, and drawn as quality against bytes.
 """
 
 from typing import Any

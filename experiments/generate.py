@@ -19,8 +19,9 @@ without, and are the same at --temperature=0. --draft names a run of a smaller m
 words before.
 
 With --method=gemfilter the model reads of each prompt the tokens that an early layer chooses, which are shown
-on standard error: `effjax.decoding.gemfilter`. Any other method is a kind of `effjax.decoding.policies`, and
-says which tokens the caches keep.
+on standard error: `effjax.decoding.gemfilter`. --method=unified_softmax sums over cached keys in parts:
+`effjax.mixers.unified_softmax`. Any other method is a kind of `effjax.decoding.policies`, and says which
+tokens the caches keep.
 
 What it took (time to the first token, tokens a second, bytes of the caches, how much was accepted; measured
 after compiling) goes to standard error, so that the texts can be piped.

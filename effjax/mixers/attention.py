@@ -10,7 +10,8 @@ a norm of q and k over each head, Henry et al. 2020, or over all heads at once, 
 window (`window`): a token sees the last `window` tokens, Beltagy et al. 2020. Capped logits (`logit_cap`):
 `cap tanh(logits / cap)`, Gemma 2, 2024. Proportional attention (`Context.size`): a token that stands for s
 tokens counts s times, Bolya et al. 2023. Sparse weights (`Context.share`): the largest of each head alone are
-summed, Xu et al. 2024.
+summed, Xu et al. 2024. Unified maximum (`unified`): a token that is decoded sums over the cached keys in
+parts, see `effjax.mixers.unified_softmax`.
 
 One method computes both views of a sequence: `__call__` sees it whole, `step` sees the next tokens of it and
 a cache of those before.
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from effjax.config import part
 from effjax.decoding.cache import Cache
@@ -33,6 +34,7 @@ from effjax.mixers.cached import KeyValue
 from effjax.mixers.context import Context
 from effjax.mixers.dot_product import attention_weights, band, softmax_attention, weighted_sum
 from effjax.mixers.stats import Stats, Watch
+from effjax.mixers.unified_softmax import UnifiedSoftmax, unified_attention
 
 
 class Attention(KeyValue):
@@ -58,6 +60,8 @@ class Attention(KeyValue):
       logit_cap: bound of the logits; None leaves them free.
       window: how many tokens back a token sees, itself included; None means all.
       causal: whether a token sees only itself and tokens before it.
+      unified: how a token that is decoded sums over the cached keys, where no cache policy asks for the
+        weights; None takes the softmax of all at once.
     """
 
     heads: int
@@ -78,6 +82,7 @@ class Attention(KeyValue):
     logit_cap: float | None = None
     window: int | None = None
     causal: bool = False
+    unified: UnifiedSoftmax | None = None
 
     def __call__(
         self, x: Float[Array, "b *places c"], context: Context, train: bool = False
@@ -151,11 +156,27 @@ class Attention(KeyValue):
                 ),
                 self.causal,
                 self.window,
-                lambda queries, keys, values, allowed, bias: softmax_attention(
-                    queries, keys, values, mask=allowed, bias=bias, **options
+                lambda queries, keys, values, allowed, bias: self.taken(
+                    queries, keys, values, allowed, bias, options
                 ),
             )  # [B, N, H, D]
         return self.output(y, x.shape[-1], context), cache
+
+    @nn.nowrap
+    def taken(
+        self,
+        q: Float[Array, "b n h d"],
+        k: Float[Array, "b s g d"],
+        v: Float[Array, "b s g d"],
+        allowed: Bool[Array, "#b #h #n s"],
+        bias: Float[Array, "b h 1 s"] | None,
+        options: dict[str, Any],
+    ) -> Float[Array, "b n h d"]:
+        """What queries take from cached values; of a prompt all scores are there at once in any case."""
+        if self.unified is None or q.shape[1] > 1 or options["share"] is not None:
+            return softmax_attention(q, k, v, mask=allowed, bias=bias, **options)
+        said: dict[str, Any] = dict(scale=self.scale, cap=self.logit_cap, splits=self.unified.splits)
+        return unified_attention(q, k, v, self.unified, mask=allowed, bias=bias, **said)
 
     @nn.nowrap
     def _watched(

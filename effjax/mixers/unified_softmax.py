@@ -11,12 +11,14 @@ batches once: `calibrated`.
 Hong et al., "FlashDecoding++: Faster Large Language Model Inference with Asynchronization, Flat GEMM
 Optimization, and Heuristics", MLSys 2024, arXiv:2311.01282, section 3. The intervals that are printed there
 could not be checked: by default it is as wide as float32 allows. Models of a wide range keep the running
-maximum. These are the plain forms.
+maximum. These are the plain forms; `Attention.unified` lets a model decode by them.
 """
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,11 +53,48 @@ class Range:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class UnifiedSoftmax(Range):
+    """How attention sums over cached keys when it decodes a token, with the fields of `Range` and this.
+
+    Attributes:
+      splits: parts into which the keys are cut.
+    """
+
+    splits: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.splits < 1:
+            raise UsageError(f"splits={self.splits} parts of the keys must be at least 1.")
+
+    def applied(self, model: nn.Module) -> Any:
+        """The same model, which decodes so, for the same parameters.
+
+        Raises:
+          UsageError: for a model whose mixer has no softmax over cached keys.
+        """
+        block = getattr(model, "block", None)
+        mixer: Any = getattr(block, "mixer", None)
+        if block is None or not hasattr(mixer, "unified"):
+            named = type(model if mixer is None else mixer).__name__
+            raise UsageError(
+                f"{named} sums no softmax over cached keys: unified_softmax needs an LM of attention."
+            )
+        return model.clone(block=block.clone(mixer=mixer.clone(unified=self)))
+
+
 def scores(
-    q: Float[Array, "b n h d"], k: Float[Array, "b s g d"], scale: float | None = None
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b s g d"],
+    scale: float | None = None,
+    cap: float | None = None,
+    bias: Float[Array, "#b #h #n s"] | None = None,
 ) -> Float[Array, "b h n s"]:
     """What goes into the softmax, in float32; `scale` is `1 / sqrt(d)` where it is None."""
-    return dot_products(q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    x = dot_products(q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    x = x if cap is None else cap * jnp.tanh(x / cap)
+    return x if bias is None else x + bias
 
 
 def outside(
@@ -73,7 +112,9 @@ def unified_attention(
     within: Range,
     *,
     mask: Bool[Array, "#b #h #n s"] | None = None,
+    bias: Float[Array, "#b #h #n s"] | None = None,
     scale: float | None = None,
+    cap: float | None = None,
     splits: int = 8,
 ) -> Float[Array, "b n h e"]:
     """Softmax attention by parts that are added up as they come, or with the running maximum.
@@ -83,18 +124,20 @@ def unified_attention(
       k: keys.
       v: values.
       within: where scores are expected.
-      mask: which keys a query may see; each sees at least one.
+      mask: which keys a query may see; one that sees none takes nothing.
+      bias: added to the scores.
       scale: factor of the scores; None means `1 / sqrt(d)`.
-      splits: parts into which the keys are cut.
+      cap: scores become `cap tanh(scores / cap)` before the bias; None leaves them free.
+      splits: parts into which the keys are cut; where it does not divide them they are copied once.
 
     Raises:
-      UsageError: for keys that cannot be cut so.
+      UsageError: for no parts.
     """
-    parts = _cut(q, k, v, mask, splits)
+    parts = _cut(k, v, mask, bias, splits)
 
-    def part(q_and: tuple[Array, ...]) -> tuple[Array, Array, Array]:
-        keys, values, allowed = q_and
-        x = scores(q, keys, scale)  # [B, H, N, S/P]
+    def part(one: Part) -> tuple[Array, Array, Array]:
+        keys, values, allowed, added = one
+        x = scores(q, keys, scale, cap, added)  # [B, H, N, S/P]
         far = outside(x, allowed, within)  # [B, H, N]
         powers = jnp.where(allowed, jnp.exp(x - within.phi), 0.0)
         return _weighted(powers, values), jnp.sum(powers, axis=3), far
@@ -102,9 +145,10 @@ def unified_attention(
     numerators, denominators, far = jax.vmap(part)(parts)  # [P, B, H, N, ..]
 
     def plain() -> Array:
-        return jnp.sum(numerators, axis=0) / jnp.sum(denominators, axis=0)[..., None]
+        return _divided(jnp.sum(numerators, axis=0), jnp.sum(denominators, axis=0))
 
-    y = jax.lax.cond(jnp.any(far), lambda: _with_maximum(q, parts, scale), plain)  # [B, H, N, E]
+    again = lambda: _with_maximum(q, parts, scale, cap)  # noqa: E731
+    y = jax.lax.cond(jnp.any(far), again, plain)  # [B, H, N, E]
     return jnp.moveaxis(y, 1, 2).astype(v.dtype)  # [B, N, H, E]
 
 
@@ -114,11 +158,13 @@ def synchronised_attention(
     v: Float[Array, "b s g e"],
     *,
     mask: Bool[Array, "#b #h #n s"] | None = None,
+    bias: Float[Array, "#b #h #n s"] | None = None,
     scale: float | None = None,
+    cap: float | None = None,
     splits: int = 8,
 ) -> Float[Array, "b n h e"]:
     """The same by parts that are rescaled by the largest score so far: Dao et al., Flash-Decoding, 2023."""
-    y = _with_maximum(q, _cut(q, k, v, mask, splits), scale)
+    y = _with_maximum(q, _cut(k, v, mask, bias, splits), scale, cap)
     return jnp.moveaxis(y, 1, 2).astype(v.dtype)  # [B, N, H, E]
 
 
@@ -151,18 +197,30 @@ def calibrated(batches: Iterable[Float[Array, "..."]], share: float = 0.9999, ma
     return Range(phi=phi, low=low - phi, high=high - phi)
 
 
-Parts = tuple[Float[Array, "p b s g d"], Float[Array, "p b s g e"], Bool[Array, "p #b #h #n s"]]
+# Keys `[B, S/P, G, D]`, values, which of them are seen `[#B, #H, #N, S/P]`, and what is added to the scores;
+# parts stand in front where they are together.
+Part = tuple[Array, Array, Array, Array | None]
 
 
-def _cut(q: Array, k: Array, v: Array, mask: Array | None, splits: int) -> Parts:
-    """Keys, values and mask with parts in front."""
-    b, s = k.shape[:2]
-    if splits < 1 or s % splits:
-        raise UsageError(f"splits={splits} does not divide {s} keys.")
-    allowed = jnp.ones((1, 1, 1, s), bool) if mask is None else mask
-    allowed = allowed.reshape(*allowed.shape[:3], splits, s // splits)
-    keys, values = (jnp.moveaxis(x.reshape(b, splits, s // splits, *x.shape[2:]), 1, 0) for x in (k, v))
-    return keys, values, jnp.moveaxis(allowed, 3, 0)
+def _cut(k: Array, v: Array, mask: Array | None, bias: Array | None, splits: int) -> Part:
+    """Keys, values, mask and bias with parts in front; nobody sees what fills up the last part."""
+    if splits < 1:
+        raise UsageError(f"splits={splits} parts of the keys must be at least 1.")
+    count = k.shape[1]
+    each = -(-count // splits)
+
+    def cut(x: Array, axis: int) -> Array:
+        filled = [(0, each * splits - count if i == axis else 0) for i in range(x.ndim)]
+        x = jnp.pad(x, filled) if each * splits > count else x
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], splits, each, *x.shape[axis + 1 :]), axis, 0)
+
+    allowed = jnp.ones((1, 1, 1, count), bool) if mask is None else mask
+    return cut(k, 1), cut(v, 1), cut(allowed, 3), None if bias is None else cut(bias, 3)
+
+
+def _divided(numerator: Float[Array, "b h n e"], denominator: Float[Array, "b h n"]) -> Array:
+    """Sums of values over sums of weights. Of what sees any key the weights are far from the least number."""
+    return numerator / jnp.maximum(denominator, jnp.finfo(jnp.float32).tiny)[..., None]
 
 
 def _weighted(powers: Float[Array, "b h n s"], v: Float[Array, "b s g e"]) -> Float[Array, "b h n e"]:
@@ -173,13 +231,13 @@ def _weighted(powers: Float[Array, "b h n s"], v: Float[Array, "b s g e"]) -> Fl
     return y.reshape(b, h, n, -1)
 
 
-def _with_maximum(q: Array, parts: Parts, scale: float | None) -> Float[Array, "b h n e"]:
+def _with_maximum(q: Array, parts: Part, scale: float | None, cap: float | None) -> Float[Array, "b h n e"]:
     """Part after part, each rescaling what came before it."""
 
-    def step(state: tuple[Array, Array, Array], part: tuple[Array, Array, Array]) -> tuple[tuple, None]:
+    def step(state: tuple[Array, Array, Array], part: Part) -> tuple[tuple, None]:
         top, numerator, denominator = state
-        keys, values, allowed = part
-        x = jnp.where(allowed, scores(q, keys, scale), -jnp.inf)  # [B, H, N, S/P]
+        keys, values, allowed, added = part
+        x = jnp.where(allowed, scores(q, keys, scale, cap, added), -jnp.inf)  # [B, H, N, S/P]
         new = jnp.maximum(top, jnp.max(x, axis=3))  # [B, H, N]
         # Before any key was seen both are -inf, and nothing has to be rescaled.
         safe = jnp.where(new > -jnp.inf, new, 0.0)
@@ -195,4 +253,4 @@ def _with_maximum(q: Array, parts: Parts, scale: float | None) -> Float[Array, "
         jnp.zeros((b, h, n)),
     )
     (_, numerator, denominator), _ = jax.lax.scan(step, start, parts)
-    return numerator / denominator[..., None]
+    return _divided(numerator, denominator)

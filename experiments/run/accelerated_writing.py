@@ -16,6 +16,7 @@ from effjax.decoding.layer_plan import PLANS, planned
 from effjax.decoding.policies.policy import Policy
 from effjax.measure.analytic.active import decode_macs
 from effjax.measure.latency import Comparison, compare
+from effjax.mixers.unified_softmax import UnifiedSoftmax
 from effjax.models.lm import LM
 from effjax.parallel.sharding import activate
 from effjax.train.program import Program
@@ -30,7 +31,7 @@ from experiments.run.report import Figure, Section, Table, with_section
 from experiments.run.restore import read_weights
 
 # Methods that are measured token by token.
-STEPWISE = (Policy, GemFilter, *PLANS.values())
+STEPWISE = (Policy, GemFilter, UnifiedSoftmax, *PLANS.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +173,8 @@ def way_of(method: Any, model: LM, variables: Any) -> Way:
     if isinstance(method, GemFilter):
         method.check(model)
         return Way(model, variables, method)
+    if isinstance(method, UnifiedSoftmax):
+        return Way(method.applied(model), variables)
     if isinstance(method, Policy):
         kept = model.clone(cache=method)
         jax.eval_shape(functools.partial(kept.init_cache, 1, 2))

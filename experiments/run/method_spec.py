@@ -11,11 +11,12 @@ from effjax.decoding.layer_plan import PLANS
 from effjax.decoding.policies.kinds import POLICIES
 from effjax.diffusion import caches
 from effjax.errors import UsageError
+from effjax.mixers.unified_softmax import UnifiedSoftmax
 from experiments.run import kind_spec
 
 # What reduces tokens, what skips work between the steps of a sampler, what leaves neurons out, and of what
-# writes: what it keeps in its caches, what it reads of a prompt, and which layers it runs.
-WRITING = {**POLICIES, **PLANS, "gemfilter": GemFilter}
+# writes: what it keeps in its caches, how it sums over them, what it reads of a prompt, which layers it runs.
+WRITING = {**POLICIES, **PLANS, "gemfilter": GemFilter, "unified_softmax": UnifiedSoftmax}
 KINDS = {**tokens.KINDS, **caches.KINDS, **methods.KINDS, **WRITING}
 
 

@@ -1,4 +1,4 @@
-"""What may make writing cheaper: a draft, fewer tokens of a prompt, smaller caches."""
+"""What may make writing cheaper: a draft, fewer tokens of a prompt, smaller caches, a softmax in parts."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,10 +9,11 @@ from effjax.decoding.gemfilter import GemFilter
 from effjax.decoding.policies.kinds import POLICIES
 from effjax.decoding.policies.policy import Policy
 from effjax.errors import UsageError
+from effjax.mixers.unified_softmax import UnifiedSoftmax
 from experiments.run import kind_spec
 from experiments.run.drafting import Drafting
 
-METHODS: dict[str, Any] = {"gemfilter": GemFilter, **POLICIES}
+METHODS: dict[str, Any] = {"gemfilter": GemFilter, "unified_softmax": UnifiedSoftmax, **POLICIES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +24,13 @@ class Shortcuts:
       drafting: who proposes tokens.
       gems: which tokens of a prompt are read.
       cache: which tokens the caches keep.
+      softmax: how the keys that are kept are summed over.
     """
 
     drafting: Drafting | None = None
     gems: GemFilter | None = None
     cache: Policy | None = None
+    softmax: UnifiedSoftmax | None = None
 
     @staticmethod
     def of(specs: Sequence[str], drafting: Drafting | None = None) -> "Shortcuts":
@@ -41,18 +44,19 @@ class Shortcuts:
         for spec in specs:
             kind, fields = kind_spec.read("method", spec, "window:budget=64")
             method = build_kind(METHODS, {"kind": kind, **fields}, f"--method={spec}")
-            place = "gems" if isinstance(method, GemFilter) else "cache"
+            place = {GemFilter: "gems", UnifiedSoftmax: "softmax"}.get(type(method), "cache")
             if place in made:
                 raise UsageError(f"--method={spec}: another method says that already. Leave one of them out.")
             made[place] = method
         return Shortcuts(drafting, **made)
 
     def model(self, model: Any) -> Any:
-        """The model with its caches.
+        """The model with its caches and its softmax.
 
         Raises:
-          UsageError: for one that has no such caches.
+          UsageError: for one that has no such caches, or no softmax.
         """
+        model = model if self.softmax is None else self.softmax.applied(model)
         if self.cache is None:
             return model
         if not hasattr(model, "cache"):

@@ -23,9 +23,10 @@ def trained(tmp_path_factory):
 def test_policies_stand_beside_each_other(trained):
     methods = ("all", "window:budget=16,sinks=2", "heavy_hitters:budget=64")
     methods += ("gemfilter:layer=1,keep=8,recent=2", "gemfilter:layer=0,keep=32", "early_exit:blocks=1")
+    methods += ("unified_softmax:splits=3",)
     asked = [f"--method={method}" for method in methods]
     out, _ = drive("accelerate", f"--workdir={trained}", *asked, "--rounds=1", "--examples=8")
-    full, kept, window, whole, gems, read, exit_ = json.loads(
+    full, kept, window, whole, gems, read, exit_, parts = json.loads(
         (trained / "accelerate" / "writing.json").read_text()
     )
     assert [full["label"], kept["label"], window["label"]] == ["full model", *methods[:2]]
@@ -47,6 +48,8 @@ def test_policies_stand_beside_each_other(trained):
     assert gems["perplexity"] != full["perplexity"]
     assert exit_["cache_bytes"] == pytest.approx(full["cache_bytes"] / 2, abs=8)
     assert exit_["macs"] < 0.75 * full["macs"]
+    assert parts["perplexity"] == pytest.approx(full["perplexity"], rel=1e-5)
+    assert (parts["cache_bytes"], parts["keys"]) == (full["cache_bytes"], full["keys"])
     assert (trained / "accelerate" / "quality_bytes.png").read_bytes().startswith(b"\x89PNG")
     assert (trained / "report.html").read_text().count("<h2>Writing</h2>") == 1
 

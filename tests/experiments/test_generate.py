@@ -17,6 +17,7 @@ from effjax.decoding.sampling import Sampling
 from effjax.errors import UsageError
 from effjax.ffn import Gated
 from effjax.mixers import Attention
+from effjax.mixers.unified_softmax import UnifiedSoftmax
 from effjax.models.lm import LM, DecoderBlock
 from experiments.run.drafting import Drafting
 from experiments.run.shortcuts import Shortcuts
@@ -163,6 +164,14 @@ def test_a_policy_keeps_less():
     assert write(CIRCLE, "xyxyxya", max_new=4, cache=cache).texts == ("bc",)
     with pytest.raises(UsageError, match="another method says that already"):
         Shortcuts.of(["window", "heavy_hitters"])
+
+
+def test_the_softmax_may_be_summed_in_parts():
+    asked = Shortcuts.of(["unified_softmax:phi=2,splits=3", "window:budget=6,sinks=1"])
+    assert asked == Shortcuts(cache=Window(6, sinks=1), softmax=UnifiedSoftmax(2.0, splits=3))
+    made = asked.model(chain(CIRCLE)[0])
+    assert (made.block.mixer.unified, made.cache) == (asked.softmax, asked.cache)
+    assert write(CIRCLE, "xyxyxya", max_new=4, softmax=asked.softmax).texts == ("bc",)
 
 
 def test_the_prompt_may_be_any_text():

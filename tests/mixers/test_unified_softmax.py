@@ -7,8 +7,10 @@ import pytest
 
 from effjax.errors import UsageError
 from effjax.mixers import unified_softmax
+from effjax.mixers.dot_product import softmax_attention
 from effjax.mixers.unified_softmax import (
     Range,
+    UnifiedSoftmax,
     calibrated,
     outside,
     scores,
@@ -17,8 +19,8 @@ from effjax.mixers.unified_softmax import (
 )
 
 WIDE = Range(0.0, -30.0, 30.0)
-unified = jax.jit(unified_attention, static_argnames=("within", "scale", "splits"))
-synchronised = jax.jit(synchronised_attention, static_argnames=("scale", "splits"))
+unified = jax.jit(unified_attention, static_argnames=("within", "scale", "cap", "splits"))
+synchronised = jax.jit(synchronised_attention, static_argnames=("scale", "cap", "splits"))
 
 
 def drawn(draw, n=1, s=48, factor=1.0):
@@ -49,7 +51,7 @@ def test_it_is_what_jax_computes(draw):
     np.testing.assert_allclose(unified(q, k, v, WIDE), jax.nn.dot_product_attention(q, k, v), atol=2e-6)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 16, 48])
+@pytest.mark.parametrize("splits", [1, 2, 3, 5, 16, 48, 50])
 def test_the_number_of_parts_means_nothing(draw, splits):
     q, k, v = drawn(draw)
     for way in (functools.partial(unified, within=WIDE), synchronised):
@@ -64,7 +66,7 @@ def test_scores_of_any_size_are_finite_and_right(draw, factor):
     np.testing.assert_allclose(unified(q, k, v, WIDE), exact(q, k, v), atol=3e-5)
 
 
-def marked(q, parts, scale):
+def marked(q, parts, scale, cap):
     return jnp.full((q.shape[0], q.shape[2], q.shape[1], parts[1].shape[-1]), 7.0)
 
 
@@ -96,6 +98,26 @@ def test_masked_parts_count_nothing(draw):
         np.testing.assert_allclose(way(q, k, v, mask=mask), exact(q, k, v, mask), atol=2e-6)
 
 
+def test_a_query_that_sees_no_key_takes_nothing(draw):
+    """As the rows of a batch that nobody has; also where the others are computed again."""
+    for factor in (1.0, 100.0):
+        q, k, v = drawn(draw, n=2, factor=factor)
+        mask = jnp.ones((2, 1, 2, 48), bool).at[1, 0, 1].set(False)
+        y = unified(q, k, v, WIDE, mask=mask)
+        np.testing.assert_array_equal(y[1, 1], 0.0)
+        np.testing.assert_allclose(y[0], exact(q, k, v)[0], atol=3e-5)
+
+
+def test_capped_and_biased_scores(draw):
+    q, k, v = drawn(draw, factor=9.0)
+    bias = jnp.asarray(draw.normal(size=(2, 4, 1, 48)), jnp.float32)
+    mask = jnp.asarray(draw.random((2, 1, 1, 48)) < 0.7)
+    options = dict(mask=mask, bias=bias, cap=3.0)
+    expected = jax.jit(lambda *x: softmax_attention(*x, causal=False, **options))(q, k, v)
+    for way in (unified, lambda *x, **more: synchronised(*x[:3], **more)):
+        np.testing.assert_allclose(way(q, k, v, WIDE, **options), expected, atol=2e-6)
+
+
 def test_low_precision_sums_in_float32(draw):
     q, k, v = (x.astype(jnp.bfloat16) for x in drawn(draw, s=1024))
     y = unified(q, k, v, WIDE)
@@ -125,9 +147,10 @@ def test_a_range_is_read_off_scores(draw):
         (lambda: calibrated([]), "there are 0 scores"),
         (lambda: calibrated([jnp.asarray([-100.0, 100.0])]), "lie too far apart"),
         (
-            lambda: unified_attention(jnp.ones((1, 1, 1, 2)), *[jnp.ones((1, 9, 1, 2))] * 2, WIDE, splits=2),
-            "splits=2 does not divide 9 keys",
+            lambda: unified_attention(jnp.ones((1, 1, 1, 2)), *[jnp.ones((1, 9, 1, 2))] * 2, WIDE, splits=0),
+            "splits=0 parts of the keys",
         ),
+        (lambda: UnifiedSoftmax(splits=0), "splits=0 parts of the keys"),
     ],
 )
 def test_bad_input(make, said):
