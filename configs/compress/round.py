@@ -6,27 +6,19 @@
     Every kernel in 8 bits, symmetric, a scale for each output.
 `int4`, `int3`, `int2`
     Every kernel in so many bits, affine, a scale and a zero for 64 weights, whose range is narrowed to the
-    least squared error. `int4-128` has groups of 128, whatever does not divide into them stays.
+    least squared error. `--recipe.steps[0].layout.group=128` takes more.
 
 Tables and kernels with few inputs stay as they are: a pixel that is embedded alone has no group. Seconds.
 """
 
 from ml_collections import ConfigDict
 
-VARIANTS = ("int8", "int4", "int4-128", "int3", "int2")
+VARIANTS = ("int8", "int4", "int3", "int2")
 
 
 def get_config(variant: str = "int8") -> ConfigDict:
     """Returns the recipe of a variant."""
-    bits, _, group = variant.removeprefix("int").partition("-")
-    if bits == "8":
-        layout = dict(kind="uniform", bits=8, group=0, symmetric=True)
-    else:
-        layout = dict(kind="uniform", bits=int(bits), group=int(group or 64), symmetric=False)
-    step = dict(
-        kind="round",
-        layout=layout,
-        kernels=("blocks/.*",),
-        range="min_max" if bits == "8" else "mse",
-    )
+    bits = int(variant.removeprefix("int"))
+    layout = dict(kind="uniform", bits=bits, group=0 if bits == 8 else 64, symmetric=bits == 8)
+    step = dict(kind="round", layout=layout, kernels=("blocks/.*",), range="min_max" if bits == 8 else "mse")
     return ConfigDict(dict(steps=(step,)))
