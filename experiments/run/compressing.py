@@ -67,8 +67,6 @@ def run(
     """
     steps = read(recipe.config)
     program, state = load_state(workdir, step)
-    if stored_in(state.params):
-        raise UsageError(f"'{workdir}' was compressed before: start from the run that it came from.")
     averaged = state.ema is not None if ema is None else ema
     before = Side(program, program.variables(state, averaged))
     params = state.ema if averaged else state.params

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
 
 from effjax.errors import Preempted, RunError, UsageError
 from effjax.experiment import resolve
@@ -27,7 +28,7 @@ from experiments.run.cost import cost_of
 from experiments.run.formatting import count, duration, measurement
 from experiments.run.metrics import MetricsWriter
 from experiments.run.progress import Progress
-from experiments.run.restore import read_weights
+from experiments.run.restore import load_config_of, read_weights
 from experiments.run.run_report import curves_of, of_run, write_plots, write_report
 from experiments.run.signals import StopFlag
 from experiments.run.workdir import Workdir
@@ -45,13 +46,14 @@ def run(loaded: cli.LoadedConfig, workdir: str, *, stop: StopFlag, profile_steps
       Preempted: where SIGTERM arrived; the state is saved.
       RunError: for a number that is not finite, a full disk, too many broken records.
     """
-    experiment = resolve(loaded.config)
+    config = _stored_as_started(loaded.config)
+    experiment = resolve(config)
     data = experiment.data.open()
     program = build_program(experiment, data)
     devices = [f"{d.platform}:{d.device_kind}" for d in program.mesh.devices.flat]
     with Workdir.create_or_resume(
         workdir,
-        loaded.config,
+        config,
         command=cli.command_line(),
         config_file=loaded.name,
         devices=devices,
@@ -75,6 +77,15 @@ def run(loaded: cli.LoadedConfig, workdir: str, *, stop: StopFlag, profile_steps
                 read=read_weights,
             )
         return _finish(folder.path, program, outcome, data.bad_records)
+
+
+def _stored_as_started(config: Any) -> Any:
+    """The config; one that starts from a compressed run stores its kernels as that run does."""
+    start = config.train.get("start")
+    if start is None or config.get("storage") or not (Path(start) / "checkpoints").is_dir():
+        return config
+    storage = load_config_of(start).get("storage")
+    return ConfigDict(config.to_dict() | {"storage": storage.to_dict()}) if storage else config
 
 
 def _start(program: Program, checkpoints: Checkpoints, stop: StopFlag) -> TrainState:

@@ -263,12 +263,6 @@ def _is_stored(leaf: Any) -> bool:
     return isinstance(leaf, Stored)
 
 
-def _arrays(params: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf: leaf.whole(jnp.float32) if _is_stored(leaf) else leaf, params, is_leaf=_is_stored
-    )
-
-
 def _check(stream: Any, where: str) -> None:
     if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(stream)):
         raise UsageError(f"{where} gives what is not finite on the calibration data: look at its batches.")
