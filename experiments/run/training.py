@@ -141,7 +141,10 @@ def _without(params: Any, fresh: tuple[str, ...]) -> Any:
     """The parameters that are not to be drawn."""
     drawn = match([(pattern, True) for pattern in fresh], params, default=False, where="config.train.fresh")
     leaves, out = flatten_dict(params), flatten_dict(drawn)
-    return unflatten_dict({path: leaf for path, leaf in leaves.items() if not out[path]})
+    # What is stored otherwise is one parameter, of several leaves.
+    return unflatten_dict(
+        {path: leaf for path, leaf in leaves.items() if not any(jax.tree.leaves(out[path]))}
+    )
 
 
 def _progress(program: Program, state: TrainState) -> Progress:

@@ -201,6 +201,7 @@ class _Followed(Stored):
             seen = jax.lax.stop_gradient(x).astype(jnp.float32)
             known = followed(known, jnp.min(seen), jnp.max(seen), layout.decay)
             self.module.put_variable(RANGES, self.name, known)
+        rounds = rounds & (known["steps"] > 0)  # before anything entered there is no range
         return jnp.where(rounds, fake_inputs(x, known["low"], known["high"], layout.inputs.bits), x)
 
 
