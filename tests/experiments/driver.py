@@ -2,7 +2,7 @@
 
 What a driver imports takes as long as a small run does, and what it compiles twice as long. So `drive` forks
 a process that has imported the libraries, ours among them, and reads what an earlier one compiled of the same
-program; where jax itself must start otherwise it takes a new process without either, as `start` does.
+program; `start` takes a new process without either.
 """
 
 import atexit
@@ -45,19 +45,11 @@ def command(name, *arguments):
 
 def drive(name, *arguments, code=0, **environment):
     """Runs a driver to its end and checks the exit code; returns (output, errors)."""
-    run = _anew if any(key.startswith("JAX_") for key in environment) else _forked
-    ended, output, errors = run(name, [str(argument) for argument in arguments], os.environ | environment)
+    ended, output, errors = _forked(name, [str(argument) for argument in arguments], os.environ | environment)
     assert ended == code, f"exit code {ended}\n{output}\n{errors}"
     if code in (1, 2, 75):
         assert "Traceback" not in errors
     return output, errors
-
-
-def _anew(name, arguments, environment):
-    done = subprocess.run(
-        command(name, *arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS
-    )
-    return done.returncode, done.stdout, done.stderr
 
 
 def _forked(name, arguments, environment):
@@ -81,6 +73,7 @@ def _run(name, arguments, environment, output, errors):
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
+    jax.config.update("jax_platforms", environment["JAX_PLATFORMS"] or None)  # no device is open yet
     jax.config.update("jax_compilation_cache_dir", str(COMPILED))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     sys.argv = [name, *arguments]
