@@ -6,8 +6,9 @@
         -d '{"prompt": "Return the ", "max_tokens": 50, "temperature": 0, "cache": "short"}'
 
 Requests join and leave a running batch at any step, and each gets what it would get alone. Keys and values
-stand in pages of one pool; a request joins when all the pages that it can need are free. See docs/serving.md
-for the fields of a request, the answers where there is no room, and the metrics.
+stand in pages of one pool; a request joins when all the pages that it can need are free. Quantised ones, and
+the states of recurrent models, stand in rows of their own. See docs/serving.md for the fields of a request,
+the answers where there is no room, and the metrics.
 
 Only this machine can call it. Another --host wants a key that clients must know, or --open. SIGTERM answers
 those who are there, for up to --grace seconds, and ends.
@@ -86,7 +87,7 @@ def main(argv: list[str]) -> int:
             if STOP.requested:
                 return 0
             console.print(
-                f"cache {name}: {lane.rows} rows, {lane.pages} pages of {lane.page} slots, "
+                f"cache {name}, {lane.told}: {lane.rows} rows, {lane.pages} pages of {lane.page} slots, "
                 f"{count(lane.cache_bytes)}B; compiling for prompts of up to {lane.length} tokens",
                 soft_wrap=True,
             )

@@ -13,6 +13,7 @@ from effjax.decoding.policies.policy import Policy
 from effjax.decoding.serving.engine import Engine
 from effjax.decoding.serving.lane import Lane
 from effjax.errors import UsageError
+from effjax.mixers.cached import Recurrent
 from experiments.run import kind_spec
 from experiments.run.restore import load_run
 
@@ -81,11 +82,14 @@ def make_engine(
     check_vocabulary(tokenizer, model.vocab)
     # A token reads every weight once: nothing is copied on the way.
     variables = model.layers_apart(variables) if hasattr(model, "layers_apart") else variables
-    policies = policies or {"all": getattr(model, "cache", None) or Policy()}
+    served: dict[str, Policy | None] = {**policies}
+    if not served:
+        recurrent = isinstance(getattr(getattr(model, "block", None), "mixer", None), Recurrent)
+        served = {"state": None} if recurrent else {"all": getattr(model, "cache", None) or Policy()}
     length = sizes.length or (getattr(model, "max_length", None) or LENGTH) // sizes.page * sizes.page
     lanes = {
         name: Lane(model, variables, policy, sizes.rows, length, sizes.page, sizes.pages)
-        for name, policy in policies.items()
+        for name, policy in served.items()
     }
     return Engine(lanes, sizes.queue)
 

@@ -182,18 +182,19 @@ def leaked(address, patience=30.0):
 
 
 @functools.cache
-def toy_model(dim=256, depth=4, length=256):
+def toy_model(dim=256, depth=4, length=256, mixer="attention"):
     """A model of random weights, wide enough that its answers differ and its products take time."""
     import jax
     import jax.numpy as jnp
     from flax.core import meta
 
     from effjax.ffn import Gated
-    from effjax.mixers import Attention
+    from effjax.mixers import Attention, Mamba
     from effjax.models.lm import LM, DecoderBlock
 
-    mixer = Attention(4, kv_heads=2, rotary_base=1e4, causal=True)
-    model = LM(DecoderBlock(mixer, Gated(2 * dim)), vocab=256, dim=dim, depth=depth, max_length=length)
+    kinds = dict(attention=lambda: Attention(4, kv_heads=2, rotary_base=1e4, causal=True), mamba=Mamba)
+    block = DecoderBlock(kinds[mixer](), Gated(2 * dim))
+    model = LM(block, vocab=256, dim=dim, depth=depth, max_length=length)
     held = meta.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
     # Logits of a fresh model hardly differ.
     return model, jax.tree.map(lambda leaf: leaf * (4.0 if leaf.ndim > 1 else 1.0), held)

@@ -146,7 +146,7 @@ def test_a_stop_string_and_a_stop_token_end_the_text(address):
         (400, dict(body=b"{"), "the body is no JSON"),
         (400, dict(body=dict(prompt=3)), "prompt is 3"),
         (400, dict(body=dict(prompt=[999])), "token 999 is unknown"),
-        (400, dict(body=dict(prompt="a", cache="shrt")), "Did you mean 'short'"),
+        (400, dict(body=dict(prompt="a", cache="shrt")), "Name one of: 'all', 'short'"),
         (404, dict(body=dict(prompt="a", model="gpt")), "model 'gpt' is not served: 'toy' is"),
         (404, dict(method="GET", path="/v1"), "POST /v1/completions"),
         (405, dict(method="GET"), "Method Not Allowed"),
@@ -299,8 +299,29 @@ def paused(engine):
 def test_what_is_served_and_how_it_is(address):
     told = json.loads(call(address, "GET", "/v1/models")[1])["data"][0]
     assert (told["id"], told["caches"], told["max_length"]) == ("toy", ["all", "short"], 64)
+    assert told["policies"]["short"] == repr(Window(48))
     assert call(address, "GET", "/health")[:2] == (200, b'{"status":"ok"}')
     assert gauges(address)['effjax_pages{cache="all"}'] == ROWS * 4
+
+
+def test_a_recurrent_model_is_served_by_its_states():
+    """Without a policy's name; under any it is refused."""
+    model, variables = serve_load.toy_model(mixer="mamba", **TOY)
+    held = make_engine(model, variables, Bytes(), {}, Sizes(rows=2))
+    assert list(held.lanes) == ["state"]
+    with serving(held) as running:
+        bodies = [
+            dict(prompt=text, max_tokens=9, temperature=0) for text in ("Return", "a", "the first of it")
+        ]
+        expected = [ask(running.address, body) for body in bodies]
+        assert len({text for text, *_ in expected}) == 3
+        report = load(running.address, bodies, expected, clients=4, seconds=0.5, rude=0.0)
+        assert (report.wrong, report.leaked) == ([], 0)
+        assert json.loads(call(running.address, "GET", "/v1/models")[1])["data"][0]["caches"] == ["state"]
+        status, said, _ = call(running.address, body=dict(prompt="a", cache="window"))
+        assert (status, b"Name one of: 'state'" in said) == (400, True)
+    with pytest.raises(UsageError, match="Window chooses among keys and values, and Mamba keeps a state"):
+        make_engine(model, variables, Bytes(), dict(short=Window(9)), Sizes())
 
 
 def test_strangers_are_kept_out(another):

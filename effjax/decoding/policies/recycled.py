@@ -41,8 +41,8 @@ class Recycled:
     Attributes:
       slots: `[B, K, groups]` int, the recorded slots, those worth least last; negative for none.
       query: `[B, D]` float32, the mean query of that step.
-      since: `[]` int, steps since then; negative where there was none.
-      unchecked: `[]` int, steps since a full step was last considered.
+      since: `[B]` int, steps since then; negative where there was none.
+      unchecked: `[B]` int, steps since a full step was last considered.
     """
 
     slots: Any
@@ -55,7 +55,8 @@ class Recycled:
 class RecycledAttention(Policy):
     """Keeps all tokens, and reads most of the time a few.
 
-    All sequences of a batch make their full steps together: with a threshold, as soon as one of them has to.
+    Every sequence of a batch makes its own full steps, whatever the others do. All slots are read as soon as
+    one of them makes one: where they are out of step that is nearly always.
 
     Attributes:
       budget: K above, slots that a step between two full ones reads.
@@ -91,15 +92,18 @@ class RecycledAttention(Policy):
         state = Recycled(
             slots=jnp.full((batch, min(self.budget, slots), groups), NOTHING, jnp.int32),
             query=jnp.zeros((batch, head_dim), jnp.float32),
-            since=jnp.full((), NOTHING, jnp.int32),
-            unchecked=jnp.zeros((), jnp.int32),
+            since=jnp.full((batch,), NOTHING, jnp.int32),
+            unchecked=jnp.zeros((batch,), jnp.int32),
         )
         return dataclasses.replace(cache, state=state)
 
     def axes(self) -> Cache:
         """Names of the axes."""
         state = Recycled(
-            slots=("batch", "slots", "kv_heads"), query=("batch", "head_dim"), since=(), unchecked=()
+            slots=("batch", "slots", "kv_heads"),
+            query=("batch", "head_dim"),
+            since=("batch",),
+            unchecked=("batch",),
         )
         return dataclasses.replace(super().axes(), state=state)
 
@@ -133,8 +137,8 @@ class RecycledAttention(Policy):
             return y, self.recorded(weights, cache.positions, keys.shape[2]), query
 
         def recycled() -> tuple[Array, Array, Array]:
-            place = (self.budget - 1 - before.since) % self.budget
-            slots = before.slots.at[:, place].set(new[:, None])  # [B, K, G]
+            place = (self.budget - 1 - before.since) % self.budget  # [B]
+            slots = before.slots.at[jnp.arange(len(new)), place].set(new[:, None])  # [B, K, G]
             there = jnp.maximum(slots, 0)
             held = jnp.take_along_axis(cache.positions[:, :, None], there, axis=1)  # [B, K, G]
             held = jnp.where(slots == NOTHING, EMPTY, held)
@@ -142,7 +146,13 @@ class RecycledAttention(Policy):
             v = self.storage.read_at(cache.values, there).astype(values.dtype)  # [B, K, G, D]
             return look(k, v, held)[0], slots, before.query
 
-        y, slots, query = jax.lax.cond(full, whole, recycled)
+        def each() -> tuple[Array, ...]:
+            def own(one: Array, other: Array) -> Array:
+                return jnp.where(full.reshape(-1, *[1] * (one.ndim - 1)), one, other)
+
+            return tuple(map(own, whole(), recycled()))
+
+        y, slots, query = jax.lax.cond(jnp.any(full), each, recycled)
         state = Recycled(
             slots=slots,
             query=query,
@@ -151,15 +161,17 @@ class RecycledAttention(Policy):
         )
         return y, dataclasses.replace(cache, state=state)
 
-    def decide(self, before: Recycled, query: Float[Array, "b d"]) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
-        """Returns whether this step is full, and whether that was considered."""
+    def decide(
+        self, before: Recycled, query: Float[Array, "b d"]
+    ) -> tuple[Bool[Array, " b"], Bool[Array, " b"]]:
+        """Returns for which sequences this step is full, and for which that was considered."""
         unknown = before.since == NOTHING
         considered = unknown | (before.unchecked == self.stride - 1)
         if self.threshold is None:
             return considered, considered
         lengths = jnp.linalg.norm(query, axis=1) * jnp.linalg.norm(before.query, axis=1)  # [B]
         alike = jnp.sum(query * before.query, axis=1) / jnp.maximum(lengths, 1e-12)  # [B]
-        return unknown | (considered & jnp.any(alike < self.threshold)), considered
+        return unknown | (considered & (alike < self.threshold)), considered
 
     def recorded(
         self, weights: Float[Array, "b h 1 s"], held: Int[Array, "b s"], groups: int

@@ -64,6 +64,7 @@ def make_app(service: Service, limits: Limits) -> ASGIApp:
             created=started,
             owned_by="effjax",
             caches=list(service.served.caches),
+            policies={name: lane.told for name, lane in service.engine.lanes.items()},
             max_length=lengths[0],
         )
         return answer(200, dict(object="list", data=[model]))

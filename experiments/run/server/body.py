@@ -66,8 +66,10 @@ def parse(body: bytes, served: Served) -> Asked:
             404, f"model {quoted(model)} is not served: {served.name!r} is.", "model", "model_not_found"
         )
     if cache not in served.caches:
-        near = did_you_mean(cache[:80], served.caches)
-        raise Problem(400, f"cache {quoted(cache)} is not served. {near}", "cache", "cache_not_found")
+        there = ", ".join(map(repr, served.caches))
+        raise Problem(
+            400, f"cache {quoted(cache)} is not served. Name one of: {there}.", "cache", "cache_not_found"
+        )
     for name, value in ONLY.items():
         if name in given and given[name] != value:
             raise Problem(400, f"{name}={quoted(given[name])} is not supported: leave it out.", name)

@@ -71,7 +71,7 @@ def test_a_full_step_every_stride_and_so_many_keys_in_between(draw, stride):
     read = []
     for _ in range(4 * stride):
         cache = step(cache, *(jnp.asarray(draw.normal(size=(1, 1, h, 4)), jnp.float32) for h in (4, 2, 2)))[1]
-        read.append(cache.slots if int(cache.state.since) == 0 else cache.state.slots.shape[1])
+        read.append(cache.slots if int(cache.state.since[0]) == 0 else cache.state.slots.shape[1])
     assert read == ([cache.slots] + [6] * (stride - 1)) * 4
     assert np.mean(read) == policy.attended(cache.slots) == (32 + (stride - 1) * 6) / stride
 
@@ -111,7 +111,7 @@ def test_a_recycled_step_is_attention_over_its_record(draw):
     for _ in range(11):
         query, key, value = (jnp.asarray(draw.normal(size=(1, 1, h, 4)), jnp.float32) for h in (4, 2, 2))
         y, cache = step(cache, query, key, value)
-    assert int(cache.state.since) == 2
+    assert int(cache.state.since[0]) == 2
     slots = np.asarray(cache.state.slots[0])
     for head in range(4):
         group = head // 2
@@ -143,8 +143,20 @@ def test_a_full_step_waits_until_the_query_has_turned_away():
     full = []
     for degrees in (0, 90, 90, 30, 90, 0, 40, 40, 40, 40, 81):
         cache = step(cache, turned(degrees), jnp.ones((1, 1, 2, 4)), jnp.ones((1, 1, 2, 4)))[1]
-        full.append(int(cache.state.since) == 0)
+        full.append(int(cache.state.since[0]) == 0)
     assert full == [True, False, False, False, False, False, True, False, False, False, False]
+
+
+def test_every_sequence_makes_its_own_full_steps(draw):
+    """With a threshold they are at different times, and each is what it is alone."""
+    model = toy(cache=RecycledAttention(5, stride=2, threshold=0.0, pool=1))
+    tokens = draw.integers(0, 17, (3, SIZE))
+    together, caches, _ = stepwise(model, tokens, FIRST)
+    for row in range(3):
+        alone, held, _ = stepwise(model, tokens[row : row + 1], FIRST)
+        np.testing.assert_allclose(together[row], alone[0], atol=1e-5)
+        np.testing.assert_array_equal(caches.state.since[:, row], held.state.since[:, 0])
+    assert len(np.unique(np.asarray(caches.state.since), axis=1).T) > 1
 
 
 def test_a_record_that_is_never_renewed_keeps_the_latest(draw):

@@ -5,23 +5,29 @@ import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import meta
 
 from effjax.decoding.generate import generate, left_pad
+from effjax.decoding.policies.dhsa import DHSA
 from effjax.decoding.policies.heavy_hitters import HeavyHitters
 from effjax.decoding.policies.kvmerger import KVMerger
 from effjax.decoding.policies.policy import Policy
+from effjax.decoding.policies.recycled import RecycledAttention
 from effjax.decoding.policies.window import Window
 from effjax.decoding.sampling import Sampling
 from effjax.decoding.serving.engine import Engine
 from effjax.decoding.serving.lane import Lane
 from effjax.decoding.serving.requests import QueueFull, Request, TooLarge
 from effjax.decoding.storage.paged import NONE, Paged
+from effjax.decoding.storage.quantised import Quantised
 from effjax.errors import UsageError
 from effjax.ffn import Mixture
 from effjax.models.lm import LM
-from tests.decoding.policies.common import BLOCK, toy, variables
+from effjax.models.routed_lm import routed
+from tests.decoding.policies.common import toy, variables
 
 LENGTH, PAGE, ROWS, PAGES = 32, 4, 3, 14
 POLICIES = {
@@ -29,14 +35,38 @@ POLICIES = {
     "window": Window(budget=12, sinks=2),
     "heavy_hitters": HeavyHitters(budget=12),
     "kvmerger": KVMerger(budget=12, sinks=1, epsilon=0.3),
+    "recycled": RecycledAttention(budget=8, stride=3, pool=1),
+    "dhsa": DHSA(budget=10, local=4, block=4, chunk=3),
+    "by_token": Policy(storage=Quantised(bits=8, keys="token", group=4, residual=0)),
+    "by_channel": Policy(storage=Quantised(bits=4, group=4, residual=8)),
+    "both": HeavyHitters(budget=12, storage=Quantised(bits=8, keys="token", group=4, residual=0)),
+}
+# What blocks of queries, or groups of slots, make of padding in front: `generate` has none of it.
+UNPADDED = ("dhsa", "by_channel")
+STATES = {
+    "mamba": dict(mixer=dict(kind="mamba"), ffn=None),
+    "mamba2": dict(mixer=dict(kind="mamba2", head=8, state=8), ffn=None),
 }
 GREEDY = Sampling(temperature=0.0)
 
 
+def model_of(kind):
+    return toy(block=STATES[kind]) if kind in STATES else toy()
+
+
+@functools.cache
+def variables_of(kind):
+    if kind not in STATES:
+        return variables()
+    held = jax.jit(model_of(kind).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    return jax.tree.map(lambda leaf: leaf * (4.0 if leaf.ndim > 2 else 1.0), meta.unbox(held))
+
+
 @functools.cache
 def lane(kind, apart=False):
-    held = toy().layers_apart(variables()) if apart else variables()
-    return Lane(toy(), held, POLICIES[kind], ROWS, LENGTH, PAGE, PAGES)
+    model, held = model_of(kind), variables_of(kind)
+    held = model.layers_apart(held) if apart else held
+    return Lane(model, held, POLICIES.get(kind), ROWS, LENGTH, PAGE, PAGES)
 
 
 def engine(*kinds, queue=64, apart=False):
@@ -71,20 +101,24 @@ def alone(request, apart=False):
 
 def generated(request):
     """What the decoding loop writes for one prompt, up to a stop token."""
-    model = toy(cache=POLICIES[request.cache])
+    model, held = (
+        model_of(request.cache).clone(cache=POLICIES.get(request.cache)),
+        variables_of(request.cache),
+    )
     # Padded to one size, and so with one program.
-    rows, lengths = (array[:1] for array in left_pad([list(request.prompt), [1] * 18]))
+    beside = [] if request.cache in UNPADDED else [[1] * 18]
+    rows, lengths = (array[:1] for array in left_pad([list(request.prompt), *beside]))
     key = jax.random.key(request.seed)
-    text = generate(model, variables(), rows, lengths, 15, key, request.sampling, None, LENGTH)[0].tolist()
+    text = generate(model, held, rows, lengths, 15, key, request.sampling, None, LENGTH)[0].tolist()
     text = text[: request.max_new]
     stops = [i for i, token in enumerate(text) if token in request.stop_tokens]
     return text[: stops[0] + 1] if stops else text
 
 
-@pytest.mark.parametrize("kind", POLICIES)
+@pytest.mark.parametrize("kind", [*POLICIES, *STATES])
 def test_an_answer_is_what_generate_writes(draw, kind):
     server = engine(kind)
-    answers = [server.submit(request) for request in requests(draw, 6, [kind])]
+    answers = [server.submit(request) for request in requests(draw, 2 if kind in UNPADDED else 6, [kind])]
     finish(server)
     for answer in answers:
         assert answer.tokens == generated(answer.request)
@@ -92,8 +126,8 @@ def test_an_answer_is_what_generate_writes(draw, kind):
 
 @pytest.mark.parametrize("apart", [False, True], ids=["scan", "apart"])
 def test_neighbours_change_nothing(draw, apart):
-    kinds = list(POLICIES)[apart:]
-    asked = requests(draw, 14, kinds)
+    kinds = [kind for kind in (*POLICIES, *STATES) if not apart or kind not in ("all", "both", "by_token")]
+    asked = requests(draw, 3 * len(kinds), kinds)
     expected = [alone(request, apart) for request in asked]
     server, answers = engine(*kinds, apart=apart), []
     for request in asked:  # others join while some write, and some leave between
@@ -108,6 +142,22 @@ def test_neighbours_change_nothing(draw, apart):
     for told in server.state().values():
         assert told["free_pages"] == told["pages"]
         assert told["running"] == told["waiting"] == 0
+
+
+@pytest.mark.parametrize("kind", ["by_channel", "mamba"])
+def test_rows_that_are_whole_have_bytes_of_their_own(kind):
+    held = lane(kind)
+    assert (held.page, held.pages, held.pool_bytes) == (LENGTH, ROWS, 0)
+    alone = jax.eval_shape(lambda: held.held.reader.init_cache(1, LENGTH))
+    one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(alone))
+    assert held.bytes_of(1) == held.cache_bytes // ROWS == one
+    server = engine(kind)
+    answers = [server.submit(Request((1, 2), 4, GREEDY, cache=kind)) for _ in range(ROWS + 1)]
+    server.step()
+    assert server.state()[kind] == dict(rows=ROWS, running=ROWS, waiting=1, pages=ROWS, free_pages=0)
+    finish(server)
+    assert len({tuple(answer.tokens) for answer in answers}) == 1
+    assert answers[0].cache_bytes == one
 
 
 def test_events_tell_all_and_why_it_ended(draw):
@@ -230,11 +280,24 @@ class Counting(Policy):
             "leave the storage of the policy out",
         ),
         (
-            lambda: Lane(
-                toy(block=BLOCK | dict(mixer=dict(kind="mamba"), ffn=None)), variables(), Policy(), 1, 48
-            ),
+            lambda: Lane(model_of("mamba"), variables_of("mamba"), Policy(), 1, 48),
             UsageError,
-            "Mamba keeps none",
+            "Mamba keeps a state of a set size instead: serve it without a cache policy",
+        ),
+        (
+            lambda: Lane(routed(toy(), windows=4), variables(), None, 1, 48),
+            UsageError,
+            "RoutedLM keeps something else than keys and values, or a state",
+        ),
+        (
+            lambda: Lane(toy(), variables(), Counting(), 1, 48),
+            UsageError,
+            "Counting remembers something that",
+        ),
+        (
+            lambda: Lane(toy(), variables(), HeavyHitters(storage=Quantised(group=4)), 1, 48),
+            UsageError,
+            "needs quantised storage with keys='token'",
         ),
         (
             lambda: Lane(
