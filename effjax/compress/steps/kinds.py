@@ -1,5 +1,6 @@
 """Steps of a recipe, by the name that a config gives them."""
 
+from effjax.compress.steps.dgq import Dgq
 from effjax.compress.steps.fake_quantise import FakeQuantise, Freeze
 from effjax.compress.steps.inputs import CalibrateInputs
 from effjax.compress.steps.round import Round
@@ -9,4 +10,5 @@ KINDS = {
     "calibrate_inputs": CalibrateInputs,
     "fake_quantise": FakeQuantise,
     "freeze": Freeze,
+    "dgq": Dgq,
 }
