@@ -33,7 +33,7 @@ class Watched(Stored):
       place: shapes.
       summary: what the host is told of the rows that enter.
       tell: `(path, layer, summary)` on the host.
-      entire: whether the summary is of what enters as it stands, `[..., *ins]`, also of the maps that enter a
+      entire: whether the summary is of what enters as it stands, `[..., K]`, also of the maps that enter a
         convolution, and not of the rows `[R, K]` of products alone.
     """
 
@@ -56,7 +56,8 @@ class Watched(Stored):
 
     def product(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Tells, and multiplies."""
-        seen = x if self.entire else x.reshape(-1, self.place.matrix[0])  # [R, K]
+        lead = x.shape[: x.ndim - len(self.place.ins)] if self.entire else (-1,)
+        seen = x.reshape(*lead, self.place.matrix[0])  # [..., K] or [R, K]
         jax.debug.callback(self._told, self.layer, self.summary(seen))
         if isinstance(self.kernel, Stored):
             return self.kernel.product(x)

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float
 
 from effjax.errors import UsageError
 from effjax.layers.dense import Dense, xavier
-from effjax.mixers.dot_product import softmax_attention
+from effjax.mixers.dot_product import attention_weights, softmax_attention, weighted_sum
+from effjax.mixers.log_weights import log_rounded
 
 
 class CrossAttention(nn.Module):
@@ -19,10 +20,13 @@ class CrossAttention(nn.Module):
     Attributes:
       heads: attention heads.
       output_init: of the output projection; zeros let a network start without it.
+      log_bits: of the logarithmic codes of what a token of a text gets, see `effjax.mixers.log_weights`;
+        None does not round.
     """
 
     heads: int
     output_init: Initializer = xavier
+    log_bits: int | None = None
 
     @nn.compact
     def __call__(
@@ -44,6 +48,10 @@ class CrossAttention(nn.Module):
         k = Dense(head, axes, name="key")(memory)  # [B, M, H, D]
         v = Dense(head, axes, name="value")(memory)  # [B, M, H, D]
         mask = None if valid is None else valid[:, None, None, :]  # [B, 1, 1, M]
-        y = softmax_attention(q, k, v, mask=mask, causal=False)  # [B, N, H, D]
+        if self.log_bits is None:
+            y = softmax_attention(q, k, v, mask=mask, causal=False)  # [B, N, H, D]
+        else:
+            weights = log_rounded(attention_weights(q, k, mask=mask, causal=False), self.log_bits)
+            y = weighted_sum(weights.astype(v.dtype), v)  # [B, N, H, D]
         axes = ("heads", "head_dim", "embed")
         return Dense(width, axes, inputs=2, kernel_init=self.output_init, name="output")(y)  # [B, N, C]

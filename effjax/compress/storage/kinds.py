@@ -2,6 +2,12 @@
 
 from effjax.compress.storage.binary_coding import BinaryCoding
 from effjax.compress.storage.fake import Fake
+from effjax.compress.storage.shift import Shift
 from effjax.compress.storage.uniform import Uniform
 
-KINDS = {"uniform": Uniform, "binary_coding": BinaryCoding, "fake": Fake}
+KINDS = {
+    "uniform": Uniform,
+    "binary_coding": BinaryCoding,
+    "shift": Shift,
+    "fake": Fake,
+}

@@ -66,6 +66,7 @@ class ProxyBlock(nn.Module):
         is longer than the volume's is cut to it.
       choice: what stands for a window, see `effjax.mixers.proxy_attention`.
       epsilon: of the layer norms.
+      log_bits: of the codes of what is taken from a token of the text; None does not round.
     """
 
     heads: int
@@ -73,13 +74,14 @@ class ProxyBlock(nn.Module):
     window: Volume = (1, 2, 2)
     choice: Choice = "mean"
     epsilon: float = 1e-6
+    log_bits: int | None = None
 
     def setup(self) -> None:
         """Names the four attentions."""
         self.proxy = ProxyAttention(self.heads, self.choice, self.epsilon)
         self.local = Attention(self.heads)
         self.shifted = Attention(self.heads)
-        self.text = CrossAttention(self.heads, output_init=zeros)
+        self.text = CrossAttention(self.heads, output_init=zeros, log_bits=self.log_bits)
 
     @nn.compact
     def __call__(

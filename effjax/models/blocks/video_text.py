@@ -35,16 +35,18 @@ class VideoTextBlock(nn.Module):
       mixer: how the tokens of a video `[B, F, H, W, C]` mix.
       ffn: how channels mix.
       epsilon: of the layer norms.
+      log_bits: of the codes of what is taken from a token of the text; None does not round.
     """
 
     heads: int
     mixer: nn.Module = part(mixers.KINDS)
     ffn: nn.Module = part(ffn.KINDS)
     epsilon: float = 1e-6
+    log_bits: int | None = None
 
     def setup(self) -> None:
         """Names the attention to the text."""
-        self.text = CrossAttention(self.heads, output_init=zeros)
+        self.text = CrossAttention(self.heads, output_init=zeros, log_bits=self.log_bits)
 
     @nn.compact
     def __call__(
