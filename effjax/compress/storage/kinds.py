@@ -1,6 +1,7 @@
 """Layouts of stored weights, by the name that a config gives them."""
 
 from effjax.compress.storage.binary_coding import BinaryCoding
+from effjax.compress.storage.bit_planes import BitPlanes
 from effjax.compress.storage.uniform import Uniform
 
-KINDS = {"binary_coding": BinaryCoding, "uniform": Uniform}
+KINDS = {"binary_coding": BinaryCoding, "bit_planes": BitPlanes, "uniform": Uniform}
