@@ -18,6 +18,8 @@ from jaxtyping import Array, Float
 from effjax.compress.subject import Batch, Subject, leaf_at
 from effjax.errors import UsageError
 from effjax.layers.stack import Stack, layer_of
+from effjax.layers.stored import Place, Stored
+from effjax.matching import path_of
 
 # What a stack may be told that makes its layers differ in more than their parameters.
 _OTHERWISE = ("points", "before", "through", "part", "turns")
@@ -104,6 +106,62 @@ def found_in(subject: Subject, batches: Sequence[Batch]) -> list[tuple[Blocks, E
         raise UsageError(f"{type(subject.model).__name__} has no stack of blocks to teach one by one.")
     return [(told[path], jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one[path] for one in made)))
             for path in told]  # fmt: skip
+
+
+def one_by_one(
+    blocks: Blocks,
+    variables: Mapping[str, Any],
+    entered: Entered,
+    x: Any,
+    compress: Callable[..., Any],
+) -> dict[str, Any]:
+    """Compresses the blocks of a stack in order, each entered by what the compressed ones before it gave.
+
+    Args:
+      blocks: the stack.
+      variables: of the whole network as it was trained.
+      entered: what entered the stack then.
+      x: what enters it now.
+      compress: from the number of a block, its variables, what entered it in the trained network, what enters
+        it now, what it gave, what is its own and what is shared, all with batches in front, to parameters.
+
+    Returns:
+      The parameters of the stack by path, layers in front.
+
+    Raises:
+      UsageError: where what a block gives is not finite.
+    """
+
+    @jax.jit
+    def forward(variables: Any, x: Any, each: Any, shared: Any) -> Any:
+        return jax.lax.map(lambda one: blocks.run(variables, *one), (x, each, shared))
+
+    before, layers = entered.x, []
+    for layer in range(blocks.stack.depth):
+        own = blocks.layer(variables, layer)
+        each = jax.tree.map(lambda leaf: leaf[:, layer], entered.each)  # noqa: B023
+        goal = forward(own, before, each, entered.shared)
+        if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(goal)):
+            raise UsageError(
+                f"block {layer} of {blocks.path!r} gives what is not finite on the calibration data: look at "
+                f"its batches."
+            )
+        layers.append(compress(layer, own, before, x, goal, each, entered.shared))
+        x = forward({**own, "params": layers[-1]}, x, each, entered.shared)
+        before = goal
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(stacked, is_leaf=lambda leaf: isinstance(leaf, Stored))
+    return {f"{blocks.path}/{path_of(key_path)}": leaf for key_path, leaf in leaves}
+
+
+def within(blocks: Blocks, places: Mapping[str, Place]) -> dict[str, Place]:
+    """The kernels of one block of a stack, by path in it."""
+    start = f"{blocks.path}/"
+    return {
+        path.removeprefix(start): dataclasses.replace(place, shape=place.shape[1:], names=place.names[1:])
+        for path, place in places.items()
+        if path.startswith(start)
+    }
 
 
 def evaluated(batch: Batch) -> dict[str, Array]:

@@ -29,11 +29,12 @@ def fake(
 ) -> Float[Array, "*front k n"]:
     """The weights that a layout would store, with gradients to weights, scales and zeros."""
     parts = matrix.reshape(*matrix.shape[:-2], scale.shape[-2], -1, matrix.shape[-1])  # [.., G, K / G, N]
-    lowest = 1 if layout.symmetric else 0
     # A scale or zero past its ends comes back from there: the gradient is not cut.
     scale = scale + jax.lax.stop_gradient(jnp.maximum(scale, SMALLEST) - scale)
     zero = zero + jax.lax.stop_gradient(jnp.clip(jnp.round(zero), 0, layout.levels) - zero)
     codes = nearest(parts / scale[..., None, :]) + zero[..., None, :]
     # Not `jnp.clip`, whose gradient is halved on the ends, where half of the codes of two bits lie.
-    codes = jnp.where(codes < lowest, lowest, jnp.where(codes > layout.levels, layout.levels, codes))
+    codes = jnp.where(
+        codes < layout.lowest, layout.lowest, jnp.where(codes > layout.levels, layout.levels, codes)
+    )
     return ((codes - zero[..., None, :]) * scale[..., None, :]).reshape(matrix.shape)

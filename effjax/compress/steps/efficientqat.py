@@ -16,7 +16,7 @@ rates of Block-AP on a cosine to 1/20; in E2E-QP gradients cut to a norm of 0.3.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from effjax.compress.blocks import Blocks, Entered, difference, evaluated, found_in
+from effjax.compress.blocks import Blocks, difference, evaluated, found_in, one_by_one, within
 from effjax.compress.rounding import SMALLEST, fake
-from effjax.compress.storage.trees import replaced, stored_in, whole
+from effjax.compress.storage.trees import replaced, stored_in
 from effjax.compress.storage.uniform import QTensor, Uniform, flat, unflat
 from effjax.compress.subject import Calibration, Subject, chosen, leaf_at
 from effjax.errors import UsageError
@@ -82,53 +82,41 @@ class EfficientQAT:
         places = chosen(subject, self.kernels, self.leave)
         batches = calibration.first(self.batches)
         found = found_in(subject, batches)
-        inside = {path for path in places for blocks, _ in found if path.startswith(f"{blocks.path}/")}
-        if not inside:
-            raise UsageError(f"kernels={self.kernels} names none inside the blocks, which alone are trained.")
-        for path in inside:
-            self.layout.groups(places[path].matrix[0], path)
-        small = subject
+        small, steps, taken = subject, self.epochs * len(batches), 0
         for number, (blocks, entered) in enumerate(found):
-            own = {path: places[path] for path in inside if path.startswith(f"{blocks.path}/")}
+            own = within(blocks, places)
+            for path, place in own.items():
+                self.layout.groups(place.matrix[0], f"{blocks.path}/{path}")
             if not own:
                 continue
             # A later stack is entered by what the compressed ones before it made.
-            again = found_in(small, batches)[number][1] if number else entered
-            small = self._stack(small, subject, blocks, entered, again.x, own, calibration)
+            x = found_in(small, batches)[number][1].x if taken else entered.x
+            compress = self._taught(blocks, own, steps, calibration.report)
+            made = one_by_one(blocks, subject.variables, entered, x, compress)
+            small, taken = small.with_params(replaced(small.params, made)), taken + len(own)
+        if not taken:
+            raise UsageError(f"kernels={self.kernels} names none inside the blocks, which alone are trained.")
         return end_to_end(small, calibration, self.end_to_end, self.end_to_end_lr, self.clip)
 
-    def _stack(
-        self,
-        small: Subject,
-        subject: Subject,
-        blocks: Blocks,
-        entered: Entered,
-        x: Any,
-        places: Places,
-        calibration: Calibration,
-    ) -> Subject:
-        """Block-AP for all blocks of one stack."""
-        within = {path.removeprefix(f"{blocks.path}/"): _of_layer(place) for path, place in places.items()}
-        steps = self.epochs * len(jax.tree.leaves(x)[0])
-        teach = jax.jit(lambda *given: self._taught(blocks, within, steps, *given))
-        forward = jax.jit(lambda variables, x, each, shared: jax.lax.map(
-            lambda one: blocks.run(variables, *one), (x, each, shared)))  # fmt: skip
-        goal, layers = entered.x, []
-        for layer in range(blocks.stack.depth):
-            variables = blocks.layer(subject.variables, layer)
-            each = jax.tree.map(lambda leaf: leaf[:, layer], entered.each)  # noqa: B023
-            goal = forward(variables, goal, each, entered.shared)
-            _check(goal, f"block {layer} of {blocks.path!r}")
-            trained = self._start(variables["params"], within)
-            trained, losses = teach(trained, variables, x, goal, each, entered.shared)
-            params = replaced(variables["params"], self._held(trained, within))
-            layers.append(params)
-            x = forward({**variables, "params": whole(params, jnp.float32)}, x, each, entered.shared)
-            calibration.report(_told(blocks, layer, losses, difference(x, goal)))
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-        flat_made, _ = jax.tree_util.tree_flatten_with_path(stacked, is_leaf=_is_stored)
-        made = {f"{blocks.path}/{path_of(key_path)}": leaf for key_path, leaf in flat_made}
-        return small.with_params(replaced(small.params, made))
+    def _taught(
+        self, blocks: Blocks, places: Places, steps: int, report: Callable[[str], None]
+    ) -> Callable[..., Any]:
+        """What Block-AP makes of one block."""
+        teach = jax.jit(lambda *given: self._trained(blocks, places, steps, *given))
+
+        def compress(
+            layer: int, variables: Any, before: Any, x: Any, goal: Any, each: Any, shared: Any
+        ) -> Any:
+            start = self._start(variables["params"], places)
+            trained, losses = teach(start, variables, x, goal, each, shared)
+            if steps:
+                report(
+                    f"{blocks.path} {layer + 1} of {blocks.stack.depth}: squared error "
+                    f"{float(losses[0]):.3g} at first, {float(losses[-1]):.3g} at last."
+                )
+            return replaced(variables["params"], self._held(trained, places))
+
+        return compress
 
     def _start(self, params: Any, places: Places) -> Trained:
         """What is trained in a block, as it is before."""
@@ -143,7 +131,7 @@ class EfficientQAT:
             "zero": {path: zero for path, (_, zero) in grids.items()},
         }
 
-    def _taught(
+    def _trained(
         self,
         blocks: Blocks,
         places: Places,
@@ -255,14 +243,11 @@ def _adam(lr: float, steps: int) -> optax.GradientTransformation:
     return optax.adam(optax.cosine_decay_schedule(lr, max(steps, 1), alpha=1 / 20))
 
 
-def _of_layer(place: Place) -> Place:
-    return dataclasses.replace(place, shape=place.shape[1:], names=place.names[1:])
-
-
 def _is_stored(leaf: Any) -> bool:
     return isinstance(leaf, Stored)
 
 
+<<<<<<< HEAD
 def _check(stream: Any, where: str) -> None:
     if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(stream)):
         raise UsageError(f"{where} gives what is not finite on the calibration data: look at its batches.")
@@ -271,3 +256,9 @@ def _check(stream: Any, where: str) -> None:
 def _told(blocks: Blocks, layer: int, losses: Float[Array, " steps"], end: Float[Array, ""]) -> str:
     began = f"{float(losses[0]):.3g} at first, " if losses.size else ""
     return f"{blocks.path} {layer + 1} of {blocks.stack.depth}: squared error {began}{float(end):.3g} now."
+=======
+def _arrays(params: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf: leaf.whole(jnp.float32) if _is_stored(leaf) else leaf, params, is_leaf=_is_stored
+    )
+>>>>>>> q2

@@ -1,5 +1,6 @@
 """Steps of a recipe, by the name that a config gives them."""
 
+from effjax.compress.steps.abq_llm import ABQ
 from effjax.compress.steps.dgq import Dgq
 from effjax.compress.steps.efficientqat import EfficientQAT
 from effjax.compress.steps.fake_quantise import FakeQuantise, Freeze
@@ -11,6 +12,7 @@ KINDS = {
     "round": Round,
     "finequant": FineQuant,
     "efficientqat": EfficientQAT,
+    "abq_llm": ABQ,
     "calibrate_inputs": CalibrateInputs,
     "dgq": Dgq,
     "fake_quantise": FakeQuantise,

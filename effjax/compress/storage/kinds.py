@@ -1,6 +1,7 @@
 """Layouts of stored weights, by the name that a config gives them."""
 
 from effjax.compress.storage.binary_coding import BinaryCoding
+from effjax.compress.storage.bit_planes import BitPlanes
 from effjax.compress.storage.fake import Fake
 from effjax.compress.storage.shift import Shift
 from effjax.compress.storage.uniform import Uniform
@@ -8,6 +9,7 @@ from effjax.compress.storage.uniform import Uniform
 KINDS = {
     "uniform": Uniform,
     "binary_coding": BinaryCoding,
+    "bit_planes": BitPlanes,
     "shift": Shift,
     "fake": Fake,
 }

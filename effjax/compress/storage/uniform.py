@@ -201,6 +201,11 @@ class Uniform:
         """The largest code."""
         return 2**self.bits - 1
 
+    @property
+    def lowest(self) -> int:
+        """The smallest code that is used."""
+        return 1 if self.symmetric else 0
+
     def groups(self, rows: int, where: str = "the matrix") -> int:
         """How many groups there are along `rows` weights.
 
@@ -265,9 +270,8 @@ class Uniform:
         """Codes as floats, to the nearest; halves to even."""
         rows = matrix.shape[-2]
         parts = matrix.reshape(*matrix.shape[:-2], scale.shape[-2], -1, matrix.shape[-1])
-        lowest = 1 if self.symmetric else 0
         codes = jnp.round(parts / scale[..., None, :]) + zero[..., None, :]
-        codes = jnp.clip(codes, lowest, self.levels)
+        codes = jnp.clip(codes, self.lowest, self.levels)
         return codes.reshape(*matrix.shape[:-2], rows, matrix.shape[-1])
 
     def encode(

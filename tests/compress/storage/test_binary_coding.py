@@ -46,7 +46,7 @@ def test_every_code_of_every_grid_converts(draw):
         codes = jnp.broadcast_to(jnp.arange(2**bits, dtype=jnp.uint8)[:, None], place.shape)
         zero = jnp.asarray(draw.integers(0, 2**bits, (1, 5)), jnp.float32)
         held = layout.held(codes, jnp.asarray(draw.uniform(0.01, 1.0, (1, 5)), jnp.float32), zero, place)
-        np.testing.assert_array_equal(from_uniform(held).matrix(), held.matrix())
+        np.testing.assert_array_equal(from_uniform(held, tables=False).matrix(), held.matrix())
 
 
 def test_a_table_holds_every_sum(draw):
@@ -147,7 +147,7 @@ def test_axes_in_front_and_names(draw):
 
 def test_what_cannot_be_is_refused():
     with pytest.raises(UsageError, match="no multiple of the 8 signs"):
-        BinaryCoding(2, 12, tables=True).groups(24)
+        BinaryCoding(2, 12).groups(24)
     with pytest.raises(UsageError, match="group=-1"):
         BinaryCoding(2, -1)
     held = Uniform(4, -1).store(jnp.ones(PLACE.shape), PLACE)
