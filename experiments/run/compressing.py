@@ -190,7 +190,7 @@ def _times(before: Side, after: Side, rounds: int) -> dict[str, Comparison]:
 
 PRODUCTS = (
     "Times of a product with the largest kernel of each layout, beside those with the same weights in "
-    "bfloat16 and in float32, on this device. A layout that is slower than one of them saves memory, not time."
+    "bfloat16 and in float32, on this device. One that is slower than either saves memory, and no time."
 )
 PRODUCT_HEADINGS = ("layout", "kernel", "rows", "time", "bfloat16", "float32", "brings")
 

@@ -245,20 +245,3 @@ def _adam(lr: float, steps: int) -> optax.GradientTransformation:
 
 def _is_stored(leaf: Any) -> bool:
     return isinstance(leaf, Stored)
-
-
-<<<<<<< HEAD
-def _check(stream: Any, where: str) -> None:
-    if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(stream)):
-        raise UsageError(f"{where} gives what is not finite on the calibration data: look at its batches.")
-
-
-def _told(blocks: Blocks, layer: int, losses: Float[Array, " steps"], end: Float[Array, ""]) -> str:
-    began = f"{float(losses[0]):.3g} at first, " if losses.size else ""
-    return f"{blocks.path} {layer + 1} of {blocks.stack.depth}: squared error {began}{float(end):.3g} now."
-=======
-def _arrays(params: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf: leaf.whole(jnp.float32) if _is_stored(leaf) else leaf, params, is_leaf=_is_stored
-    )
->>>>>>> q2
