@@ -1,0 +1,1 @@
+"""Recipes for experiments.compress: ways to make a trained network smaller."""
