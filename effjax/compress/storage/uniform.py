@@ -144,10 +144,19 @@ def _integers(rows: Float[Array, "r k"], kernel: QTensor) -> Float[Array, "r n"]
     a, a_scale, a_zero = layout.inputs.codes(rows, kernel.inputs)
     zero = jnp.broadcast_to(kernel.zeros(), (groups, math.prod(kernel.outs))).astype(jnp.int32)
     codes = unpack(kernel.codes, layout.bits, rows.shape[1])  # [K, N]
-    exact = integer_product(a.astype(jnp.int8), a_zero.astype(jnp.int32), codes, zero, layout.bits)
-    scale = kernel.scale.astype(jnp.float32)
-    y = jnp.sum(exact.astype(jnp.float32) * scale[:, None], 0) * a_scale  # [R, N]
-    return y.astype(rows.dtype)
+    a, a_zero = a.astype(jnp.int8), a_zero.astype(jnp.int32)
+    scale, size = kernel.scale.astype(jnp.float32), rows.shape[1] // groups
+
+    def add(y: Float[Array, "r n"], group: Array) -> tuple[Float[Array, "r n"], None]:
+        """One group more: all at once would hold R x N sums for each."""
+        own = jax.lax.dynamic_slice_in_dim(a, group * size, size, 1)  # [R, K / G]
+        part = jax.lax.dynamic_slice_in_dim(codes, group * size, size)  # [K / G, N]
+        exact = integer_product(own, a_zero, part, zero[group][None], layout.bits)[0]  # [R, N]
+        return y + exact.astype(jnp.float32) * scale[group][None], None
+
+    start = jnp.zeros((rows.shape[0], codes.shape[1]), jnp.float32)
+    y, _ = jax.lax.scan(add, start, jnp.arange(groups))
+    return (y * a_scale).astype(rows.dtype)
 
 
 def flat(kernel: Float[Array, "..."], place: Place) -> Float[Array, "*front k n"]:
