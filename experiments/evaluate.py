@@ -3,12 +3,16 @@
     python -m experiments.evaluate --workdir=runs/vit
     python -m experiments.evaluate --workdir=runs/vit --step=1000 --noema
     python -m experiments.evaluate --workdir=runs/lm --probes=copy,recall,needle --lengths=64,128,256
+    python -m experiments.evaluate --workdir=runs/lm --probes=needle,recall --method=window:budget=64 \\
+        --method=heavy_hitters:budget=64 --method="all:storage=quantised(bits=4,residual=32)"
 
 Prints a line of metrics for each evaluator; of text also the perplexity and the bits a byte. `--ema` and
 `--noema` choose between the averaged and the last weights; by default each evaluator's own setting holds.
 
 With `--probes` it prints instead the share of right answers of a language model to questions that only its
-context answers, by length in tokens: see `effjax.data.probes`.
+context answers, by length in tokens: see `effjax.data.probes`. With `--method`, as in experiments.accelerate,
+answers are decoded token by token, by the full model and by each method, with the bytes of the caches of a
+sequence of the last length.
 """
 
 from absl import flags
@@ -20,6 +24,11 @@ STEP = flags.DEFINE_integer("step", None, "which checkpoint; the newest by defau
 EMA = flags.DEFINE_boolean("ema", None, "averaged or last weights; what each evaluator says by default")
 PROBES = flags.DEFINE_list("probes", None, "what a language model is asked: copy, recall, induction, needle")
 LENGTHS = flags.DEFINE_list("lengths", ["64"], "of --probes: how many tokens a sequence has")
+METHODS = flags.DEFINE_multi_string(
+    "method",
+    [],
+    "of --probes: KIND:FIELD=VALUE,... that changes how a model writes; may be given several times",
+)
 EXAMPLES = flags.DEFINE_integer("examples", 256, "of --probes: how many sequences of each length")
 
 
@@ -27,15 +36,19 @@ def main(argv: list[str]) -> None:
     """Evaluates."""
     del argv
     from effjax.errors import UsageError
+    from experiments.run.method_spec import parse
     from experiments.run.restore import load_state
 
     if WORKDIR.value is None:
         raise UsageError("--workdir is missing. Name a run: --workdir=runs/NAME.")
     lengths = [_length(text) for text in LENGTHS.value]
+    if METHODS.value and not PROBES.value:
+        raise UsageError("--method is asked probes: name them, --probes=needle,recall.")
+    methods = [parse(spec) for spec in METHODS.value]
     program, state = load_state(WORKDIR.value, STEP.value)
     title = f"{WORKDIR.value}, step {int(state.step)}"
     if PROBES.value:
-        _ask(program, state, title, lengths)
+        _ask(program, state, title, lengths, methods)
     else:
         _evaluate(program, state, title)
 
@@ -56,13 +69,18 @@ def _evaluate(program, state, title: str) -> None:
     closing_table(title, shown)
 
 
-def _ask(program, state, title: str, lengths: list[int]) -> None:
+def _ask(program, state, title: str, lengths: list[int], methods: list) -> None:
     from experiments.run.closing import print_table
-    from experiments.run.probing import probe_table
+    from experiments.run.probing import probe_table, written_table
 
     variables = program.variables(state, state.ema is not None if EMA.value is None else EMA.value)
-    rows = probe_table(program, variables, PROBES.value or [], lengths, EXAMPLES.value)
-    print_table(f"{title}: share of right answers", ["tokens", *map(str, lengths)], rows)
+    asked, columns = (PROBES.value or [], lengths, EXAMPLES.value), list(map(str, lengths))
+    title = f"{title}: share of right answers"
+    if methods:
+        headings = ["method", "probe", f"cache of {lengths[-1]}", *columns]
+        print_table(title, headings, written_table(program, variables, methods, *asked))
+    else:
+        print_table(title, ["tokens", *columns], probe_table(program, variables, *asked))
 
 
 def _length(text: str) -> int:

@@ -14,6 +14,7 @@ from effjax.decoding.forced import forced
 from effjax.decoding.gemfilter import GemFilter, compress
 from effjax.decoding.layer_plan import PLANS, planned
 from effjax.decoding.policies.policy import Policy
+from effjax.errors import UsageError
 from effjax.measure.analytic.active import decode_macs
 from effjax.measure.latency import Comparison, compare
 from effjax.mixers.unified_softmax import UnifiedSoftmax
@@ -25,7 +26,7 @@ from experiments.run.accelerating import FOLDER, WHOLE, Source, agreement, evalu
 from experiments.run.closing import print_table
 from experiments.run.files import to_json, write_atomic
 from experiments.run.formatting import count, duration, measurement
-from experiments.run.method_spec import Asked
+from experiments.run.method_spec import WRITING, Asked
 from experiments.run.plots import pareto
 from experiments.run.report import Figure, Section, Table, with_section
 from experiments.run.restore import read_weights
@@ -132,12 +133,8 @@ def measure(
     Raises:
       UsageError: for a model that a method does not suit.
     """
-    model = language_model(program)
-    variables = {**variables, "params": program.experiment.train.precision.cast(variables["params"])}
-    variables = model.layers_apart(variables)
+    ways = ways_of(program, variables, methods)
     made = {asked.label: asked.method for asked in methods}
-    ways = {WHOLE: Way(model, variables)}
-    ways |= {label: way_of(method, model, variables) for label, method in made.items()}
     data = _first(evaluator.open(read_weights).data, examples)
     first = prompt_of(data)
     with activate(program.mesh, program.rules):
@@ -164,6 +161,25 @@ def measure(
     return rows, first
 
 
+def ways_of(program: Program, variables: Any, methods: Sequence[Asked]) -> dict[str, Way]:
+    """The full model of a run, and what every method makes of it, by their labels.
+
+    Raises:
+      UsageError: for a model that a method does not suit, or a method that is none for writing.
+    """
+    model = language_model(program)
+    variables = {**variables, "params": program.experiment.train.precision.cast(variables["params"])}
+    variables = model.layers_apart(variables)
+    for asked in methods:
+        if not isinstance(asked.method, STEPWISE):
+            raise UsageError(
+                f"--method={asked.label} changes nothing of how a model writes token by token: name one of "
+                f"{', '.join(WRITING)}."
+            )
+    made = {asked.label: way_of(asked.method, model, variables) for asked in methods}
+    return {WHOLE: Way(model, variables), **made}
+
+
 def way_of(method: Any, model: LM, variables: Any) -> Way:
     """The way that a method makes of a model; what cannot be is refused before anything is compiled.
 
@@ -180,6 +196,13 @@ def way_of(method: Any, model: LM, variables: Any) -> Way:
         jax.eval_shape(functools.partial(kept.init_cache, 1, 2))
         return Way(kept, variables)
     return Way(*planned(model, variables, method.plan(model.depth)))
+
+
+def answered(way: Way, evaluator: Any, examples: int) -> tuple[float, int]:
+    """The share of an evaluator's answers that are right token by token, and bytes of a row's caches."""
+    data = _first(evaluator.open(read_weights).data, examples)
+    _, right, _, cache_bytes, _ = _said(way, data, prompt_of(data))
+    return float(np.mean(right)), cache_bytes
 
 
 def _first(data: Any, examples: int) -> list[dict[str, np.ndarray]]:

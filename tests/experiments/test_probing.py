@@ -7,7 +7,8 @@ import pytest
 from effjax.data.probes import Probe
 from effjax.errors import UsageError
 from effjax.train.tasks.mean import Mean
-from experiments.run.probing import probe_data, probe_table
+from experiments.run.method_spec import parse
+from experiments.run.probing import probe_data, probe_table, written_table
 from tests.train.toy import program_of
 
 
@@ -50,6 +51,24 @@ def test_a_model_trained_on_probes_is_asked_with_their_tokens():
     assert data.source.seed not in (trained.experiment.data.source.seed, 1)
     # 128 tokens have room for 32 pairs, and 40 tokens are keys for 19.
     assert {int(row.nonzero()[0][0]) for row in next(data.open().evaluate())["weights"]} == {2 * 19}
+
+
+def test_methods_answer_token_by_token_beside_the_full_model(program):
+    """What keeps everything is right where the full model is; the last length tells the bytes."""
+    variables = program.variables(program.init(), ema=False)
+    specs = ["all", "window:budget=12,sinks=1", "unified_softmax:splits=3"]
+    rows = written_table(
+        program, variables, [parse(spec) for spec in specs], ["copy", "needle"], [16, 32], 16
+    )
+    assert [row[:2] for row in rows] == [[m, p] for m in ("full model", *specs) for p in ("copy", "needle")]
+    full, kept, window, parts = (rows[i : i + 2] for i in (0, 2, 4, 6))
+    assert [row[2:] for row in full] == [row[2:] for row in kept] == [row[2:] for row in parts]
+    whole = probe_table(program, variables, ["copy", "needle"], [16, 32], 16)
+    assert [row[3:] for row in full] == [row[1:] for row in whole]
+    sizes = [float(row[2].removesuffix("kB")) for row in (full[0], window[0])]
+    assert sizes[1] / sizes[0] == pytest.approx(12 / 32, rel=0.02)
+    with pytest.raises(UsageError, match=r"cats:sparsity=0\.5 changes nothing of how a model writes"):
+        written_table(program, variables, [parse("cats:sparsity=0.5")], ["copy"], [16], 4)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,12 @@ the cache holds the keys beside it. See `effjax.mixers.boundaries`.
 """
 
 import dataclasses
-from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
 from effjax.decoding.cache import Cache
-from effjax.decoding.policies.policy import Policy
+from effjax.decoding.policies.policy import Look, Policy
 from effjax.errors import UsageError
 from effjax.mixers.boundaries import attention_ratio
 
@@ -26,8 +25,6 @@ class AttentionShift(Policy):
 
     window: int = 4
 
-    watches: ClassVar[bool] = True
-
     def init(self, batch: int, slots: int, groups: int, head_dim: int, dtype: DTypeLike) -> Cache:
         """An empty cache, with a ratio of 0 for every slot."""
         cache = super().init(batch, slots, groups, head_dim, dtype)
@@ -37,15 +34,24 @@ class AttentionShift(Policy):
         """Names of the axes."""
         return dataclasses.replace(super().axes(), state=("batch", "slots"))
 
-    def observe(self, cache: Cache, weights: Float[Array, "b h n s"]) -> Cache:
+    def looked(
+        self,
+        cache: Cache,
+        keys: Float[Array, "b s groups d"],
+        values: Float[Array, "b s groups d"],
+        tokens: int,
+        look: Look,
+    ) -> tuple[Float[Array, "b n h d"], Cache]:
         """Tells, once the text is there.
 
         Raises:
           UsageError: for a text that comes in pieces, or is shorter than the cache.
         """
-        if weights.shape[2] != cache.slots:
+        if tokens != cache.slots:
             raise UsageError(
-                f"{weights.shape[2]} tokens came into a cache of {cache.slots} slots: what later tokens look "
-                f"at is known of whole texts alone, in caches of their length."
+                f"{tokens} tokens came into a cache of {cache.slots} slots: what later tokens look at is "
+                f"known of whole texts alone, in caches of their length."
             )
-        return dataclasses.replace(cache, state=attention_ratio(weights, self.window))
+        y, weights = look(keys, values, cache.positions, cache.size, tell=True)
+        assert weights is not None
+        return y, dataclasses.replace(cache, state=attention_ratio(weights, self.window))

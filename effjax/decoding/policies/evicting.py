@@ -77,8 +77,7 @@ class Evicting(Policy):
         if keys.shape[1] <= cache.slots:
             return super().attend(cache, queries, keys, values, positions, look)
         whole = self.beside(cache, keys, values, positions)  # S + N slots
-        y, weights = look(whole.keys, whole.values, whole.positions, whole.size, tell=self.watches)
-        whole = whole if weights is None else self.observe(whole, weights)
+        y, whole = self.looked(whole, whole.keys, whole.values, keys.shape[1], look)
         return y, self.condense(cache, whole, jnp.max(positions, axis=1))
 
     def beside(

@@ -9,14 +9,14 @@ there.
 """
 
 import dataclasses
-from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from effjax.decoding.cache import Cache
 from effjax.decoding.policies.evicting import ALWAYS, Evicting, numbers, of_each_head
-from effjax.decoding.policies.policy import attention_taken
+from effjax.decoding.policies.policy import Look
+from effjax.decoding.policies.taken import look_and_sum
 from effjax.errors import UsageError
 
 
@@ -29,8 +29,6 @@ class HeavyHitters(Evicting):
     """
 
     recent: int | None = None
-
-    watches: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,9 +53,14 @@ class HeavyHitters(Evicting):
         late = at > newest[:, None, None] - recent
         return jnp.where(late, ALWAYS, cache.score)
 
-    def observe(self, cache: Cache, weights: Float[Array, "b h n s"]) -> Cache:
-        """Adds what was taken now."""
-        assert cache.score is not None
-        return dataclasses.replace(
-            cache, score=cache.score + attention_taken(weights, cache.positions.shape[2])
-        )
+    def looked(
+        self,
+        cache: Cache,
+        keys: Float[Array, "b s groups d"],
+        values: Float[Array, "b s groups d"],
+        tokens: int,
+        look: Look,
+    ) -> tuple[Float[Array, "b n h d"], Cache]:
+        """Adds to the scores what is taken now."""
+        y, taken = look_and_sum(look, keys, values, cache.positions, cache.size, tokens)
+        return y, dataclasses.replace(cache, score=cache.score + taken)

@@ -19,7 +19,6 @@ head's threshold sinks until they fit. With as many slots as tokens this is the 
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,8 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from effjax.decoding.cache import EMPTY, Cache
 from effjax.decoding.policies.evicting import Evicting, numbers, of_each_head
-from effjax.decoding.policies.policy import Look, attention_taken
+from effjax.decoding.policies.policy import Look
+from effjax.decoding.policies.taken import look_and_sum
 from effjax.decoding.storage.plain import Plain
 from effjax.errors import UsageError
 
@@ -56,8 +56,6 @@ class KVMerger(Evicting):
     heavy: int | None = None
     reserve: int | None = None
     proportional: bool = False
-
-    watches: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,13 +93,6 @@ class KVMerger(Evicting):
         each = ("batch", "slots", "kv_heads")
         return dataclasses.replace(super().axes(), positions=each, score=each, size=each)
 
-    def observe(self, cache: Cache, weights: Float[Array, "b h n s"]) -> Cache:
-        """Adds what was taken now."""
-        assert cache.score is not None
-        return dataclasses.replace(
-            cache, score=cache.score + attention_taken(weights, cache.positions.shape[2])
-        )
-
     def attend(
         self,
         cache: Cache,
@@ -116,15 +107,11 @@ class KVMerger(Evicting):
         def roomy(cache: Cache) -> tuple[Array, Cache]:
             cache = self.add(cache, keys, values, positions)
             held = self.read(cache.keys, keys), self.read(cache.values, values)  # [B, S, G, D]
-            y, weights = look(*held, cache.positions, self._counts(cache), tell=True)  # [B, N, H, D]
-            assert weights is not None
-            return y, self.observe(cache, weights)
+            return self.looked(cache, *held, keys.shape[1], look)
 
         def crowded(cache: Cache) -> tuple[Array, Cache]:
             whole = self.beside(cache, keys, values, positions)  # S + N slots
-            y, weights = look(whole.keys, whole.values, whole.positions, self._counts(whole), tell=True)
-            assert weights is not None
-            whole = self.observe(whole, weights)
+            y, whole = self.looked(whole, whole.keys, whole.values, keys.shape[1], look)
             many = jnp.sum(whole.positions >= 0, axis=1) > cache.slots  # [B, G]
             return y, self._hold(cache, self.merged(whole, many, cache.slots), jnp.ones_like(many))
 
@@ -138,8 +125,18 @@ class KVMerger(Evicting):
         full = lambda cache: jnp.any(filled(cache.positions) == cache.slots)  # noqa: E731
         return roomy(jax.lax.while_loop(full, self.make_room, cache))
 
-    def _counts(self, cache: Cache) -> Float[Array, "b slots groups"] | None:
-        return cache.size if self.proportional else None
+    def looked(
+        self,
+        cache: Cache,
+        keys: Float[Array, "b s groups d"],
+        values: Float[Array, "b s groups d"],
+        tokens: int,
+        look: Look,
+    ) -> tuple[Float[Array, "b n h d"], Cache]:
+        """Adds to the scores what is taken now."""
+        size = cache.size if self.proportional else None
+        y, taken = look_and_sum(look, keys, values, cache.positions, size, tokens)  # [B, N, H, D]
+        return y, dataclasses.replace(cache, score=cache.score + taken)
 
     def add(
         self,

@@ -2,7 +2,7 @@
 
     cache <- add(cache, k, v)
     y = p V,   p = softmax(q K^T + log size)            K, V = what is held
-    cache <- observe(cache, p)                          where the policy watches
+    cache <- what p teaches it                          where the policy watches: `looked`
 
 A model whose `cache` is a policy decodes under it, with the parameters that it has:
 `model.clone(cache=Window(64))`. The mixer says how queries look (`Look`): its scale, its mask, its sparsity;
@@ -12,7 +12,6 @@ the policy says what there is to be looked at.
 import dataclasses
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from effjax.config import part
@@ -60,8 +59,6 @@ class Policy:
     _: dataclasses.KW_ONLY
     storage: Storage = part(STORAGES, default=Plain())
 
-    # Whether `observe` wants to know how much of each slot was taken.
-    watches: ClassVar[bool] = False
     # Whether tokens that were written last can be taken back: `effjax.decoding.rewind`.
     rewinds: ClassVar[bool] = True
 
@@ -105,8 +102,7 @@ class Policy:
         """
         cache = self.add(cache, keys, values, positions)
         held = self.read(cache.keys, keys), self.read(cache.values, values)  # [B, S, G, D]
-        y, weights = look(*held, cache.positions, cache.size, tell=self.watches)  # [B, N, H, D]
-        return y, cache if weights is None else self.observe(cache, weights)
+        return self.looked(cache, *held, keys.shape[1], look)
 
     def add(
         self,
@@ -118,16 +114,25 @@ class Policy:
         """Puts new tokens into the cache."""
         return append(cache, keys, values, positions, self.storage)
 
-    def observe(self, cache: Cache, weights: Float[Array, "b h n s"]) -> Cache:
-        """Learns from how much of each slot was taken."""
-        raise NotImplementedError
+    def looked(
+        self,
+        cache: Cache,
+        keys: Float[Array, "b s groups d"],
+        values: Float[Array, "b s groups d"],
+        tokens: int,
+        look: Look,
+    ) -> tuple[Float[Array, "b n h d"], Cache]:
+        """Lets all new tokens look at the slots; a policy may learn from how much of each they take.
+
+        Args:
+          cache: with the new tokens.
+          keys: of its slots, as numbers.
+          values: of its slots, as numbers.
+          tokens: how many are new.
+          look: what they take from slots.
+        """
+        return look(keys, values, cache.positions, cache.size)[0], cache  # [B, N, H, D]
 
     def read(self, held: Any, like: Float[Array, "b n groups d"]) -> Float[Array, "b s groups d"]:
         """All keys or values that are held, in the dtype of new ones."""
         return self.storage.read(held).astype(like.dtype)
-
-
-def attention_taken(weights: Float[Array, "b h n s"], groups: int) -> Float[Array, "b s groups"]:
-    """How much of each slot all queries of a group's heads took together."""
-    b, h, n, s = weights.shape
-    return jnp.sum(weights.reshape(b, groups, h // groups * n, s), axis=2).swapaxes(1, 2)

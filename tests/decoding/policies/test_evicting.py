@@ -5,16 +5,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import meta
 
 from effjax.config import build
 from effjax.decoding.cache import EMPTY
+from effjax.decoding.policies import taken as taken_module
 from effjax.decoding.policies.heavy_hitters import HeavyHitters
 from effjax.decoding.policies.kinds import POLICIES
+from effjax.decoding.policies.kvmerger import KVMerger
 from effjax.decoding.policies.policy import Policy
+from effjax.decoding.policies.taken import look_and_sum
 from effjax.decoding.policies.window import Window
 from effjax.errors import UsageError
 from effjax.models.lm import LM
-from tests.decoding.policies.common import BLOCK, stepwise, toy, variables
+from tests.decoding.policies.common import BLOCK, plain_look, stepwise, toy, variables
 
 SIZE = 14
 EVICTING = {"window": Window, "heavy_hitters": HeavyHitters}
@@ -69,8 +73,9 @@ def test_heavy_hitters_are_those_of_the_largest_sums(draw):
     cache = policy.init(1, 20, groups, 4, jnp.float32)
     weights = draw.dirichlet(np.ones(n + 5), (1, 4, n)).astype(np.float32)
 
-    def look(keys, values, held, size=None, among=None, tell=False):
+    def look(keys, values, held, size=None, among=None, tell=False, part=None):
         assert tell
+        assert part is None
         assert keys.shape[1] == 5 + n
         return jnp.zeros((1, n, 4, 4)), jnp.asarray(weights)
 
@@ -108,6 +113,49 @@ def test_what_padding_attends_to_counts_for_nothing(tokens):
     _, padded = step(variables(), tokens, model.init_cache(3, SIZE), places - 4)
     _, alone = step(variables(), tokens[:, 4:], model.init_cache(3, SIZE), places[:, :-4])
     np.testing.assert_allclose(padded.score[:, :, 4:], alone.score[:, :, :-4], atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", [HeavyHitters(budget=6), KVMerger(budget=6, sinks=1, epsilon=0.3)])
+def test_blocks_of_a_prompt_sum_to_the_whole(monkeypatch, tokens, policy):
+    """Of 10 tokens 4 look at a time, and 2; the second layer reads what the first made of them."""
+    held = {}
+    for most in (2**26, 10):
+        monkeypatch.setattr(taken_module, "LOGITS_AT_ONCE", most)
+        monkeypatch.setattr(taken_module, "BLOCK", 4)
+        held[most] = stepwise(toy(cache=policy), tokens, 10, [14, 9, 12])
+    (whole, after, _), (blocks, by_blocks, _) = held.values()
+    np.testing.assert_allclose(blocks, whole, atol=2e-5)
+    np.testing.assert_array_equal(by_blocks.positions, after.positions)
+    np.testing.assert_allclose(by_blocks.score, after.score, atol=2e-5)
+
+
+def test_blocks_sum_what_is_taken(draw):
+    """Against the sums of all weights in NumPy, in every cut of the queries."""
+    n, slots, groups = 11, 13, 2
+    positions = jnp.broadcast_to(jnp.arange(n)[None] + 2, (2, n))
+    query = jnp.asarray(draw.normal(size=(2, n, 4, 5)), jnp.float32)
+    keys, values = (jnp.asarray(draw.normal(size=(2, slots, groups, 5)), jnp.float32) for _ in range(2))
+    held = jnp.broadcast_to(jnp.arange(slots)[None], (2, slots))
+    look = plain_look(query, positions, groups)
+    _, weights = look(keys, values, held, tell=True)
+    sums = np.asarray(weights, float).reshape(2, groups, 2, n, slots).sum((2, 3))
+    y, _ = look(keys, values, held)
+    for block in (1, 3, 4, 10, 11, 12):
+        run = jax.jit(lambda: look_and_sum(look, keys, values, held, None, n, block))  # noqa: B023
+        taken_y, taken = run()
+        np.testing.assert_allclose(taken, np.moveaxis(sums, 1, 2), rtol=1e-5)
+        np.testing.assert_allclose(taken_y, y, atol=1e-6)
+
+
+def test_a_prompt_of_16k_tokens_needs_no_square():
+    """All weights of 4 heads would be 4.3 GB; what is compiled says how much it takes."""
+    model, tokens = toy(cache=HeavyHitters(budget=64), depth=1), 2**14
+    shapes = jax.eval_shape(lambda: model.init_cache(1, tokens))
+    prompt = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    held = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    step = jax.jit(functools.partial(model.apply, method="step"))
+    memory = step.lower(meta.unbox(held), prompt, shapes).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 3e8
 
 
 def test_heavy_hitters_of_heads_differ(tokens):

@@ -34,7 +34,8 @@ def prompt(policy, keys, values, queries, cache=None):
     """What a policy holds of a prompt whose heads are alike in all but their keys."""
     batch, count, groups, size = keys.shape
 
-    def look(keys, values, held, counts=None, among=None, tell=False):
+    def look(keys, values, held, counts=None, among=None, tell=False, part=None):
+        assert part is None
         logits = jnp.einsum("bngd,bsgd->bgns", queries, keys) / size**0.5
         logits += 0.0 if counts is None else jnp.log(counts).swapaxes(1, 2)[:, :, None]
         seen = jnp.moveaxis(held, 2, 1)[:, :, None]
