@@ -9,6 +9,11 @@
     least squared error. `--recipe.steps[0].layout.group=128` takes more.
 
 Tables and kernels with few inputs stay as they are: a pixel that is embedded alone has no group. Seconds.
+
+    bits                                             float    8        4        3        2
+    accuracy of `vision/vit.py:digits`, 360 digits   98.06%   98.06%   98.33%   96.67%   85.56%
+    perplexity of `language/moe.py:pydocs-dense`     4.046    4.046    4.061    4.130    4.615
+    Fréchet distance of `diffusion/dit.py:digits`    0.370    0.370    0.362
 """
 
 from ml_collections import ConfigDict
