@@ -35,6 +35,20 @@ SLOW = Path(__file__).with_name("slow.txt")
 SECONDS = 0.5
 
 
+# Compiled programs stay mapped, and Linux gives a process 65,530 mappings: a compiler that asks for more
+# crashes. After so many tests they are counted, and let go where there are many.
+COUNTED, MANY = 20, 25_000
+MAPS = Path("/proc/self/maps")
+RUN = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    run = item.session.stash[RUN] = item.session.stash.get(RUN, 0) + 1
+    if run % COUNTED == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def draw():
     """Numbers that do not depend on which tests ran before in this process."""
