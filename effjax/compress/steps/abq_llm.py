@@ -150,7 +150,8 @@ class ABQ:
                     variables["params"], leaves, places,
                     lambda params: run({**variables, "params": params}, *one), calibration.key,
                 ) if self.scale_lr else ())  # fmt: skip
-            start = self._start(leaves, places, found[0], {path: tops[layer] for path, tops in seen.items()})
+            entering = {path: jnp.asarray(tops[layer]) for path, tops in seen.items()}
+            start = self._start(leaves, places, found[0], entering)
             vectors = layer < self.ends[0] or layer >= blocks.stack.depth - self.ends[1]
             rate = jnp.asarray(self.vector_lr if vectors else 0.0)
             learned, losses = teach(found[0], start, rate, variables, before, x, goal, each, shared)
