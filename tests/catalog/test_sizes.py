@@ -69,7 +69,7 @@ def test_every_published_size_stands_in_the_catalogue():
     built = {
         f"{file.relative_to(ROOT).as_posix()}:{variant}"
         for file in (ROOT / "configs").rglob("*.py")
-        if file.name != "__init__.py"
+        if file.name != "__init__.py" and file.parent.name != "compress"  # recipes have no model
         for variant in published(getattr(module_of(file.relative_to(ROOT).as_posix()), "VARIANTS", ()))
     }
     assert built == listed
