@@ -30,7 +30,8 @@ OWN = (
     "regression",
     "autoregression",
     "probe",
-    "short",
+    "needles",
+    "pairs",
     "sum",
 )
 SHARED = ("-flow", "-22k", "-tuned", "-reflow", "-one-step", "-ucf101", "-cityscapes", "-plain")
