@@ -5,7 +5,7 @@
 
 A recipe is a config: a list of steps (`effjax.compress.steps`), calibrated on the run's training data;
 `--recipe.steps[0].layout.bits=3` changes it as `--config.` does a run's. The folder that is left is a run
-like any other: evaluate, accelerate, sample, generate, plan and export it. Its weights are stored as the
+to evaluate, sample and generate with. Its weights are stored as the
 recipe says and do not train.
 
 Prints what the run's evaluators say of both, the bytes that the weights hold on the device, and the time of a

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from effjax.compress.storage.trees import replaced
 from effjax.compress.subject import Batch, Subject, leaf_at
 from effjax.errors import UsageError
 from effjax.layers.stack import Stack, layer_of
@@ -106,6 +107,42 @@ def found_in(subject: Subject, batches: Sequence[Batch]) -> list[tuple[Blocks, E
         raise UsageError(f"{type(subject.model).__name__} has no stack of blocks to teach one by one.")
     return [(told[path], jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one[path] for one in made)))
             for path in told]  # fmt: skip
+
+
+def stack_by_stack(
+    subject: Subject,
+    places: Mapping[str, Place],
+    batches: Sequence[Batch],
+    layout: Any,
+    compress: Callable[[Blocks, dict[str, Place]], Callable[..., Any]],
+) -> Subject:
+    """Compresses the kernels of all stacks of a network, in the order in which these run.
+
+    Args:
+      subject: the network as it was trained.
+      places: its kernels that are taken.
+      batches: of training data.
+      layout: that the kernels get, for its groups.
+      compress: from a stack, and its kernels by their path in a block, to what `one_by_one` is given.
+
+    Raises:
+      UsageError: where no kernel stands in a stack of blocks, a group does not divide one, or what enters or
+        leaves a block is not finite.
+    """
+    small, taken = subject, 0
+    for number, (blocks, entered) in enumerate(found_in(subject, batches)):
+        own = within(blocks, places)
+        for path, place in own.items():
+            layout.groups(place.matrix[0], f"{blocks.path}/{path}")
+        if not own:
+            continue
+        # A later stack is entered by what the compressed ones before it made.
+        x = found_in(small, batches)[number][1].x if taken else entered.x
+        made = one_by_one(blocks, subject.variables, entered, x, compress(blocks, own))
+        small, taken = small.with_params(replaced(small.params, made)), taken + len(own)
+    if not taken:
+        raise UsageError("kernels names none inside the blocks, which alone are taught.")
+    return small
 
 
 def one_by_one(

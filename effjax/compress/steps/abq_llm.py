@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, DTypeLike, Float
 
-from effjax.compress.blocks import Blocks, difference, evaluated, found_in, one_by_one, within
+from effjax.compress.blocks import Blocks, difference, evaluated, stack_by_stack
 from effjax.compress.equivalent import Pair, channels, pairs_of, scaled
 from effjax.compress.rounding import fake
 from effjax.compress.storage.bit_planes import BitPlanes, tokens_coded
@@ -116,21 +116,12 @@ class ABQ:
         places = chosen(subject, self.kernels, self.leave)
         batches = calibration.first(self.batches)
         entering = watch(subject, places, map(evaluated, batches), _tallest, jnp.maximum)
-        small, taken = subject, 0
-        for number, (blocks, entered) in enumerate(found_in(subject, batches)):
-            own = within(blocks, places)
-            for path, place in own.items():
-                self.layout.groups(place.matrix[0], f"{blocks.path}/{path}")
-            if not own:
-                continue
-            x = found_in(small, batches)[number][1].x if taken else entered.x
+
+        def compress(blocks: Blocks, own: Places) -> Any:
             seen = {path: entering[f"{blocks.path}/{path}"] for path in own}
-            compress = self._compress(blocks, own, seen, calibration)
-            made = one_by_one(blocks, subject.variables, entered, x, compress)
-            small, taken = small.with_params(replaced(small.params, made)), taken + len(own)
-        if not taken:
-            raise UsageError(f"kernels={self.kernels} names none inside the blocks, which alone are taught.")
-        return small
+            return self._compress(blocks, own, seen, calibration)
+
+        return stack_by_stack(subject, places, batches, self.layout, compress)
 
     def _compress(
         self, blocks: Blocks, places: Places, seen: Mapping[str, Any], calibration: Calibration

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from effjax.compress.blocks import Blocks, difference, evaluated, found_in, one_by_one, within
+from effjax.compress.blocks import Blocks, difference, evaluated, stack_by_stack
 from effjax.compress.rounding import SMALLEST, fake
 from effjax.compress.storage.trees import replaced, stored_in
 from effjax.compress.storage.uniform import QTensor, Uniform, flat, unflat
@@ -81,21 +81,12 @@ class EfficientQAT:
         """
         places = chosen(subject, self.kernels, self.leave)
         batches = calibration.first(self.batches)
-        found = found_in(subject, batches)
-        small, steps, taken = subject, self.epochs * len(batches), 0
-        for number, (blocks, entered) in enumerate(found):
-            own = within(blocks, places)
-            for path, place in own.items():
-                self.layout.groups(place.matrix[0], f"{blocks.path}/{path}")
-            if not own:
-                continue
-            # A later stack is entered by what the compressed ones before it made.
-            x = found_in(small, batches)[number][1].x if taken else entered.x
-            compress = self._taught(blocks, own, steps, calibration.report)
-            made = one_by_one(blocks, subject.variables, entered, x, compress)
-            small, taken = small.with_params(replaced(small.params, made)), taken + len(own)
-        if not taken:
-            raise UsageError(f"kernels={self.kernels} names none inside the blocks, which alone are trained.")
+        steps = self.epochs * len(batches)
+
+        def compress(blocks: Blocks, own: Places) -> Any:
+            return self._taught(blocks, own, steps, calibration.report)
+
+        small = stack_by_stack(subject, places, batches, self.layout, compress)
         return end_to_end(small, calibration, self.end_to_end, self.end_to_end_lr, self.clip)
 
     def _taught(
