@@ -130,6 +130,8 @@ def _convert(hint: Any, metadata: Mapping[str, Any], value: Any, path: str) -> A
             raise UsageError(f"{path} is {value!r}. {did_you_mean(str(value), map(str, arguments))}")
         return value
     if "kinds" in metadata:
+        if value is None and hint is Any:
+            return None
         return build_kind(metadata["kinds"], value, path)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build(hint, value, path)

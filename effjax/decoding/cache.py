@@ -72,11 +72,12 @@ def init_cache(
     head_dim: int,
     dtype: DTypeLike = jnp.float32,
     storage: Storage = Plain(),  # noqa: B008 (it is frozen)
+    value_dim: int | None = None,
 ) -> Cache:
-    """Makes an empty cache for `slots` tokens of `groups` key/value heads."""
+    """Makes an empty cache for `slots` tokens of `groups` key/value heads, see `Policy.init`."""
     return Cache(
         keys=storage.empty("keys", batch, slots, groups, head_dim, dtype),
-        values=storage.empty("values", batch, slots, groups, head_dim, dtype),
+        values=storage.empty("values", batch, slots, groups, value_dim or head_dim, dtype),
         positions=jnp.full((batch, slots), EMPTY, jnp.int32),
         written=jnp.zeros((), jnp.int32),
     )
@@ -85,7 +86,7 @@ def init_cache(
 def append(
     cache: Cache,
     keys: Float[Array, "b n groups d"],
-    values: Float[Array, "b n groups d"],
+    values: Float[Array, "b n groups e"],
     positions: Int[Array, "b n"],
     storage: Storage = Plain(),  # noqa: B008
 ) -> Cache:

@@ -75,6 +75,8 @@ class GemFilter:
             )
         if self.layer >= model.depth:
             raise UsageError(f"layer={self.layer} of {model.depth}: the last one is {model.depth - 1}.")
+        if model.layer_blocks and model.layer_blocks[self.layer].mixer is None:
+            raise UsageError(f"layer={self.layer} has no mixer: choose another.")
 
 
 def compress(
@@ -155,12 +157,14 @@ def _queries_and_keys(
     model: LM, variables: Any, x: Float[Array, "b n c"], positions: Int[Array, "b n"], layer: int
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n g d"]]:
     """Those of one layer, normalised and rotated."""
-    fields = _fields(model.block)
-    block = _Projections(**fields | {"mixer": _Project(fields["mixer"]), "ffn": None})
-    stack: Any = Stack(block, model.depth, shared=model.shared)
-    own = {name: tree["blocks"] for name, tree in variables.items() if "blocks" in tree}
+    block, *own = (
+        _Projections(**_fields(each) | {"mixer": each.mixer and _Project(each.mixer), "ffn": None})
+        for each in (model.block, *model.layer_blocks)
+    )
+    stack: Any = Stack(block, model.depth, shared=model.shared, blocks=tuple(own))
+    of_stack = {name: tree["blocks"] for name, tree in variables.items() if "blocks" in tree}
     context, part = Context(positions=positions), (layer, layer + 1)
-    _, (q, k) = stack.apply(own, x, context, each=(None, model.own()), part=part)  # [1, ..]
+    _, (q, k) = stack.apply(of_stack, x, context, each=(None, model.own()), part=part)  # [1, ..]
     return q[0], k[0]
 
 
@@ -175,8 +179,7 @@ class _FirstLayers(LM):
     ) -> tuple[Float[Array, "b n c"], None]:
         x, _ = self.embed(tokens, context, None)  # [B, N, C]
         if self.layers_run:
-            options: dict[str, Any] = dict(unroll=self.unroll, shared=self.shared)
-            stack = Stack(self.block, self.depth, **options, name="blocks")
+            stack = self.stack(unroll=self.unroll, name="blocks")
             x, _ = stack(x, context, each=(None, self.own()), part=(0, self.layers_run))  # [B, N, C]
         return x, None
 

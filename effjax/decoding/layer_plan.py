@@ -21,7 +21,7 @@ from typing import Any
 
 from effjax.decoding.layer_router import EXECUTE, REPEAT, SKIP
 from effjax.errors import UsageError
-from effjax.layers.stack import Stack, layers_of
+from effjax.layers.stack import layers_of
 from effjax.models.lm import LM
 
 Plan = tuple[int, ...]
@@ -129,7 +129,7 @@ def planned(model: LM, variables: Mapping[str, Any], plan: Sequence[int]) -> tup
             "with norm_scaling a block knows its place: keep the first blocks, or fold the factors into the "
             "weights first, by effjax.compress.norm_scaling.folded."
         )
-    stack = Stack(model.block, model.depth, shared=model.shared)
+    stack = model.stack()
     cut: dict[str, Any] = {}
     for name, tree in variables.items():
         if "blocks" not in tree:
@@ -137,9 +137,12 @@ def planned(model: LM, variables: Mapping[str, Any], plan: Sequence[int]) -> tup
         elif name == "params":
             cut[name] = {**tree, "blocks": stack.layers_of(tree["blocks"], order)}
         else:
-            cut[name] = {**tree, "blocks": layers_of(tree["blocks"], order)}
+            taken = stack.layers_of if model.layer_blocks else layers_of
+            cut[name] = {**tree, "blocks": taken(tree["blocks"], order)}
     kinds = model.layers and tuple(model.layers[layer % len(model.layers)] for layer in order)
-    return model.clone(depth=len(order), layers=kinds, unroll=min(model.unroll, len(order))), cut
+    blocks = model.layer_blocks and tuple(model.layer_blocks[layer] for layer in order)
+    changed: dict[str, Any] = dict(depth=len(order), layers=kinds, layer_blocks=blocks)
+    return model.clone(**changed, unroll=min(model.unroll, len(order))), cut
 
 
 def _known(depth: int, layers: Collection[int]) -> None:

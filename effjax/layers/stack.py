@@ -7,6 +7,9 @@ policy on the scan's body. Other variables (batch statistics, sown values) are s
 
 A scan copies each layer's slice out of the stack. Where layers are read once a token that copy is most of the
 time, and `apart` lays the layers out one by one: the stack then runs them one by one.
+
+Layers that differ in more than their numbers (a pruned network's, a hybrid's) are given as `blocks`. Theirs
+are trees of their own, `layer_0`, `layer_1`, .., and what is compiled grows with the depth.
 """
 
 import functools
@@ -78,14 +81,29 @@ def each_layer(function: Callable[..., Any], *trees: Any) -> Any:
     """Does the same to every layer, whether depth is in front or the layers stand apart.
 
     Args:
-      function: of one layer's slices of the trees.
+      function: of one layer's slices of the trees; not asked of a layer that has nothing.
       *trees: all in one piece, or any of them apart.
     """
     if not is_apart(trees):
         return jax.vmap(function)(*trees)
     found = next(leaf for leaf in jax.tree.leaves(trees, is_leaf=_is_layers) if _is_layers(leaf))
-    layers = [function(*(layer_of(tree, i) for tree in trees)) for i in range(len(found.each))]
-    return jax.tree.map(lambda *leaves: Layers(leaves), *layers)
+    slices = [[layer_of(tree, i) for tree in trees] for i in range(len(found.each))]
+    return beside([function(*own) if jax.tree.leaves(own[0]) else None for own in slices])
+
+
+def beside(layers: Sequence[Any]) -> Any:
+    """One tree of `Layers` from what each layer has; what a layer has not, a leaf or all, is None."""
+
+    def none(leaf: Any) -> bool:
+        return leaf is None
+
+    whole = next((tree for tree in layers if tree is not None), None)
+    layers = [jax.tree.map(lambda _: None, whole) if tree is None else tree for tree in layers]
+
+    def join(*leaves: Any) -> Any:
+        return None if all(map(none, leaves)) else Layers(leaves)
+
+    return jax.tree.map(join, *layers, is_leaf=none)
 
 
 def is_apart(tree: Any) -> bool:
@@ -122,6 +140,7 @@ class Stack(nn.Module):
       remat: name of a rematerialisation policy in `REMAT`.
       unroll: layers, or rounds of turns, a scan iteration; `depth` unrolls the loop whole.
       shared: regexps of the parameters that all layers share: `(".*",)` loops over one layer.
+      blocks: the definition of every layer, where they differ; empty means `block` for all.
     """
 
     block: nn.Module
@@ -129,6 +148,14 @@ class Stack(nn.Module):
     remat: str = "none"
     unroll: int = 1
     shared: tuple[str, ...] = ()
+    blocks: tuple[nn.Module, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.blocks and len(self.blocks) != self.depth:
+            raise UsageError(f"depth={self.depth}, and {len(self.blocks)} blocks are given: one a layer.")
+        if self.blocks and self.shared:
+            raise UsageError("layers that differ share no parameters: leave `shared` out, or the blocks.")
 
     @nn.compact
     def __call__(
@@ -163,18 +190,21 @@ class Stack(nn.Module):
         """
         if self.remat not in REMAT:
             raise UsageError(f"remat is {self.remat!r}. {did_you_mean(self.remat, REMAT)}")
-        block = self.block.clone(parent=None, name=None)
-
         if self.is_initializing():
             drawn = jax.random.split(self.make_rng("params"), self.depth)
 
-            def init(x, slices):
+            def init(x, slices, number=0):
                 key, each = slices
+                block = self.layer_block(number)
                 (y, out), made = block.init_with_output({"params": key}, x, each, *shared, method=method)
                 return y, (out, made)
 
             cut = points or before or through or turns or part
-            if not (cut or train or self.shared or is_apart(each)):
+            if self.blocks:
+                for number, key in enumerate(drawn):
+                    _, (_, made) = init(x, (key, layer_of(each, number)), number)
+                    self._put_layer(number, made)
+            elif not (cut or train or self.shared or is_apart(each)):
                 # A layer is traced once, for its parameters and for what it hands on.
                 if self.depth == 1:
                     y, made = init(x, layer_of((drawn, each), 0))
@@ -183,10 +213,11 @@ class Stack(nn.Module):
                     y, (outs, stacked) = jax.lax.scan(init, x, (drawn, each))
                 _put(self, meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "layers"}))
                 return y, outs
-            stacked = jax.vmap(lambda key: init(x, (key, layer_of(each, 0)))[1][1])(drawn)
-            own, common = self._split(stacked)
-            own = meta.add_axis(own, 0, {nn.PARTITION_NAME: "layers"})
-            _put(self, _together(own, jax.tree.map(lambda leaf: leaf[0], common)))
+            else:
+                stacked = jax.vmap(lambda key: init(x, (key, layer_of(each, 0)))[1][1])(drawn)
+                own, common = self._split(stacked)
+                own = meta.add_axis(own, 0, {nn.PARTITION_NAME: "layers"})
+                _put(self, _together(own, jax.tree.map(lambda leaf: leaf[0], common)))
 
         # What an earlier pass sowed is no layer's.
         variables = {name: meta.unbox(v) for name, v in self.variables.items() if name != "intermediates"}
@@ -198,8 +229,9 @@ class Stack(nn.Module):
         if train and self.has_rng("dropout"):
             keys = jax.random.split(self.make_rng("dropout"), self.depth)
 
-        def layer(x, slices, point=None):
+        def layer(x, slices, point=None, number=0):
             variables, each, key = slices
+            block = self.layer_block(number)
             rngs = {} if key is None else {"dropout": key}
             options: dict[str, Any] = dict(train=train, rngs=rngs, method=method, mutable=mutable)
             if point is not None:
@@ -235,17 +267,23 @@ class Stack(nn.Module):
         parts, seen, outs = [], [], {}
         first, last = (0, self.depth) if part is None else part
         borders, size = {*points, *(layer + 1 for layer in points), *before}, len(turns)
-        one_by_one = is_apart(variables)
+        one_by_one = is_apart(variables) or bool(self.blocks)
+        apart_outs = is_apart(each) if self.blocks else one_by_one
         borders = set(range(self.depth)) if one_by_one else borders
         for start, stop in _segments(first, last, borders, size):
             x = before[start](x, train) if start in before else x
             if stop - start == 1:
                 told = points.get(start, turns[start % size] if turns else None)
-                step = checkpointed(functools.partial(layer, point=told), True)
-                alone = functools.partial(step, slices=layer_of(slices, start))
-                x, (out, *made) = through(alone, x)
-                changed, entered = jax.tree.map(lambda leaf: leaf[None], made)
-                outs[start] = out if one_by_one else jax.tree.map(lambda leaf: leaf[None], out)
+                step = checkpointed(functools.partial(layer, point=told, number=start), True)
+                alone = functools.partial(step, slices=self._slices(slices, start))
+                x, (outs[start], changed, entered) = through(alone, x)
+                entered = jax.tree.map(lambda leaf: leaf[None], entered)
+                if self.blocks:
+                    self._put_layer(start, {} if self.is_initializing() else changed)
+                    changed = {}
+                changed = jax.tree.map(lambda leaf: leaf[None], changed)
+                if not apart_outs:
+                    outs[start] = jax.tree.map(lambda leaf: leaf[None], outs[start])
             else:
                 whole = stop - start == self.depth
                 cut = slices if whole else jax.tree.map(lambda a: a[start:stop], slices)  # noqa: B023
@@ -266,20 +304,49 @@ class Stack(nn.Module):
         if watched:
             self.sow("intermediates", "stream", (*seen, jax.tree.map(lambda leaf: leaf[None], x)))
         if points or before:
-            return x, {layer: outs[layer] if one_by_one else layer_of(outs[layer], 0) for layer in points}
-        join = (lambda *leaves: Layers(leaves)) if one_by_one else _joined
+            return x, {layer: outs[layer] if apart_outs else layer_of(outs[layer], 0) for layer in points}
         made = list(outs.values())
-        return x, made[0] if len(made) == 1 and not one_by_one else jax.tree.map(join, *made)
+        if apart_outs:
+            return x, beside(made)
+        return x, made[0] if len(made) == 1 else jax.tree.map(_joined, *made)
+
+    @nn.nowrap
+    def layer_block(self, number: int) -> nn.Module:
+        """The definition of a layer, which is no part of any module."""
+        block = self.blocks[number] if self.blocks else self.block
+        return block.clone(parent=None, name=None)
+
+    @nn.nowrap
+    def layer_variables(self, variables: Mapping[str, Any], number: int) -> dict[str, Any]:
+        """The variables of one layer, of those of the stack by collection."""
+        if not self.blocks:
+            return {name: layer_of(tree, number) for name, tree in variables.items()}
+        key = layer_name(number)
+        return {name: tree[key] for name, tree in variables.items() if key in tree}
+
+    @nn.nowrap
+    def _slices(self, slices: tuple[Any, Any, Any], number: int) -> tuple[Any, Any, Any]:
+        variables, each, key = slices
+        return self.layer_variables(variables, number), layer_of(each, number), layer_of(key, number)
+
+    @nn.nowrap
+    def _put_layer(self, number: int, variables: Mapping[str, Any]) -> None:
+        for collection, values in variables.items():
+            self.put_variable(collection, layer_name(number), values)
 
     @nn.nowrap
     def apart(self, params: Any) -> Any:
         """Its parameters with the layers apart; what the layers share stays as it is."""
+        if self.blocks:
+            return params
         own, common = self._split({"params": params})
         return _together({"params": apart(own["params"])}, common)["params"]
 
     @nn.nowrap
     def layers_of(self, params: Any, layers: Sequence[int]) -> Any:
         """Its parameters with these layers alone, see `layers_of`; what the layers share stays as it is."""
+        if self.blocks:
+            return {layer_name(new): params[layer_name(old)] for new, old in enumerate(layers)}
         own, common = self._split({"params": params})
         return _together({"params": layers_of(own["params"], layers)}, common)["params"]
 
@@ -294,6 +361,11 @@ class Stack(nn.Module):
         told = flatten_dict(match(rules, paths, default=False, where="shared"))
         own, common = ({path: boxes[path] for path in boxes if told[path] == one} for one in (False, True))
         return {**variables, "params": unflatten_dict(own)}, {"params": unflatten_dict(common)}
+
+
+def layer_name(number: int) -> str:
+    """Where the variables of a layer stand that has a definition of its own."""
+    return f"layer_{number}"
 
 
 def _together(own: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class Attention(KeyValue):
       heads: query heads.
       kv_heads: key/value heads; None means `heads`.
       head_dim: channels of a head; None means width / heads.
+      value_dim: channels of a head's values, and of what it gives; None means `head_dim`.
       qkv_bias: bias on the query, key and value projections.
       out_bias: bias on the output projection.
       qk_norm: a norm on queries and keys, before they are rotated.
@@ -56,6 +57,8 @@ class Attention(KeyValue):
       rotary_scaling: how they are rescaled for long contexts, a kind in `effjax.mixers.rotary`.
       rotary_dims: channels of a head that turn, the first ones; None means all.
       rotary_pairs: which channels turn together: `(i, i + d/2)` or `(2i, 2i + 1)`.
+      rotary_kept: numbers of the pairs that a head still has, of those of `rotary_dims` channels, whose
+        frequencies they keep; empty means all.
       scale: factor of the logits; None means `1 / sqrt(head_dim)`.
       logit_cap: bound of the logits; None leaves them free.
       window: how many tokens back a token sees, itself included; None means all.
@@ -67,6 +70,7 @@ class Attention(KeyValue):
     heads: int
     kv_heads: int | None = None
     head_dim: int | None = None
+    value_dim: int | None = None
     qkv_bias: bool = True
     out_bias: bool = True
     qk_norm: bool = False
@@ -78,6 +82,7 @@ class Attention(KeyValue):
     rotary_scaling: rotary.Scaling | None = part(rotary.SCALINGS, default=None)
     rotary_dims: int | None = None
     rotary_pairs: rotary.Pairs = "halves"
+    rotary_kept: tuple[int, ...] = ()
     scale: float | None = None
     logit_cap: float | None = None
     window: int | None = None
@@ -167,11 +172,11 @@ class Attention(KeyValue):
         self,
         q: Float[Array, "b n h d"],
         k: Float[Array, "b s g d"],
-        v: Float[Array, "b s g d"],
+        v: Float[Array, "b s g e"],
         allowed: Bool[Array, "#b #h #n s"],
         bias: Float[Array, "b h 1 s"] | None,
         options: dict[str, Any],
-    ) -> Float[Array, "b n h d"]:
+    ) -> Float[Array, "b n h e"]:
         """What queries take from cached values; of a prompt all scores are there at once in any case."""
         if self.unified is None or q.shape[1] > 1 or options["share"] is not None:
             return softmax_attention(q, k, v, mask=allowed, bias=bias, **options)
@@ -184,7 +189,7 @@ class Attention(KeyValue):
         x: Float[Array, "b n c"],
         q: Float[Array, "b n h d"],
         k: Float[Array, "b n g d"],
-        v: Float[Array, "b n g d"],
+        v: Float[Array, "b n g e"],
         options: dict[str, Any],
         watch: Watch,
         context: Context,
@@ -209,11 +214,23 @@ class Attention(KeyValue):
             raise UsageError(f"heads={self.heads} does not divide the width {width}: set head_dim.")
         size = self.head_dim or width // self.heads
         turned = size if self.rotary_dims is None else self.rotary_dims
+        if self.rotary_kept:
+            if self.rotary_dims is None or not all(0 <= i < self.rotary_dims // 2 for i in self.rotary_kept):
+                raise UsageError(
+                    f"rotary_kept={self.rotary_kept} are pairs of rotary_dims={self.rotary_dims} channels: "
+                    f"give numbers from 0 to below half of them."
+                )
+            turned = 2 * len(self.rotary_kept)
         if self.rotary_base is not None and (turned % 2 or turned > size):
             raise UsageError(
                 f"rotary positions turn pairs of channels: a head of {size} has no {turned} in pairs."
             )
         return groups, size
+
+    @nn.nowrap
+    def value_size(self) -> int | None:
+        """Channels of a head's values; None where they are those of its keys."""
+        return self.value_dim
 
     @nn.nowrap
     def rotary_table(
@@ -226,8 +243,8 @@ class Attention(KeyValue):
     @nn.nowrap
     def project(
         self, x: Float[Array, "b n c"], positions: Int[Array, "b n"], context: Context
-    ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n g d"], Float[Array, "b n g d"]]:
-        """Returns queries `[B, N, H, D]`, keys and values `[B, N, G, D]`."""
+    ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n g d"], Float[Array, "b n g e"]]:
+        """Returns queries `[B, N, H, D]`, keys `[B, N, G, D]` and values `[B, N, G, E]`."""
         groups, size = self.sizes(x.shape[-1])
         q, k, v = self.projections(x, groups, size, context)
         if self.qk_norm:
@@ -240,6 +257,8 @@ class Attention(KeyValue):
             turns = self.rotary_table(x.shape[-1], self.rotary_base, self.rotary_scaling, positions)
         if turns is not None:
             frequencies, amplitude = turns
+            if self.rotary_kept:
+                frequencies = frequencies[jnp.asarray(self.rotary_kept)]
             q = rotary.rotate(q, positions, frequencies, amplitude, self.rotary_pairs)
             k = rotary.rotate(k, positions, frequencies, amplitude, self.rotary_pairs)
         q = nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim"))
@@ -250,12 +269,12 @@ class Attention(KeyValue):
     @nn.nowrap
     def projections(
         self, x: Float[Array, "b n c"], groups: int, size: int, context: Context
-    ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n g d"], Float[Array, "b n g d"]]:
+    ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n g d"], Float[Array, "b n g e"]]:
         """Queries, keys and values before they are normalised and turned."""
         q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
         q = Dense((self.heads, size), q_axes, use_bias=self.qkv_bias, name="query")(x)  # [B, N, H, D]
         k = Dense((groups, size), kv_axes, use_bias=self.qkv_bias, name="key")(x)  # [B, N, G, D]
-        v = Dense((groups, size), kv_axes, use_bias=self.qkv_bias, name="value")(x)  # [B, N, G, D]
+        v = Dense((groups, self.value_dim or size), kv_axes, use_bias=self.qkv_bias, name="value")(x)
         return q, k, v
 
     @nn.nowrap
@@ -266,7 +285,7 @@ class Attention(KeyValue):
         return norm(self.qk_norm_kind, self.qk_norm_epsilon, name, reduced, scaled)(x)
 
     @nn.nowrap
-    def output(self, y: Float[Array, "b n h d"], width: int, context: Context) -> Float[Array, "b n c"]:
+    def output(self, y: Float[Array, "b n h e"], width: int, context: Context) -> Float[Array, "b n c"]:
         """Projects the heads back to the width."""
         axes = ("heads", "head_dim", "embed")
         return Dense(width, axes, inputs=2, use_bias=self.out_bias, name="output")(y)  # [B, N, C]

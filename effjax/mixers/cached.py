@@ -59,6 +59,11 @@ class KeyValue(nn.Module):
         """Returns how many key/value heads there are, and the channels of a head."""
         raise NotImplementedError
 
+    @nn.nowrap
+    def value_size(self) -> int | None:
+        """Channels of a head's values; None where they are those of its keys."""
+        return None
+
     def step(
         self, x: Float[Array, "b n c"], cache: Cache, context: Context
     ) -> tuple[Float[Array, "b n c"], Cache]:
@@ -81,7 +86,7 @@ class KeyValue(nn.Module):
         self,
         q: Float[Array, "b n h d"],
         k: Float[Array, "b n g d"],
-        v: Float[Array, "b n g d"],
+        v: Float[Array, "b n g e"],
         positions: Int[Array, "b n"],
         cache: Cache,
         context: Context,
@@ -89,7 +94,7 @@ class KeyValue(nn.Module):
         causal: bool = True,
         window: int | None = None,
         take: Take | None = None,
-    ) -> tuple[Float[Array, "b n h d"], Cache]:
+    ) -> tuple[Float[Array, "b n h e"], Cache]:
         """Adds tokens to the cache, and lets them look at what its policy keeps.
 
         Args:
@@ -144,7 +149,7 @@ class KeyValue(nn.Module):
     ) -> Cache:
         """Makes an empty cache for sequences of up to `slots` tokens of `width` channels; None keeps all."""
         groups, size = self.sizes(width)
-        return (policy or Policy()).init(batch, slots, groups, size, dtype)
+        return (policy or Policy()).init(batch, slots, groups, size, dtype, self.value_size())
 
     @nn.nowrap
     def cache_axes(self, policy: Policy | None = None) -> Cache:

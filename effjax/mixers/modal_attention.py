@@ -38,12 +38,12 @@ class ModalAttention(Attention):
     @nn.nowrap
     def projections(
         self, x: Float[Array, "b n c"], groups: int, size: int, context: Context
-    ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n g d"], Float[Array, "b n g d"]]:
+    ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n g d"], Float[Array, "b n g e"]]:
         """Queries, keys and values before they are normalised and turned."""
         modality: Modalities = context.modality
         rows = modality.sort(x)  # [T, C]
 
-        def read(name: str, heads: int, axis: str) -> Float[Array, "b n h d"]:
+        def read(name: str, heads: int, axis: str, size: int = size) -> Float[Array, "b n h d"]:
             axes = ("embed", axis, "head_dim")
             y = ModalDense((heads, size), self.modalities, axes, name=name)(rows, modality.sizes)
             return modality.restore(y)  # [B, N, H, D]
@@ -51,7 +51,7 @@ class ModalAttention(Attention):
         return (
             read("query", self.heads, "heads"),
             read("key", groups, "kv_heads"),
-            read("value", groups, "kv_heads"),
+            read("value", groups, "kv_heads", self.value_dim or size),
         )
 
     @nn.nowrap

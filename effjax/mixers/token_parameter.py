@@ -47,10 +47,10 @@ class TokenParameterAttention(Attention):
     @nn.nowrap
     def projections(
         self, x: Float[Array, "b n c"], groups: int, size: int, context: Context
-    ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n g d"], Float[Array, "b n g d"]]:
+    ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n g d"], Float[Array, "b n g e"]]:
         """Queries, keys and values before they are normalised and turned."""
 
-        def read(name: str, heads: int, axis: str) -> Float[Array, "b n h d"]:
+        def read(name: str, heads: int, axis: str, size: int = size) -> Float[Array, "b n h d"]:
             axes = ("embed", axis, "head_dim")
             options: dict[str, Any] = dict(
                 theta=self.theta, scale_slots=self.scale_slots, value_stddev=self.value_stddev
@@ -60,7 +60,7 @@ class TokenParameterAttention(Attention):
         return (
             read("query", self.heads, "heads"),
             read("key", groups, "kv_heads"),
-            read("value", groups, "kv_heads"),
+            read("value", groups, "kv_heads", self.value_dim or size),
         )
 
     @nn.nowrap

@@ -130,6 +130,7 @@ class DiT(nn.Module):
     inclusive_frequencies: bool = False
     position_span: int | None = None
     reduce: Any = part(tokens.METHODS, default=None)
+    layer_blocks: tuple[nn.Module, ...] = part(denoising.LAYERS, default=())
 
     @property
     def branches(self) -> int:
@@ -153,8 +154,11 @@ class DiT(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             self.conditions = own(*fields)
-        block = self.block if self.reduce is None else _reducing(self.block, self.reduce)
-        self.blocks = Stack(block, self.depth, remat=self.remat, unroll=self.unroll)
+        block, blocks = self.block, self.layer_blocks
+        if self.reduce is not None:
+            block, *changed = (_reducing(each, self.reduce) for each in (block, *blocks))
+            blocks = tuple(changed)
+        self.blocks = Stack(block, self.depth, remat=self.remat, unroll=self.unroll, blocks=blocks)
         self.router = block.router(self.depth) if hasattr(block, "router") else None
         if self.router is not None and self.condition != "shared":
             raise UsageError(

@@ -28,7 +28,7 @@ from effjax.decoding.policies.policy import Policy
 from effjax.errors import UsageError
 from effjax.layers.dense import named, truncated_normal, zeros
 from effjax.layers.norms import NormKind, norm
-from effjax.layers.stack import Stack
+from effjax.layers.stack import Layers, Stack, beside
 from effjax.layers.stored import Stored, kernel_of, parameter
 from effjax.mixers import rotary
 from effjax.mixers.cached import KeyValue
@@ -57,7 +57,8 @@ class DecoderBlock(nn.Module):
     """One mixer and one FFN, each in a residual branch with its norms.
 
     Attributes:
-      mixer: how tokens mix; its `step`, `init_cache` and `cache_axes` serve decoding.
+      mixer: how tokens mix; its `step`, `init_cache` and `cache_axes` serve decoding. None leaves that branch
+        out, of a layer among others.
       ffn: how channels mix; None means that the mixer does that too.
       epsilon: of the norms.
       norm: their kind, a name in `effjax.layers.norms`; the model's last norm is of it too, unless the model
@@ -68,7 +69,7 @@ class DecoderBlock(nn.Module):
       residual_scale: factor of both branches.
     """
 
-    mixer: nn.Module = part(mixers.KINDS)
+    mixer: Any = part(mixers.KINDS)
     ffn: nn.Module | None = part(ffn.KINDS)
     epsilon: float = 1e-5
     norm: NormKind = "rms"
@@ -78,6 +79,8 @@ class DecoderBlock(nn.Module):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.parallel == "one_norm" and self.mixer is None:
+            raise UsageError("parallel='one_norm' reads the mixer's norm: a block without one has two norms.")
         if not getattr(self.ffn, "causal", True):
             raise UsageError(
                 "experts that choose tokens look at later ones, which a language model does not have yet: "
@@ -104,12 +107,14 @@ class DecoderBlock(nn.Module):
         self, x: Float[Array, "b n c"], cache: Any, context: Context, train: bool
     ) -> tuple[Float[Array, "b n c"], Any]:
         """Both branches; without a cache the tokens are whole sequences."""
-        first = self._before(x, "mixer_norm", context, train)  # [B, N, C]
-        if cache is None:
-            h = self.mixer(first, context, train=train)  # [B, N, C]
-        else:
-            h, cache = self.mixer.step(first, cache, context)  # [B, N, C]
-        mixed = x + self._after(h, "mixer_norm", context, train)
+        mixed, first = x, None
+        if self.mixer is not None:
+            first = self._before(x, "mixer_norm", context, train)  # [B, N, C]
+            if cache is None:
+                h = self.mixer(first, context, train=train)  # [B, N, C]
+            else:
+                h, cache = self.mixer.step(first, cache, context)  # [B, N, C]
+            mixed = x + self._after(h, "mixer_norm", context, train)
         if self.ffn is None:
             return self._named(mixed), cache
         if self.parallel == "one_norm":
@@ -184,6 +189,8 @@ class LM(nn.Module):
       last_norm: kind of the norm before the head; None takes that of the block.
       cache: which tokens are kept while it decodes, a kind in `effjax.decoding.policies.kinds`; None keeps
         all. A clone with another one keeps the parameters.
+      layer_blocks: the definition of every layer, where they differ; empty means `block` for all. Mixers that
+        keep something while decoding are of one kind, and differ in sizes.
     """
 
     block: DecoderBlock
@@ -205,6 +212,7 @@ class LM(nn.Module):
     norm_scaling: bool = False
     last_norm: NormKind | None = None
     cache: Policy | None = part(POLICIES, default=None)
+    layer_blocks: tuple[DecoderBlock, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -253,18 +261,29 @@ class LM(nn.Module):
     def init_cache(self, batch: int, slots: int, dtype: DTypeLike = jnp.float32) -> Any:
         """Makes the empty caches of all layers, depth in front, for sequences of up to `slots` tokens.
 
+        Where layers differ their caches stand apart, and a layer without a mixer has none.
+
         Raises:
           UsageError: for more slots than `max_length`, or a policy where layers keep no keys and values.
         """
         self.check_length(slots)
+        if self.layer_blocks:
+            mixers = [block.mixer for block in self.layer_blocks]
+            made = [m and m.init_cache(batch, slots, self.dim, dtype, **self._policy()) for m in mixers]
+            return beside(made)
         cache = self.block.mixer.init_cache(batch, slots, self.dim, dtype, **self._policy())
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (self.depth, *leaf.shape)), cache)
 
     @nn.nowrap
     def layers_apart(self, variables: Any) -> Any:
         """The same variables with the layers apart, see `effjax.layers.stack.apart`: for decoding."""
-        params, stack = variables["params"], Stack(self.block, self.depth, shared=self.shared)
-        return {**variables, "params": {**params, "blocks": stack.apart(params["blocks"])}}
+        params = variables["params"]
+        return {**variables, "params": {**params, "blocks": self.stack().apart(params["blocks"])}}
+
+    @nn.nowrap
+    def stack(self, **options: Any) -> Stack:
+        """The definition of its layers."""
+        return Stack(self.block, self.depth, shared=self.shared, blocks=self.layer_blocks, **options)
 
     @nn.nowrap
     def cache_axes(self) -> Any:
@@ -298,8 +317,7 @@ class LM(nn.Module):
         """Embedding, blocks and head; without caches the tokens are whole sequences."""
         x, table = self.embed(tokens, context, caches)  # [B, N, C]
 
-        options: dict[str, Any] = dict(remat=self.remat, unroll=self.unroll, shared=self.shared)
-        stack = Stack(self.block, self.depth, **options, name="blocks")
+        stack = self.stack(remat=self.remat, unroll=self.unroll, name="blocks")
         method, each = "__call__" if caches is None else "step", (caches, self.own())
         x, caches = stack(x, context, each=each, method=method, train=train)  # [B, N, C]
 
@@ -335,7 +353,7 @@ class LM(nn.Module):
             rows = self.param("positions", init, (self.position_table, self.dim), jnp.float32)
             positions = context.positions
             if positions is None:
-                start = 0 if caches is None else caches.written[0]
+                start = 0 if caches is None else _written(caches)
                 positions = jnp.broadcast_to((start + jnp.arange(tokens.shape[1]))[None], tokens.shape)
             # Padding stands at negative positions, and nobody sees it.
             at = jnp.maximum(positions, 0) + self.position_offset
@@ -377,3 +395,11 @@ class LM(nn.Module):
         base = 1.0 if kind.rotary_base is None else kind.rotary_base
         frequencies, amplitude = self.block.mixer.rotary_table(self.dim, base, kind.rotary_scaling, None)
         return (frequencies * 0.0, 1.0) if kind.rotary_base is None else (frequencies, amplitude)
+
+
+def _written(caches: Any) -> Int[Array, "*b"]:
+    """Tokens so far, by the first layer that has a cache."""
+    if not isinstance(caches.written, Layers):
+        return caches.written[0]
+    written: Array = next(each for each in caches.written.each if each is not None)
+    return written

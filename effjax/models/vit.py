@@ -75,6 +75,7 @@ class ViT(nn.Module):
       mask_token: whether there is a token that takes the place of masked patches.
       reduce: how tokens are reduced on their way, a kind in `effjax.tokens`.
       shared: regexps of the parameters that all blocks share, see `Stack`.
+      layer_blocks: the definition of every layer, where they differ; empty means `block` for all.
     """
 
     block: Block
@@ -105,6 +106,7 @@ class ViT(nn.Module):
     mask_token: bool = False
     reduce: Any = part(tokens.KINDS, default=None)
     shared: tuple[str, ...] = ()
+    layer_blocks: tuple[Block, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -181,7 +183,7 @@ class ViT(nn.Module):
         x = nn.with_logical_constraint(x, ("batch", "length", "features"))
 
         options: dict[str, Any] = dict(remat=self.remat, unroll=self.unroll, shared=self.shared)
-        stack = Stack(self.block, self.depth, **options, name="blocks")
+        stack = Stack(self.block, self.depth, **options, blocks=self.layer_blocks, name="blocks")
         rates = linear_rates(self.drop_path, self.depth)
         if self.reduce is None:
             bag = None

@@ -95,6 +95,12 @@ class Passage:
             self._apply(self._plan)
         return y
 
+    def check_unmixed(self) -> None:
+        """Refuses to reduce behind a mixer where the block has none."""
+        if self._point is not None and self._point.method.place != "before_block":
+            method, layer = type(self._point.method).__name__, self._point.where.layer
+            raise UsageError(f"{method} reduces at layer {layer}, which has no mixer: choose other layers.")
+
     def reduce(self) -> None:
         """Carries out what was planned, where the method stands behind the mixer."""
         if self._point is not None and self._point.method.place == "after_mixer":

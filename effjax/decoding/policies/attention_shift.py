@@ -25,9 +25,17 @@ class AttentionShift(Policy):
 
     window: int = 4
 
-    def init(self, batch: int, slots: int, groups: int, head_dim: int, dtype: DTypeLike) -> Cache:
+    def init(
+        self,
+        batch: int,
+        slots: int,
+        groups: int,
+        head_dim: int,
+        dtype: DTypeLike,
+        value_dim: int | None = None,
+    ) -> Cache:
         """An empty cache, with a ratio of 0 for every slot."""
-        cache = super().init(batch, slots, groups, head_dim, dtype)
+        cache = super().init(batch, slots, groups, head_dim, dtype, value_dim)
         return dataclasses.replace(cache, state=jnp.zeros((batch, slots), jnp.float32))
 
     def axes(self) -> Cache:
@@ -38,10 +46,10 @@ class AttentionShift(Policy):
         self,
         cache: Cache,
         keys: Float[Array, "b s groups d"],
-        values: Float[Array, "b s groups d"],
+        values: Float[Array, "b s groups e"],
         tokens: int,
         look: Look,
-    ) -> tuple[Float[Array, "b n h d"], Cache]:
+    ) -> tuple[Float[Array, "b n h e"], Cache]:
         """Tells, once the text is there.
 
         Raises:

@@ -84,9 +84,17 @@ class DHSA(Policy):
         """The budget."""
         return float(min(self.budget, tokens))
 
-    def init(self, batch: int, slots: int, groups: int, head_dim: int, dtype: DTypeLike) -> Cache:
+    def init(
+        self,
+        batch: int,
+        slots: int,
+        groups: int,
+        head_dim: int,
+        dtype: DTypeLike,
+        value_dim: int | None = None,
+    ) -> Cache:
         """An empty cache without chunks."""
-        cache = super().init(batch, slots, groups, head_dim, dtype)
+        cache = super().init(batch, slots, groups, head_dim, dtype, value_dim)
         chunks = slots // self.chunk + 2  # one more of the prompt, one more of what follows
         state = Chunks(
             begins=jnp.full((batch, chunks), slots, jnp.int32),
@@ -111,10 +119,10 @@ class DHSA(Policy):
         cache: Cache,
         queries: Float[Array, "b n h d"],
         keys: Float[Array, "b n groups d"],
-        values: Float[Array, "b n groups d"],
+        values: Float[Array, "b n groups e"],
         positions: Int[Array, "b n"],
         look: Look,
-    ) -> tuple[Float[Array, "b n h d"], Cache]:
+    ) -> tuple[Float[Array, "b n h e"], Cache]:
         """Adds tokens, and lets blocks of them read what they choose."""
         if self.budget >= cache.slots:
             return super().attend(cache, queries, keys, values, positions, look)

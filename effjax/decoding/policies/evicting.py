@@ -47,11 +47,19 @@ class Evicting(Policy):
         """What is held."""
         return float(self.room(tokens))
 
-    def init(self, batch: int, slots: int, groups: int, head_dim: int, dtype: DTypeLike) -> Cache:
+    def init(
+        self,
+        batch: int,
+        slots: int,
+        groups: int,
+        head_dim: int,
+        dtype: DTypeLike,
+        value_dim: int | None = None,
+    ) -> Cache:
         """An empty cache; a storage that cannot write just any slot says so now."""
-        cache = super().init(batch, slots, groups, head_dim, dtype)
-        new = jax.ShapeDtypeStruct((batch, 1, groups, head_dim), dtype)
-        for held in (cache.keys, cache.values):
+        cache = super().init(batch, slots, groups, head_dim, dtype, value_dim)
+        for held, size in ((cache.keys, head_dim), (cache.values, value_dim or head_dim)):
+            new = jax.ShapeDtypeStruct((batch, 1, groups, size), dtype)
             jax.eval_shape(self.storage.put, held, new, jax.ShapeDtypeStruct((batch, 1), jnp.int32))
         return cache
 
@@ -69,10 +77,10 @@ class Evicting(Policy):
         cache: Cache,
         queries: Float[Array, "b n h d"],
         keys: Float[Array, "b n groups d"],
-        values: Float[Array, "b n groups d"],
+        values: Float[Array, "b n groups e"],
         positions: Int[Array, "b n"],
         look: Look,
-    ) -> tuple[Float[Array, "b n h d"], Cache]:
+    ) -> tuple[Float[Array, "b n h e"], Cache]:
         """Adds tokens in the place of others; of more than there are slots some stay, once all are read."""
         if keys.shape[1] <= cache.slots:
             return super().attend(cache, queries, keys, values, positions, look)
@@ -84,7 +92,7 @@ class Evicting(Policy):
         self,
         cache: Cache,
         keys: Float[Array, "b n groups d"],
-        values: Float[Array, "b n groups d"],
+        values: Float[Array, "b n groups e"],
         positions: Int[Array, "b n"],
     ) -> Cache:
         """A cache, in plain form, of what is held and the new tokens behind it."""
@@ -138,7 +146,7 @@ class Evicting(Policy):
         self,
         cache: Cache,
         keys: Float[Array, "b n groups d"],
-        values: Float[Array, "b n groups d"],
+        values: Float[Array, "b n groups e"],
         positions: Int[Array, "b n"],
     ) -> Cache:
         """Puts new tokens into the slots that are worth least."""
@@ -153,7 +161,7 @@ class Evicting(Policy):
         self,
         cache: Cache,
         keys: Float[Array, "b n groups d"],
-        values: Float[Array, "b n groups d"],
+        values: Float[Array, "b n groups e"],
         positions: Int[Array, "b n"],
         slots: Int[Array, "b n *groups"],
     ) -> Cache:

@@ -35,9 +35,17 @@ class HeavyHitters(Evicting):
         if self.recent is not None and not 1 <= self.recent <= self.budget:
             raise UsageError(f"recent={self.recent} must be between 1 and budget={self.budget}.")
 
-    def init(self, batch: int, slots: int, groups: int, head_dim: int, dtype: DTypeLike) -> Cache:
+    def init(
+        self,
+        batch: int,
+        slots: int,
+        groups: int,
+        head_dim: int,
+        dtype: DTypeLike,
+        value_dim: int | None = None,
+    ) -> Cache:
         """An empty cache with scores."""
-        cache = super().init(batch, slots, groups, head_dim, dtype)
+        cache = super().init(batch, slots, groups, head_dim, dtype, value_dim)
         return of_each_head(cache, groups, score=numbers(batch, cache.slots, groups))
 
     def axes(self) -> Cache:
@@ -57,10 +65,10 @@ class HeavyHitters(Evicting):
         self,
         cache: Cache,
         keys: Float[Array, "b s groups d"],
-        values: Float[Array, "b s groups d"],
+        values: Float[Array, "b s groups e"],
         tokens: int,
         look: Look,
-    ) -> tuple[Float[Array, "b n h d"], Cache]:
+    ) -> tuple[Float[Array, "b n h e"], Cache]:
         """Adds to the scores what is taken now."""
         y, taken = look_and_sum(look, keys, values, cache.positions, cache.size, tokens)
         return y, dataclasses.replace(cache, score=cache.score + taken)

@@ -82,9 +82,17 @@ class KVMerger(Evicting):
         heavy = self.budget // 4 if self.heavy is None else self.heavy
         return recent, heavy, max(self.budget // 8, 1) if self.reserve is None else self.reserve
 
-    def init(self, batch: int, slots: int, groups: int, head_dim: int, dtype: DTypeLike) -> Cache:
+    def init(
+        self,
+        batch: int,
+        slots: int,
+        groups: int,
+        head_dim: int,
+        dtype: DTypeLike,
+        value_dim: int | None = None,
+    ) -> Cache:
         """An empty cache with scores and sizes."""
-        cache = super().init(batch, slots, groups, head_dim, dtype)
+        cache = super().init(batch, slots, groups, head_dim, dtype, value_dim)
         one, none = (numbers(batch, cache.slots, groups, fill) for fill in (1.0, 0.0))
         return of_each_head(cache, groups, size=one, score=none)
 
@@ -98,10 +106,10 @@ class KVMerger(Evicting):
         cache: Cache,
         queries: Float[Array, "b n h d"],
         keys: Float[Array, "b n groups d"],
-        values: Float[Array, "b n groups d"],
+        values: Float[Array, "b n groups e"],
         positions: Int[Array, "b n"],
         look: Look,
-    ) -> tuple[Float[Array, "b n h d"], Cache]:
+    ) -> tuple[Float[Array, "b n h e"], Cache]:
         """Adds tokens behind the others; what does not fit is read whole, then merged."""
 
         def roomy(cache: Cache) -> tuple[Array, Cache]:
@@ -129,10 +137,10 @@ class KVMerger(Evicting):
         self,
         cache: Cache,
         keys: Float[Array, "b s groups d"],
-        values: Float[Array, "b s groups d"],
+        values: Float[Array, "b s groups e"],
         tokens: int,
         look: Look,
-    ) -> tuple[Float[Array, "b n h d"], Cache]:
+    ) -> tuple[Float[Array, "b n h e"], Cache]:
         """Adds to the scores what is taken now."""
         size = cache.size if self.proportional else None
         y, taken = look_and_sum(look, keys, values, cache.positions, size, tokens)  # [B, N, H, D]
@@ -142,7 +150,7 @@ class KVMerger(Evicting):
         self,
         cache: Cache,
         keys: Float[Array, "b n groups d"],
-        values: Float[Array, "b n groups d"],
+        values: Float[Array, "b n groups e"],
         positions: Int[Array, "b n"],
     ) -> Cache:
         """Puts new tokens behind what each head holds."""

@@ -70,9 +70,26 @@ class Policy:
         """How many keys a decoding step reads on average, where the sequence has so many tokens."""
         return float(tokens)
 
-    def init(self, batch: int, slots: int, groups: int, head_dim: int, dtype: DTypeLike) -> Cache:
-        """Makes the empty cache of one layer, for sequences of up to `slots` tokens."""
-        return init_cache(batch, self.room(slots), groups, head_dim, dtype, self.storage)
+    def init(
+        self,
+        batch: int,
+        slots: int,
+        groups: int,
+        head_dim: int,
+        dtype: DTypeLike,
+        value_dim: int | None = None,
+    ) -> Cache:
+        """Makes the empty cache of one layer, for sequences of up to `slots` tokens.
+
+        Args:
+          batch: sequences.
+          slots: tokens.
+          groups: key/value heads.
+          head_dim: channels of a head.
+          dtype: of the model.
+          value_dim: channels of a head's values; None means `head_dim`.
+        """
+        return init_cache(batch, self.room(slots), groups, head_dim, dtype, self.storage, value_dim)
 
     def axes(self) -> Cache:
         """Names of the axes of that cache."""
@@ -83,10 +100,10 @@ class Policy:
         cache: Cache,
         queries: Float[Array, "b n h d"],
         keys: Float[Array, "b n groups d"],
-        values: Float[Array, "b n groups d"],
+        values: Float[Array, "b n groups e"],
         positions: Int[Array, "b n"],
         look: Look,
-    ) -> tuple[Float[Array, "b n h d"], Cache]:
+    ) -> tuple[Float[Array, "b n h e"], Cache]:
         """Adds `n` tokens to the cache, and lets them look at what is in it.
 
         Args:
@@ -108,7 +125,7 @@ class Policy:
         self,
         cache: Cache,
         keys: Float[Array, "b n groups d"],
-        values: Float[Array, "b n groups d"],
+        values: Float[Array, "b n groups e"],
         positions: Int[Array, "b n"],
     ) -> Cache:
         """Puts new tokens into the cache."""
@@ -118,10 +135,10 @@ class Policy:
         self,
         cache: Cache,
         keys: Float[Array, "b s groups d"],
-        values: Float[Array, "b s groups d"],
+        values: Float[Array, "b s groups e"],
         tokens: int,
         look: Look,
-    ) -> tuple[Float[Array, "b n h d"], Cache]:
+    ) -> tuple[Float[Array, "b n h e"], Cache]:
         """Lets all new tokens look at the slots; a policy may learn from how much of each they take.
 
         Args:

@@ -86,9 +86,17 @@ class RecycledAttention(Policy):
         """(L + (S - 1) K) / S, without a threshold; with one it is less."""
         return (tokens + (self.stride - 1) * min(self.budget, tokens)) / self.stride
 
-    def init(self, batch: int, slots: int, groups: int, head_dim: int, dtype: DTypeLike) -> Cache:
+    def init(
+        self,
+        batch: int,
+        slots: int,
+        groups: int,
+        head_dim: int,
+        dtype: DTypeLike,
+        value_dim: int | None = None,
+    ) -> Cache:
         """An empty cache, and a record of nothing."""
-        cache = super().init(batch, slots, groups, head_dim, dtype)
+        cache = super().init(batch, slots, groups, head_dim, dtype, value_dim)
         state = Recycled(
             slots=jnp.full((batch, min(self.budget, slots), groups), NOTHING, jnp.int32),
             query=jnp.zeros((batch, head_dim), jnp.float32),
@@ -112,10 +120,10 @@ class RecycledAttention(Policy):
         cache: Cache,
         queries: Float[Array, "b n h d"],
         keys: Float[Array, "b n groups d"],
-        values: Float[Array, "b n groups d"],
+        values: Float[Array, "b n groups e"],
         positions: Int[Array, "b n"],
         look: Look,
-    ) -> tuple[Float[Array, "b n h d"], Cache]:
+    ) -> tuple[Float[Array, "b n h e"], Cache]:
         """Adds tokens; several at once see everything, one sees everything or what is recorded."""
         if self.stride == 1 or self.budget >= cache.slots:
             return super().attend(cache, queries, keys, values, positions, look)

@@ -8,6 +8,7 @@
 Source: Peebles and Xie, "Scalable Diffusion Models with Transformers", ICCV 2023, figure 3.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -55,8 +56,8 @@ class DiTBlock(nn.Module):
     `{"mixer": (h, y), "ffn": (h, y)}`, before the gates.
 
     Attributes:
-      mixer: how tokens mix.
-      ffn: how channels mix.
+      mixer: how tokens mix; None leaves that branch out, with its part of the modulation.
+      ffn: how channels mix; likewise.
       epsilon: of the layer norms.
       ffn_epsilon: of the second one; None means `epsilon`.
       ffn_affine: whether the second one has a scale and a bias of its own besides the modulation.
@@ -64,8 +65,8 @@ class DiTBlock(nn.Module):
         reads features alone.
     """
 
-    mixer: nn.Module = part(mixers.KINDS)
-    ffn: nn.Module = part(ffn.KINDS)
+    mixer: Any = part(mixers.KINDS)
+    ffn: Any = part(ffn.KINDS)
     epsilon: float = 1e-6
     ffn_epsilon: float | None = None
     ffn_affine: bool = False
@@ -87,15 +88,21 @@ class DiTBlock(nn.Module):
         """
         c = c if each.c is None else each.c
         assert c is not None
-        b_1, a_1, g_1, b_2, a_2, g_2 = Modulation(6, x.shape[-1], name="modulation")(c)  # 6 x [B, C]
-        read = modulate(norm("layer_plain", self.epsilon, "mixer_norm")(x), b_1, a_1)  # [B, N, C]
-        mixed = each.branch(0, lambda block, h: block._mixed(h, context, train), self, read)  # [B, N, C]
-        x = x + g_1[:, None] * mixed  # [B, N, C]
-        epsilon = self.epsilon if self.ffn_epsilon is None else self.ffn_epsilon
-        h = norm("layer" if self.ffn_affine else "layer_plain", epsilon, "ffn_norm")(x)  # [B, N, C]
-        h = modulate(h, b_2, a_2)
-        fed = each.branch(1, lambda block, h: block.ffn(h, train=train), self, h)  # [B, N, C]
-        x = x + g_2[:, None] * fed  # [B, N, C]
+        branches = (self.mixer is not None) + (self.ffn is not None)
+        steered = iter(Modulation(3 * branches, x.shape[-1], name="modulation")(c)) if branches else iter(())
+        read = h = mixed = fed = jnp.zeros_like(x)
+        if self.mixer is not None:
+            shift, scale, gate = itertools.islice(steered, 3)  # 3 x [B, C]
+            read = modulate(norm("layer_plain", self.epsilon, "mixer_norm")(x), shift, scale)  # [B, N, C]
+            mixed = each.branch(0, lambda block, h: block._mixed(h, context, train), self, read)  # [B, N, C]
+            x = x + gate[:, None] * mixed  # [B, N, C]
+        if self.ffn is not None:
+            shift, scale, gate = steered  # 3 x [B, C]
+            epsilon = self.epsilon if self.ffn_epsilon is None else self.ffn_epsilon
+            h = norm("layer" if self.ffn_affine else "layer_plain", epsilon, "ffn_norm")(x)  # [B, N, C]
+            h = modulate(h, shift, scale)
+            fed = each.branch(1, lambda block, h: block.ffn(h, train=train), self, h)  # [B, N, C]
+            x = x + gate[:, None] * fed  # [B, N, C]
         kept = None if each.kept is None else jnp.stack([mixed, fed])  # [2, B, N, C]
         if not self.is_initializing():
             self.sow("intermediates", "operators", {"mixer": (read, mixed), "ffn": (h, fed)})

@@ -11,10 +11,11 @@
 
 `drop` is stochastic depth and `s` an optional learned scale a channel (LayerScale, Touvron et al. 2021). A
 norm of the residual stream itself, behind every so many blocks, bounds huge networks (Swin V2, section 3.2).
-A `pre_norm` block without an FFN is its first line alone, as state-space models have it.
+A `pre_norm` block without an FFN is its first line alone, as state-space models have it; a pruned layer may
+be either line, or neither.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ class Block(nn.Module):
     """One mixer and one FFN, each with a norm and a residual connection, on tokens or on a grid.
 
     Attributes:
-      mixer: how tokens mix.
+      mixer: how tokens mix; None leaves that branch out.
       ffn: how channels mix; None leaves that branch out.
       epsilon: of the norms.
       dropout: rate of ordinary dropout on both branches.
@@ -49,7 +50,7 @@ class Block(nn.Module):
       stream_norm: whether a norm of the residual stream itself closes the block.
     """
 
-    mixer: nn.Module = part(mixers.KINDS)
+    mixer: Any = part(mixers.KINDS)
     ffn: nn.Module | None = part(ffn.KINDS)
     epsilon: float = 1e-6
     dropout: float = 0.0
@@ -62,8 +63,9 @@ class Block(nn.Module):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ffn is None and self.order != "pre_norm":
-            raise UsageError(f"a block without an ffn has the order 'pre_norm', not {self.order!r}.")
+        for name in ("mixer", "ffn"):
+            if getattr(self, name) is None and self.order != "pre_norm":
+                raise UsageError(f"a block without {name} has the order 'pre_norm', not {self.order!r}.")
 
     @nn.compact
     def __call__(
@@ -84,7 +86,12 @@ class Block(nn.Module):
           point: how this block reduces the tokens of the bag.
         """
         stream = Passage(x, context, point)
-        if self.ffn is None:
+        if self.mixer is None:
+            stream.check_unmixed()
+            if self.ffn is not None:
+                h = self.ffn(self._norm("ffn_norm", stream.x, train), train=train)  # [B, ..., C]
+                stream.x = stream.x + self._branch(h, drop_rate, "ffn_scale", train)
+        elif self.ffn is None:
             h = stream.mix(self.mixer, self._norm("mixer_norm", stream.x, train), train)  # [B, ..., C]
             stream.x = stream.x + self._branch(h, drop_rate, "mixer_scale", train)
             stream.reduce()
