@@ -29,6 +29,7 @@ class Recipe:
 
     def apply(self, subject: Subject, calibration: Calibration) -> Subject:
         """Takes all steps."""
+        calibration = dataclasses.replace(calibration, original=subject)
         for number, step in enumerate(self.steps):
             key = jax.random.fold_in(jax.random.fold_in(calibration.key, self.seed), number)
             subject = step.apply(subject, dataclasses.replace(calibration, key=key))

@@ -41,7 +41,7 @@ class Subject:
 
     def places(self) -> dict[str, Place]:
         """The kernels of the definition by path."""
-        return kernels(self._boxed())
+        return kernels(self.boxed())
 
     def with_params(self, params: Any) -> "Subject":
         """The same definition with other parameters."""
@@ -52,7 +52,7 @@ class Subject:
         task = dataclasses.replace(self.task, model=model)
         return dataclasses.replace(self, task=task, variables=variables)
 
-    def _boxed(self) -> Any:
+    def boxed(self) -> Any:
         """Shapes of the definition's parameters in their boxes."""
         return jax.eval_shape(lambda: self.task.init(jax.random.key(0), self.example)["params"])
 
@@ -65,11 +65,13 @@ class Calibration:
       batches: opens the training data anew: batches as the run was trained on, `task.prepare` not yet done.
       key: of everything random.
       report: is told, in a sentence, how far a step is.
+      original: the network before the first step, where a step may ask it.
     """
 
     batches: Callable[[], Iterable[Batch]]
     key: Key[Array, ""]
     report: Callable[[str], None] = print
+    original: Subject | None = None
 
     def first(self, count: int) -> list[Batch]:
         """The first batches.

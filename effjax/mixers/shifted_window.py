@@ -42,6 +42,7 @@ class ShiftedWindow(nn.Module):
         nothing.
       pad: whether zeros are added before or after the map is rolled. Swin's own code for detection does the
         first, timm the second; the two differ at the edge, and nowhere where windows tile the map.
+      head_dim: channels of a head; None means width / heads.
     """
 
     heads: int
@@ -52,6 +53,7 @@ class ShiftedWindow(nn.Module):
     similarity: Literal["dot", "cosine"] = "dot"
     bias: nn.Module | None = part(position_bias.KINDS, default=RelativeTable)
     pad: Literal["before_shift", "after_shift"] = "before_shift"
+    head_dim: int | None = None
 
     @nn.compact
     def __call__(
@@ -63,8 +65,8 @@ class ShiftedWindow(nn.Module):
           UsageError: where the heads do not divide the channels.
         """
         (height, width), channels = x.shape[1:3], x.shape[-1]
-        if channels % self.heads:
-            raise UsageError(f"heads={self.heads} does not divide the width {channels}.")
+        if self.head_dim is None and channels % self.heads:
+            raise UsageError(f"heads={self.heads} does not divide the width {channels}: set head_dim.")
         size = windows.fitted(self.window, (height, width))
         down, right = windows.shift_of(size, (height, width), self.shifted)
         if self.pad == "before_shift":
@@ -86,7 +88,7 @@ class ShiftedWindow(nn.Module):
         shift: windows.Window,
     ) -> Float[Array, "b windows places c"]:
         """Attention inside the windows of a map of `grid` places that was rolled by `shift`."""
-        head = self.heads, x.shape[-1] // self.heads
+        head = self.heads, self.head_dim or x.shape[-1] // self.heads
         axes, key_bias = ("embed", "heads", "head_dim"), self.qkv_bias and self.key_bias
         q = Dense(head, axes, use_bias=self.qkv_bias, name="query")(x)  # [B, w, M M, H, D]
         k = Dense(head, axes, use_bias=key_bias, name="key")(x)  # [B, w, M M, H, D]

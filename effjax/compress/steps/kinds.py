@@ -6,6 +6,8 @@ from effjax.compress.steps.efficientqat import EfficientQAT
 from effjax.compress.steps.fake_quantise import FakeQuantise, Freeze
 from effjax.compress.steps.finequant import FineQuant
 from effjax.compress.steps.inputs import CalibrateInputs
+from effjax.compress.steps.prune import Prune
+from effjax.compress.steps.recover import Recover
 from effjax.compress.steps.round import Round
 
 KINDS = {
@@ -17,4 +19,6 @@ KINDS = {
     "dgq": Dgq,
     "fake_quantise": FakeQuantise,
     "freeze": Freeze,
+    "prune": Prune,
+    "recover": Recover,
 }

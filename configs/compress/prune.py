@@ -1,0 +1,26 @@
+"""Structured pruning to half of the multiply-accumulates, and a short recovery taught by the whole network.
+
+    python -m experiments.compress --workdir=runs/RUN --out=runs/half \\
+        --recipe=configs/compress/prune.py:taylor
+
+`taylor`
+    Heads and hidden units by the squared change of the loss, in four rounds with training between.
+`magnitude`, `random`
+    The same by the norm of weights, or by chance.
+`taylor-once`, `magnitude-once`, `random-once`
+    In one round and without any training.
+"""
+
+from ml_collections import ConfigDict
+
+VARIANTS = ("taylor", "magnitude", "random", "taylor-once", "magnitude-once", "random-once")
+
+
+def get_config(variant: str = "taylor") -> ConfigDict:
+    """Returns the recipe of a variant."""
+    score, _, once = variant.partition("-")
+    step = dict(kind="prune", macs=0.5, score=dict(kind=score))
+    if once:
+        return ConfigDict(dict(steps=(step,)))
+    step |= dict(rounds=4, tune=dict(steps=100))
+    return ConfigDict(dict(steps=(step, dict(kind="recover", how=dict(steps=600)))))
