@@ -20,7 +20,6 @@ import optax
 from jaxtyping import Array, Float
 
 from effjax.compress.blocks import evaluated
-from effjax.compress.storage.trees import stored_in
 from effjax.compress.subject import Batch, Calibration, Subject
 from effjax.errors import UsageError
 from effjax.train.tasks.diffusion import Diffusion
@@ -80,7 +79,7 @@ def recovered(
     """
     if not how.steps:
         return subject
-    if stored_in(subject.params):
+    if not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(subject.params)):
         raise UsageError("kernels in codes do not train: recover before they are stored.")
     optimizer, share = how.optimizer(), how.share if teacher is not None else 0.0
     beside = {name: tree for name, tree in subject.variables.items() if name != "params"}

@@ -123,6 +123,7 @@ class Place:
       ins: sizes of the axes that are summed over.
       outs: sizes of those of the product.
       turned: whether `outs` stand before `ins`.
+      path: where it stands; kernels of one form are alike wherever they are.
     """
 
     shape: tuple[int, ...]
@@ -130,6 +131,7 @@ class Place:
     ins: tuple[int, ...]
     outs: tuple[int, ...]
     turned: bool
+    path: str = dataclasses.field(default="", compare=False)
 
     @property
     def front(self) -> tuple[int, ...]:
@@ -156,5 +158,6 @@ def kernels(boxed: Mapping[str, Any]) -> dict[str, Place]:
         shape = tuple(box.value.shape)
         own = shape[len(shape) - box.ins - box.outs :]
         ins, outs = (own[box.outs :], own[: box.outs]) if box.turned else (own[: box.ins], own[box.ins :])
-        found[path_of(key_path)] = Place(shape, tuple(box.names), ins, outs, box.turned)
+        path = path_of(key_path)
+        found[path] = Place(shape, tuple(box.names), ins, outs, box.turned, path)
     return found

@@ -104,8 +104,9 @@ def _config_of(workdir: str, program: Program, subject: Subject) -> ConfigDict:
         config.model = ConfigDict(section(subject.model, models.KINDS))
     layouts = {path: leaf.layout for path, leaf in stored_in(subject.params).items()}  # type: ignore[attr-defined]
     config.storage = {path: section(layout, storage.KINDS) for path, layout in layouts.items()}
-    # What is stored in codes does not train, and has no average beside it.
-    config.optimizer = ConfigDict(dict(kind="still"))
+    if not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(subject.params)):
+        config.optimizer = ConfigDict(dict(kind="still"))  # what is stored in codes does not train
+    # There is no average beside what a recipe leaves.
     config.train.start, config.train.ema = None, None
     for evaluator in config.get("evaluators", {}).values():
         evaluator.ema = False

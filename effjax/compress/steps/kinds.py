@@ -9,6 +9,7 @@ from effjax.compress.steps.inputs import CalibrateInputs
 from effjax.compress.steps.prune import Prune
 from effjax.compress.steps.recover import Recover
 from effjax.compress.steps.round import Round
+from effjax.compress.steps.sparsify import Densify, Sparsify
 
 KINDS = {
     "round": Round,
@@ -21,4 +22,6 @@ KINDS = {
     "freeze": Freeze,
     "prune": Prune,
     "recover": Recover,
+    "sparsify": Sparsify,
+    "densify": Densify,
 }

@@ -3,6 +3,7 @@
 from effjax.compress.storage.binary_coding import BinaryCoding
 from effjax.compress.storage.bit_planes import BitPlanes
 from effjax.compress.storage.fake import Fake
+from effjax.compress.storage.masked import Masked
 from effjax.compress.storage.shift import Shift
 from effjax.compress.storage.uniform import Uniform
 
@@ -12,4 +13,5 @@ KINDS = {
     "bit_planes": BitPlanes,
     "shift": Shift,
     "fake": Fake,
+    "masked": Masked,
 }

@@ -1,5 +1,6 @@
 """Stored weights in a tree of parameters."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,17 +45,18 @@ def boxed_like(boxed: Any, layouts: Mapping[str, Any]) -> Any:
 
     Args:
       boxed: parameters in boxes with the names of their axes.
-      layouts: a layout for a path.
+      layouts: a layout for a path, or for all kernels whose paths match a regexp.
 
     Raises:
       UsageError: for a path that is no kernel.
     """
     places = kernels(boxed)
     for path in layouts:
-        if path not in places:
+        if path not in places and not any(re.fullmatch(path, place) for place in places):
             raise UsageError(
                 f"config.storage: {path!r} is no kernel of the model. {did_you_mean(path, places)}"
             )
+    layouts = choose(list(layouts.items()), places, "config.storage")
     made = {}
     leaves, _ = jax.tree_util.tree_flatten_with_path(boxed, is_leaf=_one)
     for key_path, box in leaves:

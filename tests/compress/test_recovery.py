@@ -1,0 +1,87 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.compress.recovery import Recovery, apart, recovered, watched
+from effjax.compress.steps.prune import Prune
+from effjax.compress.steps.recover import Recover
+from effjax.compress.steps.round import Round
+from effjax.compress.structure.cost import macs
+from effjax.compress.structure.layers import put_together, take_apart
+from effjax.compress.structure.units import keep
+from effjax.compress.subject import Calibration
+from effjax.errors import UsageError
+from tests.compress import tiny
+from tests.compress.structure.networks import subject
+
+
+def calibration(network, told=None):
+    batches = lambda: iter([network.example] * 50)
+    return Calibration(
+        batches, jax.random.key(0), (lambda said: None) if told is None else told.append, network
+    )
+
+
+def test_a_network_learns_from_the_one_it_was_made_from():
+    whole = subject("lm")
+    layers = take_apart(whole)
+    small = put_together(whole, [keep(layers[0], "hidden", range(20)), *layers[1:]])
+
+    def far(network):
+        _, output = watched(network, network.variables, tiny.BATCH, jax.random.key(0))
+        _, goal = watched(whole, whole.variables, tiny.BATCH, jax.random.key(0))
+        return float(apart(whole, output, goal, 1.0, None))
+
+    told = []
+    after = recovered(small, whole, calibration(whole, told), Recovery(steps=12, lr=2e-3, share=1.0))
+    assert far(after) < far(small)
+    assert far(whole) < 1e-6
+    assert [said.split(":")[0] for said in told] == [f"step {n} of 12" for n in (3, 6, 9, 12)]
+    assert after.model == small.model
+    alone = recovered(small, None, calibration(whole), Recovery(steps=2, lr=3e-3, share=1.0))
+    assert np.isfinite(far(alone)), "without a teacher the task alone teaches"
+
+
+def test_masks_hold():
+    network = tiny.language()
+    masks = jax.tree.map(lambda leaf: (jnp.arange(leaf.size) % 2).reshape(leaf.shape), network.params)
+    after = recovered(network, None, calibration(network), Recovery(steps=2), masks)
+    for leaf, mask in zip(jax.tree.leaves(after.params), jax.tree.leaves(masks), strict=True):
+        assert not np.asarray(leaf)[np.asarray(mask) == 0].any()
+
+
+def test_a_denoiser_is_taught_by_its_prediction():
+    network = subject("dit")
+    told = calibration(network)
+    after = recovered(network, network, told, Recovery(steps=1, lr=0.0))
+    jax.tree.map(np.testing.assert_array_equal, after.params, network.params)
+
+
+def test_rounds_of_pruning_meet_the_budget_and_train_in_between():
+    network = subject("vit")
+    told = []
+    step = Prune(0.5, kinds=("heads", "hidden"), rounds=2, tune=Recovery(steps=1))
+    small = step.apply(network, calibration(network, told))
+    assert macs(small) <= 0.5 * macs(network)
+    assert [said for said in told if said.startswith("step")] == [told[1]]
+    again = Recover(Recovery(steps=1)).apply(small, calibration(network))
+    assert again.model == small.model
+
+
+def test_what_cannot_be_trained_is_named():
+    network = tiny.language()
+    codes = Round(kernels=("blocks/ffn/.*",), layout=dataclasses.replace(Round().layout, group=8)).apply(
+        network, calibration(network)
+    )
+    with pytest.raises(UsageError, match="codes do not train"):
+        recovered(codes, None, calibration(network), Recovery(steps=1))
+    nan = network.with_params(jax.tree.map(lambda leaf: leaf * jnp.nan, network.params))
+    with pytest.raises(UsageError, match="lower lr"):
+        recovered(nan, None, calibration(network), Recovery(steps=1))
+    with pytest.raises(UsageError, match="share=2"):
+        Recovery(share=2.0)
+    with pytest.raises(UsageError, match="macs=0"):
+        Prune(macs=0.0)
