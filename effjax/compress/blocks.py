@@ -218,9 +218,10 @@ def difference(a: Any, b: Any) -> Float[Array, ""]:
 
 def _described(stack: Stack, path: str, kwargs: Mapping[str, Any]) -> Blocks:
     otherwise = [name for name in _OTHERWISE if kwargs.get(name)]
-    if otherwise or stack.shared:
+    otherwise += ["shared parameters"] * bool(stack.shared) + ["a definition each"] * bool(stack.blocks)
+    if otherwise:
         raise UsageError(
-            f"the blocks of {path!r} are run with {', '.join(otherwise) or 'shared parameters'}, and cannot "
+            f"the blocks of {path!r} are run with {', '.join(otherwise)}, and cannot "
             f"be taught one by one: round them with a step that looks at the weights alone."
         )
     return Blocks(path, stack.clone(parent=None, name=None), kwargs.get("method", "__call__"))

@@ -7,17 +7,24 @@ least of all goes first, by itself or for what it saves. Of channels each head l
 import dataclasses
 import heapq
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from effjax.compress.structure.cost import LayerCost
 from effjax.compress.structure.layers import Layer
 from effjax.compress.structure.scores import Scores
 from effjax.compress.structure.units import Kind, Sizes, keep, sizes
 from effjax.errors import UsageError
 
-Order = Literal["worth", "worth_per_mac"]
+Order = Literal["worth", "worth_per_cost", "worth_less_cost"]
+
+
+@runtime_checkable
+class Price(Protocol):
+    """What a layer costs, in any unit."""
+
+    def of(self, has: Sizes) -> float:
+        """Of a layer that has so much."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +54,11 @@ class Least:
 def kept(
     layers: Sequence[Layer],
     scores: Scores,
-    costs: Sequence[LayerCost],
+    costs: Sequence[Price],
     budget: float,
     least: Least,
-    order: Order = "worth_per_mac",
+    order: Order = "worth_per_cost",
+    price: float = 0.0,
 ) -> dict[tuple[int, Kind], np.ndarray]:
     """The units that stay, of every layer and kind that was scored: the fewest that have to go.
 
@@ -58,16 +66,17 @@ def kept(
       layers: of the network.
       scores: of their units.
       costs: of the layers.
-      budget: multiply-accumulates of the whole network.
+      budget: of the whole network, in the unit of the costs.
       least: what stays in any case.
-      order: whether a unit's worth is weighed against what it saves.
+      order: what goes first: what is worth least, for each cost that it saves, or less `price` times that.
+      price: of what is saved, in worth.
 
     Raises:
       UsageError: for a budget that cannot be met.
     """
     has = [dataclasses.asdict(sizes(layer)) for layer in layers]
     ranks = {at: np.argsort(np.asarray(worth), axis=-1, kind="stable") for at, worth in scores.items()}
-    total = sum(cost.macs(Sizes(**own)) for cost, own in zip(costs, has, strict=True))
+    total = sum(cost.of(Sizes(**own)) for cost, own in zip(costs, has, strict=True))
     waiting: list[tuple[float, int, Kind]] = []
 
     def offer(at: int, kind: Kind) -> None:
@@ -79,7 +88,11 @@ def kept(
         worth = np.take_along_axis(np.asarray(scores[at, kind]), ranks[at, kind], axis=-1)
         lost = float(worth[..., gone : gone + goes].sum())
         saved = _saved(costs[at], has[at], kind, goes)
-        heapq.heappush(waiting, (lost / saved if order == "worth_per_mac" and saved > 0 else lost, at, kind))
+        if order == "worth_per_cost" and saved > 0:
+            lost /= saved
+        elif order == "worth_less_cost":
+            lost -= price * saved
+        heapq.heappush(waiting, (lost, at, kind))
 
     for at, kind in scores:
         offer(at, kind)
@@ -91,8 +104,8 @@ def kept(
         offer(at, kind)
     if total > budget:
         raise UsageError(
-            f"a budget of {budget:.4g} MACs cannot be met: {total:.4g} are left where every layer keeps "
-            f"{least}. Let other kinds of units go, or fewer stay."
+            f"a budget of {budget:.4g} cannot be met: {total:.4g} are left where every layer keeps {least}. "
+            f"Let other kinds of units go, or fewer stay."
         )
     return {
         (at, kind): np.sort(order[..., order.shape[-1] - has[at][kind] :], axis=-1)
@@ -113,6 +126,6 @@ def narrowed(layers: Sequence[Layer], stay: Mapping[tuple[int, Kind], np.ndarray
     return made
 
 
-def _saved(cost: LayerCost, has: Mapping[str, int], kind: Kind, count: int) -> float:
+def _saved(cost: Price, has: Mapping[str, int], kind: Kind, count: int) -> float:
     fewer = {**has, kind: has[kind] - count}
-    return cost.macs(Sizes(**has)) - cost.macs(Sizes(**fewer))
+    return cost.of(Sizes(**has)) - cost.of(Sizes(**fewer))

@@ -39,7 +39,7 @@ class LayerCost:
     value: float = 0.0
     hidden: float = 0.0
 
-    def macs(self, has: Sizes) -> float:
+    def of(self, has: Sizes) -> float:
         """Of a layer that has so much."""
         each = self.head + self.qk * has.qk + self.value * has.value
         return self.fixed + has.heads * each + self.hidden * has.hidden
@@ -77,7 +77,7 @@ def costs(subject: Subject, layers: Sequence[Layer]) -> tuple[LayerCost, ...]:
             like = _counted(subject, layers, at, whole)
             known.append((layer, like))
         found.append(like)
-    rest = float(whole) - sum(cost.macs(sizes(layer)) for cost, layer in zip(found, layers, strict=True))
+    rest = float(whole) - sum(cost.of(sizes(layer)) for cost, layer in zip(found, layers, strict=True))
     return (dataclasses.replace(found[0], fixed=rest), *found[1:])
 
 

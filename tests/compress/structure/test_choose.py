@@ -33,7 +33,7 @@ def test_costs_are_those_that_are_counted(name):
         rows = np.tile(np.arange(count), (sizes(second).heads, 1))
         second = keep(second, kind, rows[0] if kind == "qk" and name == "lm" else rows)
     made = [first, second, *layers[2:]]
-    told = sum(cost.macs(sizes(layer)) for cost, layer in zip(prices, made, strict=True))
+    told = sum(cost.of(sizes(layer)) for cost, layer in zip(prices, made, strict=True))
     assert round(told) == macs(put_together(network, made))
 
 
