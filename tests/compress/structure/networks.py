@@ -1,5 +1,7 @@
 """Small networks of every kind that structures are taken out of, with random weights, none of them zero."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from effjax.train.tasks.classification import Classification
 from tests.compress import tiny
 
 
+@functools.cache
 def subject(name):
     """A network by name: vit, dit, lm, lm_pairs, swin."""
     if name == "vit":
