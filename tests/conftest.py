@@ -64,8 +64,11 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.getoption("--write-slow") and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Timer(), "timer")
+    if config.getoption("--write-slow"):
+        # A test is as long as it is in a fresh clone.
+        jax.config.update("jax_enable_compilation_cache", False)
+        if not hasattr(config, "workerinput"):
+            config.pluginmanager.register(Timer(), "timer")
 
 
 def pytest_sessionstart(session):
