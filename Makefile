@@ -4,6 +4,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
+# Where this is set, every worker and every driver of the tests compiles all files of the library again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test parity check durations lint types fast catalog newest clean
 .DELETE_ON_ERROR:
 

@@ -21,6 +21,10 @@ import pytest
 from tests import annotations
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Two fifths of a test run is compiling: what an earlier run compiled of the same program is read.
+COMPILED = Path(os.environ["TFDS_DATA_DIR"], "compiled")
+jax.config.update("jax_compilation_cache_dir", str(COMPILED / "tests"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 # Every function of the library has its annotations checked on every call; but for what walks programs, by a
 # million calls of one line that see no arrays.
 LIBRARY = Path(__file__).resolve().parents[1] / "effjax"
@@ -60,14 +64,17 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.getoption("--write-slow") and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Timer(), "timer")
+    if config.getoption("--write-slow"):
+        # A test is as long as it is in a fresh clone.
+        jax.config.update("jax_enable_compilation_cache", False)
+        if not hasattr(config, "workerinput"):
+            config.pluginmanager.register(Timer(), "timer")
 
 
 def pytest_sessionstart(session):
     """Forgets programs that were compiled a week ago, of which most are no longer made."""
     if not hasattr(session.config, "workerinput"):
-        for file in Path(os.environ["TFDS_DATA_DIR"], "compiled").rglob("*-cache"):
+        for file in COMPILED.rglob("*-cache"):
             if time.time() - file.stat().st_mtime > 7 * 86_400:
                 file.unlink()
 

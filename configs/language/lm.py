@@ -115,7 +115,12 @@ def pydocs(length: int, smoke: bool) -> ConfigDict:
             evaluators=dict(
                 test=dict(
                     kind="metrics",
-                    data=dict(source=source | dict(split="test"), packing=packing, batch_size=16, cache=True),
+                    data=dict(
+                        source=source | dict(split="test[:25%]" if smoke else "test"),
+                        packing=packing,
+                        batch_size=16,
+                        cache=True,
+                    ),
                     every=every,
                 )
             ),

@@ -131,21 +131,26 @@ class Classifier:
         """Trained from its first weights, on every device alike."""
         task = Classification(self.model, smoothing=0.1)
         budget = Budget.of(length, data.definition.batch_size, data.num_examples)
-        variables = meta.unbox(self._init(pictures))
-        optimizer = self.optimizer.transformation(variables["params"], budget)
-        state = TrainState.create(
-            params=variables["params"],
-            opt_state=optimizer.init(variables["params"]),
-            key=jax.random.key(1),
-            collections={name: value for name, value in variables.items() if name != "params"},
-        )
+        shapes = jax.eval_shape(lambda: meta.unbox(self._init(pictures)))
+        optimizer = self.optimizer.transformation(shapes["params"], budget)
         step = make_step(task, optimizer, precision=Precision(), accumulate=1, ema=None)
+
+        @jax.jit
+        def first() -> TrainState:
+            variables = meta.unbox(self._init(pictures))
+            return TrainState.create(
+                params=variables["params"],
+                opt_state=optimizer.init(variables["params"]),
+                key=jax.random.key(1),
+                collections={name: value for name, value in variables.items() if name != "params"},
+            )
 
         @jax.jit
         def improve(state: TrainState, batch: Any) -> TrainState:
             return step(state, {"image": self._seen(show(batch)), "label": batch["label"]})[0]
 
         rows = data.train(process_index=jax.process_index(), process_count=jax.process_count())
+        state = first()
         with activate(program.mesh, program.rules):
             for batch in itertools.islice(rows, budget.total_steps):
                 check_stop()

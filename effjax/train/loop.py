@@ -131,6 +131,8 @@ class _Loop:
         self.evaluate_every = {name: budget.steps(e.every) for name, e in experiment.evaluators.items()}
         # Opened now, so that a missing data set stops the run before it compiles.
         self.evaluators = {name: e.open(read) for name, e in experiment.evaluators.items()}
+        # Compiled: by itself each operation of a schedule would be a program.
+        self.learning_rate = jax.jit(program.learning_rate)
         self.clock = _Clock()
         self.evaluations: dict[str, dict[str, float]] = {}
         self.failures: dict[str, str] = {}
@@ -194,7 +196,7 @@ class _Loop:
     def _log(self, step: int, metrics: dict[str, jax.Array]) -> None:
         seconds = self.clock.median(newest=self.log_every)
         values = {name: float(value) for name, value in metrics.items() if name != "halted"}
-        values["learning_rate"] = float(self.program.learning_rate(step - 1))
+        values["learning_rate"] = float(self.learning_rate(step - 1))
         if np.isfinite(seconds):
             values["step_seconds"] = seconds
             values["examples_per_second"] = self.program.experiment.data.batch_size / seconds

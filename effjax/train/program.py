@@ -207,9 +207,8 @@ def build_program(
     boxed = jax.eval_shape(lambda: _init_variables(experiment, data))
     variables = meta.unbox(boxed)
     optimizer = experiment.optimizer.transformation(variables["params"], budget)
-    shapes = jax.eval_shape(
-        lambda: _state(experiment, optimizer, meta.unbox(_init_variables(experiment, data)))
-    )
+    # From the shapes of the variables: the model is not traced a second time.
+    shapes = jax.eval_shape(functools.partial(_state, experiment, optimizer), variables)
     laid_out = parameter_shardings(boxed, mesh, rules)
     replicated = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda _: replicated, shapes).replace(

@@ -54,10 +54,11 @@ def serving_of(request: dict[str, Any], task: Any) -> Any:
     """What is asked of the trained model."""
     from effjax.plan.steps import Serving
     from effjax.train.tasks.diffusion import Diffusion
-    from experiments.run.sampling import build_sampler
 
     sampler = None
     if isinstance(task, Diffusion):
+        from experiments.run.sampling import build_sampler
+
         sampler = build_sampler(task, request["sampler"], request["sampler_steps"])
     return Serving(request["batch"], request["context"], sampler, request["guidance"])
 

@@ -7,7 +7,7 @@ shared by everything in the process.
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -42,7 +42,9 @@ def curve(rows: Sequence[Mapping[str, Any]], name: str, *, smoothing: float = 0.
     splits = list(dict.fromkeys(row["split"] for row in rows if name in row))
     if not splits:
         raise KeyError(name)
-    figure, axes = new_figure()
+    figure, axes = new_figure(layout=None)
+    # Room for a number of nine characters: to measure what the labels need would be to draw them twice.
+    figure.subplots_adjust(left=0.13, right=0.98, top=0.91, bottom=0.14)
     for split, colour in zip(splits, COLOURS * (len(splits) // len(COLOURS) + 1), strict=False):
         points = [(row["step"], row[name]) for row in rows if row["split"] == split and name in row]
         steps, values = np.array(points, np.float64).T
@@ -178,9 +180,11 @@ def front_of(cost: Float[np.ndarray, " n"], quality: Float[np.ndarray, " n"]) ->
     return [int(i) for i in np.flatnonzero(~np.any(better & strictly, axis=1))]
 
 
-def new_figure(width: float = 6.4, height: float = 3.6) -> tuple[Figure, Axes]:
-    """An empty figure in the style of all plots here."""
-    figure = Figure(figsize=(width, height), dpi=140, layout="constrained")
+def new_figure(
+    width: float = 6.4, height: float = 3.6, *, layout: Literal["constrained"] | None = "constrained"
+) -> tuple[Figure, Axes]:
+    """An empty figure in the style of all plots here; without a layout its margins are the caller's."""
+    figure = Figure(figsize=(width, height), dpi=140, layout=layout)
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)

@@ -7,6 +7,9 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax
 import pytest
 
+# Programs of several devices are compiled anew in every run.
+jax.config.update("jax_enable_compilation_cache", False)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _eight_devices():

@@ -2,7 +2,7 @@
 
 What a driver imports takes as long as a small run does, and what it compiles twice as long. So `drive` forks
 a process that has imported the libraries, ours among them, and reads what an earlier one compiled of the same
-program; `start` takes a new process without either.
+program; `start` takes a new process, and reads only from where it is told to.
 """
 
 import atexit
@@ -85,10 +85,16 @@ def _run(name, arguments, environment, output, errors):
         sys.stderr.flush()
 
 
-def start(name, *arguments):
-    """Starts a driver; the caller ends it."""
+def start(name, *arguments, compiled=None):
+    """Starts a driver; the caller ends it. What is in the folder `compiled` is not compiled again."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.Popen(
-        command(name, *arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(name, *arguments),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | (cache if compiled else {}),
     )
 
 

@@ -2,12 +2,13 @@
 
 import random
 import resource
+import shutil
 import signal
 import time
 
 import pytest
 
-from tests.experiments.driver import drive, manifest, metric_rows, start
+from tests.experiments.driver import COMPILED, drive, manifest, metric_rows, start
 from tests.train.toy import FAMILIES
 
 CONFIG = {family: f"--config={module.replace('.', '/')}.py:smoke" for family, module in FAMILIES.items()}
@@ -40,8 +41,10 @@ def test_kill_9_and_resume_is_the_straight_run_bit_by_bit(family, tmp_path):
     arguments = [CONFIG[family], *OFTEN]
     drive("train", *arguments, f"--workdir={tmp_path / 'straight'}")
     workdir = tmp_path / "killed"
+    # What the straight run compiled; a copy, because a process may be killed while it writes there.
+    programs = shutil.copytree(COMPILED, tmp_path / "compiled")
     for least in (5, 25):
-        process = start("train", *arguments, f"--workdir={workdir}")
+        process = start("train", *arguments, f"--workdir={workdir}", compiled=programs)
         wait_for(lambda least=least: any(step >= least for step in saved(workdir)), process)
         time.sleep(random.random() * 0.2)
         process.send_signal(signal.SIGKILL)
@@ -72,7 +75,7 @@ def test_sigterm_at_any_moment_leads_to_75_and_a_resumable_run(tmp_path):
     logged = last_step(workdir)
     for _ in range(2):
         reached = saved(workdir)[-1] if saved(workdir) else 0
-        process = start("train", *arguments)
+        process = start("train", *arguments, compiled=tmp_path / "compiled")
         wait_for(lambda logged=logged: last_step(workdir) > logged, process)
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=120)

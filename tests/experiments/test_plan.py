@@ -178,8 +178,3 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path, family, topology, flag, me
 def test_a_topology_is_needed():
     _, errors = drive("plan", f"--config={CONFIGS['vision']}", code=2)
     assert "--topology is missing" in errors
-
-
-@pytest.mark.slow
-def test_a_step_that_a_config_does_not_have():
-    assert "decoding needs a language config" in refused(CONFIGS["vision"], "cpu:2", "--step=decode")

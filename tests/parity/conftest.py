@@ -7,6 +7,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models come from configurations,
 import jax
 import pytest
 
+# Programs of full-size networks would fill the disk.
+jax.config.update("jax_enable_compilation_cache", False)
+
 
 def pytest_collection_modifyitems(items):
     """What the libraries warn about among themselves is not ours to mend."""

@@ -35,7 +35,9 @@ def drawn(module, *inputs):
     )
 
 
-PARAMS = drawn(MODULE, BAG, False)
+@pytest.fixture(scope="module")
+def held():
+    return drawn(MODULE, BAG, False)
 
 
 @jax.jit
@@ -43,10 +45,10 @@ def slim(params, bag=BAG):
     return MODULE.apply({"params": params}, bag, False)
 
 
-def test_equals_the_equation_in_float64_as_loops():
-    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), PARAMS)
+def test_equals_the_equation_in_float64_as_loops(held):
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), held)
     erf = np.vectorize(math.erf)
-    for row, made in zip(np.asarray(X, np.float64)[:, 1:], slim(PARAMS).x[:, 1:], strict=True):
+    for row, made in zip(np.asarray(X, np.float64)[:, 1:], slim(held).x[:, 1:], strict=True):
         scores = np.zeros((12, 5))
         for n, token in enumerate(row):
             h = (token - token.mean()) / np.sqrt(token.var() + 1e-5) * p["norm"]["scale"] + p["norm"]["bias"]
@@ -57,26 +59,26 @@ def test_equals_the_equation_in_float64_as_loops():
         np.testing.assert_allclose(made, (powers / powers.sum(0)).T @ row, atol=1e-5)
 
 
-def test_a_constant_field_stays_what_it_is_and_the_size_is_kept():
+def test_a_constant_field_stays_what_it_is_and_the_size_is_kept(held):
     field = jnp.broadcast_to(X[:, :1], X.shape)
-    made = slim(PARAMS, Tokens.of(field, ends=(1, 0)))
+    made = slim(held, Tokens.of(field, ends=(1, 0)))
     np.testing.assert_allclose(made.x, field[:, :6], atol=1e-6)
     np.testing.assert_allclose(made.size.sum(1), 13.0, rtol=1e-6)
-    np.testing.assert_array_equal(slim(PARAMS).x[:, 0], X[:, 0])  # the class token is left aside
+    np.testing.assert_array_equal(slim(held).x[:, 0], X[:, 0])  # the class token is left aside
 
 
-def test_the_order_of_the_tokens_makes_no_difference():
+def test_the_order_of_the_tokens_makes_no_difference(held):
     order = jnp.array([0, *np.random.RandomState(0).permutation(12) + 1])
-    np.testing.assert_allclose(slim(PARAMS, Tokens.of(X[:, order], ends=(1, 0))).x, slim(PARAMS).x, atol=1e-6)
+    np.testing.assert_allclose(slim(held, Tokens.of(X[:, order], ends=(1, 0))).x, slim(held).x, atol=1e-6)
 
 
-def test_at_a_low_temperature_tokens_are_selected():
-    made = slim({**PARAMS, "scale": jnp.array(1e5)}).x[:, 1:]
+def test_at_a_low_temperature_tokens_are_selected(held):
+    made = slim({**held, "scale": jnp.array(1e5)}).x[:, 1:]
     gap = jnp.abs(made[:, :, None] - X[:, None, 1:]).max(-1).min(-1)
     np.testing.assert_allclose(gap, 0, atol=1e-5)
 
 
-def test_gradients_are_those_of_finite_differences():
+def test_gradients_are_those_of_finite_differences(held):
     target = jax.random.normal(jax.random.key(3), (2, 6, 8))
 
     @jax.jit
@@ -84,11 +86,11 @@ def test_gradients_are_those_of_finite_differences():
     def loss(params):
         return jnp.mean((slim(params).x - target) ** 2)
 
-    _, gradient = loss(PARAMS)
+    _, gradient = loss(held)
     norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient)))
     assert all(bool(jnp.any(g)) for name, g in gradient.items() if name == "scale")
     ahead, behind = (
-        loss(jax.tree.map(lambda p, g, s=s: p + s * g / norm, PARAMS, gradient))[0] for s in (1e-2, -1e-2)
+        loss(jax.tree.map(lambda p, g, s=s: p + s * g / norm, held, gradient))[0] for s in (1e-2, -1e-2)
     )
     np.testing.assert_allclose((ahead - behind) / 2e-2, norm, rtol=1e-2)
 

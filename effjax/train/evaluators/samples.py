@@ -160,12 +160,9 @@ class _Seen:
 def _compared(drawn: _Seen, real: _Seen, neighbours: int) -> dict[str, float]:
     """Everything that is reported of drawn and real pictures."""
 
-    def moments(features: np.ndarray) -> Moments:
-        return Moments.of(jnp.asarray(features))
-
     values = {
-        "frechet": frechet_distance(moments(drawn.features), moments(real.features)),
-        "frechet_halves": frechet_distance(moments(real.features[::2]), moments(real.features[1::2])),
+        "frechet": _distance(drawn.features, real.features),
+        "frechet_halves": _distance(real.features[::2], real.features[1::2]),
     }
     values["precision"], values["recall"] = precision_and_recall(
         jnp.asarray(drawn.features), jnp.asarray(real.features), neighbours
@@ -173,3 +170,9 @@ def _compared(drawn: _Seen, real: _Seen, neighbours: int) -> dict[str, float]:
     if drawn.right is not None and real.right is not None:
         values |= {"agreement": drawn.right.mean(), "agreement_real": real.right.mean()}
     return {name: float(value) for name, value in values.items()}
+
+
+@jax.jit
+def _distance(one: Float[Array, "n c"], other: Float[Array, "m c"]) -> Float[Array, ""]:
+    """How far apart two sets of features are."""
+    return frechet_distance(Moments.of(one), Moments.of(other))

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-import sklearn.datasets
 
 from effjax.data.builders import digits
 from effjax.data.sources import Tfds
@@ -18,6 +17,8 @@ def examples(reader):
 
 def test_every_digit_is_there_once_with_its_label(splits):
     assert {name: len(reader) for name, reader in splits.items()} == {"train": 1437, "test": 360}
+    import sklearn.datasets  # a second and a half, for these tests alone
+
     bunch = sklearn.datasets.load_digits()
     truth = {
         image.astype(int).tobytes(): int(label)
