@@ -3,8 +3,8 @@
     y = r(x) r(W),     dL/dx = r_g(dL/dy) r(W)^T,     dL/dW = r(x)^T r_g(dL/dy)
 
 ExMy has x bits of exponent and y of mantissa. With 8 bits of exponent bits of bfloat16's mantissa are
-cleared one by one, E8M7 being bfloat16; with fewer the range shrinks too. Formats with 4 or 5 bits of
-exponent cannot hold what a network computes: a tensor is scaled so that its largest number is the format's.
+cleared one by one, E8M7 being bfloat16; with fewer the range shrinks too. Formats of 8 bits are those of
+hardware, which scales a tensor so that its largest number is the format's.
 
     s = max |x| / largest,     r(x) = s round(x / s)
 
@@ -26,9 +26,6 @@ from jaxtyping import Array, Float
 
 from effjax.errors import UsageError
 from effjax.train.arithmetic.products import Arithmetic, Axes, straight_through
-
-# Up to this many bits of exponent a tensor is scaled into the range.
-SCALED = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +51,11 @@ class Format:
         if found is None:
             raise UsageError(f"{name!r} is no format: say e8m5 or e4m3, with e2 to e8 and m1 to m7.")
         return cls(int(found[1]), int(found[2]))
+
+    @property
+    def scaled(self) -> bool:
+        """Whether tensors are scaled into the range: in formats of 8 bits."""
+        return 1 + self.exponent + self.mantissa <= 8
 
     @property
     def lowest(self) -> int:
@@ -103,7 +105,7 @@ class Reduced(Arithmetic):
     Attributes:
       operands: the format of what enters, and of weights: `e8m3`.
       gradients: the format of gradients; None leaves them.
-      rounding: how bits of mantissa go where the exponent has more than 5: `masked` cuts them off.
+      rounding: how bits of mantissa go in formats of more than 8 bits: `masked` cuts them off.
     """
 
     operands: str = "e8m3"
@@ -129,9 +131,9 @@ class Reduced(Arithmetic):
         return straight_through(x, self.in_format(jax.lax.stop_gradient(x), self.operands))
 
     def in_format(self, x: Float[Array, "..."], name: str) -> Float[Array, "..."]:
-        """Numbers of a format, scaled where it is a narrow one."""
+        """Numbers of a format, scaled where it has 8 bits."""
         form = Format.of(name)
-        if form.exponent > SCALED:
+        if not form.scaled:
             return form.round(x, masked=self.rounding == "masked")
         wide = x.astype(jnp.float32)
         largest = jnp.max(jnp.abs(wide))
