@@ -36,7 +36,7 @@ class Arithmetic:
       leave: regexps of kernels that multiply as before, whatever `kernels` says.
     """
 
-    kernels: tuple[str, ...] = ("(.*/)?blocks/.*",)
+    kernels: tuple[str, ...] = ("(.*/)?(blocks|stack)/.*",)
     leave: tuple[str, ...] = ()
 
     def check(self) -> None:
@@ -161,15 +161,20 @@ def within(arithmetic: Arithmetic, precision: Precision, boxed: Any) -> InFewerB
     return InFewerBits(precision.compute, arithmetic, found)
 
 
+@jax.custom_vjp
 def straight_through(x: Float[Array, "..."], rounded: Float[Array, "..."]) -> Float[Array, "..."]:
     """`rounded`, with the gradient of `x`."""
-    return _straight(x, rounded)
-
-
-@jax.custom_vjp
-def _straight(x: Array, rounded: Array) -> Array:
     del x
     return rounded
 
 
-_straight.defvjp(lambda x, rounded: (rounded, None), lambda _, g: (g, jnp.zeros_like(g)))
+def _forward(x: Array, rounded: Array) -> tuple[Array, None]:
+    del x
+    return rounded, None
+
+
+def _backward(_: None, g: Array) -> tuple[Array, Array]:
+    return g, jnp.zeros_like(g)
+
+
+straight_through.defvjp(_forward, _backward)

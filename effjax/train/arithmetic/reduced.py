@@ -143,12 +143,18 @@ class Reduced(Arithmetic):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _rounds_its_gradient(y: Float[Array, "..."], arithmetic: Reduced) -> Float[Array, "..."]:
+    del arithmetic
     return y
 
 
-def _backward(arithmetic: Reduced, _: None, g: Float[Array, "..."]) -> tuple[Float[Array, "..."]]:
+def _forward(y: Array, arithmetic: Reduced) -> tuple[Array, None]:
+    del arithmetic
+    return y, None
+
+
+def _backward(arithmetic: Reduced, _: None, g: Array) -> tuple[Array]:
     assert arithmetic.gradients is not None
     return (arithmetic.in_format(g, arithmetic.gradients),)
 
 
-_rounds_its_gradient.defvjp(lambda y, arithmetic: (y, None), _backward)
+_rounds_its_gradient.defvjp(_forward, _backward)

@@ -63,7 +63,7 @@ def test_loss_and_gradient_are_near_those_of_float_and_the_state_is_the_same(kin
     assert jax.tree.leaves(program.shapes) == jax.tree.leaves(whole.shapes)
 
 
-@pytest.mark.parametrize("family", ["vision", "diffusion"])
+@pytest.mark.parametrize("family", ["vision", "diffusion", "configs.vision.convnext"])
 def test_other_families_train_so(family):
     _, loss, gradient = of(family, train__arithmetic=KINDS["int8"])
     assert jnp.isfinite(loss)
