@@ -11,7 +11,7 @@ from effjax.compress.storage import kinds as storage
 from effjax.config import build, build_kind, part
 from effjax.data import Data
 from effjax.parallel.mesh import MeshShape
-from effjax.train import evaluators, optimizers, tasks
+from effjax.train import arithmetic, evaluators, optimizers, tasks
 from effjax.train.ema import Ema
 from effjax.train.step import Precision
 
@@ -27,6 +27,7 @@ class Train:
       fresh: regexps of parameters that the folder does not hold, and that are drawn nevertheless.
       seed: of parameters, dropout and everything else random on device.
       precision: of the forward and backward pass.
+      arithmetic: of products with kernels in the training step, where it has fewer bits than `precision`.
       accumulate: micro-batches a step.
       ema: moving average of the parameters; None keeps none.
       log_every: how often training metrics are written.
@@ -39,6 +40,7 @@ class Train:
     fresh: tuple[str, ...] = ()
     seed: int = 0
     precision: Precision = dataclasses.field(default_factory=Precision)
+    arithmetic: Any | None = part(arithmetic.KINDS, default=None)
     accumulate: int = 1
     ema: Ema | None = None
     log_every: str = "50 steps"

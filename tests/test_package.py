@@ -47,7 +47,7 @@ def test_dependencies_are_pinned():
     extras = project["optional-dependencies"]
     names = [
         *project["dependencies"],
-        *(d for group in ("dev", "text", "tpu-aot", "cuda-aot") for d in extras[group]),
+        *(d for group in ("dev", "text", "low-precision", "tpu-aot", "cuda-aot") for d in extras[group]),
     ]
     pins = (ROOT / ".ci" / "constraints.txt").read_text().lower().replace("_", "-")
     for requirement in names:

@@ -204,12 +204,12 @@ def _count(step: steps.Step, program: Program) -> Cost:
 
 def _gradient_macs(program: Program) -> int:
     """Forward and backward pass of one step, with everything kept that the backward pass needs."""
-    task, train = program.task, program.experiment.train
+    task, accumulate = program.task, program.experiment.train.accumulate
     if hasattr(task.model, "remat"):
         task = dataclasses.replace(task, model=task.model.clone(remat="none"))
 
     def gradient(state: Any, batch: Any) -> Any:
-        return loss_and_gradient(task, state, batch, train.precision, train.accumulate)
+        return loss_and_gradient(task, state, batch, program.precision, accumulate)
 
     with activate(program.mesh, program.rules):
         return count(gradient, program.shapes, program.batch_shapes(), parameters=None).macs

@@ -49,10 +49,10 @@ def _statistics(tree: Any) -> Any:
 
 def diagnose(program: Any, state: TrainState, batch: Mapping[str, Array]) -> Diagnosis:
     """Repeats the forward and backward pass of the coming step and finds the first offender."""
-    train = program.experiment.train
+    accumulate = program.experiment.train.accumulate
 
     def passes(state: TrainState, batch: Mapping[str, Array]) -> Any:
-        means, grads, _ = loss_and_gradient(program.task, state, batch, train.precision, train.accumulate)
+        means, grads, _ = loss_and_gradient(program.task, state, batch, program.precision, accumulate)
         return {name: mean.value() for name, mean in means.items()}, grads
 
     with activate(program.mesh, program.rules):

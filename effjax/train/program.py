@@ -31,9 +31,10 @@ from effjax.parallel.sharding import (
     merge_rules,
     parameter_shardings,
 )
+from effjax.train.arithmetic import within
 from effjax.train.durations import Budget
 from effjax.train.state import TrainState
-from effjax.train.step import make_step
+from effjax.train.step import Precision, make_step
 from effjax.train.tasks import served
 from effjax.train.tasks.mean import Means
 
@@ -52,6 +53,8 @@ class Program:
       learning_rate: the schedule, for the log.
       shapes: a `TrainState` of shapes, dtypes and shardings: what a checkpoint is restored onto.
       batch_sharding: how input batches lie.
+      precision: what the training step computes in, its arithmetic included; evaluation casts by
+        `experiment.train.precision`, as whoever takes up the weights will.
     """
 
     experiment: Experiment
@@ -63,6 +66,7 @@ class Program:
     learning_rate: optax.Schedule
     shapes: TrainState
     batch_sharding: NamedSharding
+    precision: Precision
 
     @property
     def task(self) -> Any:
@@ -101,7 +105,7 @@ class Program:
         return make_step(
             self.task,
             self.optimizer,
-            precision=train.precision,
+            precision=self.precision,
             accumulate=train.accumulate,
             ema=train.ema,
         )
@@ -187,7 +191,8 @@ def build_program(
 
     Raises:
       UsageError: where the mesh does not fit the devices, the batch does not divide, a parameter cannot be
-        cut, a rule matches no parameter, or the tokenizer has tokens that the model does not have.
+        cut, a rule matches no parameter, no product runs in the arithmetic that was asked for, or the
+        tokenizer has tokens that the model does not have.
     """
     train, batch_size = experiment.train, experiment.data.batch_size
     tokenizer = getattr(data, "tokenizer", None)  # of data that are open
@@ -206,6 +211,9 @@ def build_program(
     budget = Budget.of(train.steps, batch_size, data.num_examples)
     boxed = jax.eval_shape(lambda: _init_variables(experiment, data))
     variables = meta.unbox(boxed)
+    precision = train.precision
+    if train.arithmetic is not None:
+        precision = within(train.arithmetic, precision, boxed["params"])
     optimizer = experiment.optimizer.transformation(variables["params"], budget)
     # From the shapes of the variables: the model is not traced a second time.
     shapes = jax.eval_shape(functools.partial(_state, experiment, optimizer), variables)
@@ -232,4 +240,5 @@ def build_program(
         learning_rate=experiment.optimizer.learning_rates(budget),
         shapes=placed,
         batch_sharding=batch_sharding(mesh, rules),
+        precision=precision,
     )

@@ -144,3 +144,18 @@ def test_it_learns_a_sequence(model, batch):
 def test_a_tokenizer_that_says_more_than_the_model_knows_is_refused():
     with pytest.raises(UsageError, match="the tokenizer has 256 tokens and the model 128"):
         program_of("language", model__vocab=128)
+
+
+def test_evaluation_says_how_sharp_the_loss_is_around_its_logits(model, variables, batch):
+    found = {}
+    for epsilon in (0.0, 1e-3, 1e-1):
+        task = Language(model, sharpness=epsilon)
+        metrics = values(jax.jit(task.metrics)(variables, batch))
+        found[epsilon] = task.finish({name: float(value) for name, value in metrics.items()})
+    assert "sharpness" not in found[0.0]
+    assert found[1e-3]["loss"] == found[0.0]["loss"]
+    assert 0 < found[1e-3]["sharpness"] < found[1e-1]["sharpness"]
+    rise = found[1e-1]["worst_loss"] - found[0.0]["loss"]
+    np.testing.assert_allclose(found[1e-1]["sharpness"], 100 * rise / (1 + found[0.0]["loss"]), rtol=1e-5)
+    with pytest.raises(UsageError, match="must be at least 0"):
+        Language(model, sharpness=-1.0)

@@ -29,10 +29,15 @@ def replaced(params: Any, made: Mapping[str, Any]) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=_one)
 
 
+def leaves_of(params: Any) -> dict[str, Any]:
+    """What stands in a tree, by path; what is stored otherwise counts as one leaf."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_one)
+    return {path_of(key_path): leaf for key_path, leaf in leaves}
+
+
 def stored_in(params: Any) -> dict[str, Stored]:
     """What is stored otherwise, by path."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_one)
-    return {path_of(key_path): leaf for key_path, leaf in leaves if isinstance(leaf, Stored)}
+    return {path: leaf for path, leaf in leaves_of(params).items() if isinstance(leaf, Stored)}
 
 
 def whole(params: Any, dtype: Any) -> Any:

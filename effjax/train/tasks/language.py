@@ -3,7 +3,8 @@
     loss = sum_i w_i (-log p(target_i) + z_loss log^2 Z_i) / sum_i w_i,      Z_i = sum_v exp(logit_iv)
 
 in nats a token, and what the model sows as `losses`. The second term keeps the normaliser Z near 1:
-Chowdhery et al. 2022, section 5, with z_loss = 1e-4.
+Chowdhery et al. 2022, section 5, with z_loss = 1e-4. Where `sharpness` is set, evaluation also says how much
+the loss rises in a box around the logits, see `effjax.measure.sharpness`.
 """
 
 import dataclasses
@@ -16,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from effjax.errors import UsageError
+from effjax.measure.sharpness import relative_rise, worst_logits
 from effjax.train.tasks.auxiliary import LOSSES, with_auxiliary
 from effjax.train.tasks.mean import Mean, Means
 
@@ -48,10 +51,16 @@ class Language:
     Attributes:
       model: maps tokens, positions and segments to logits `[B, N, V]`.
       z_loss: factor of the squared log normaliser in training; 0 leaves it out.
+      sharpness: half the side of the box around logits in evaluation, such as 5e-4; 0 leaves it out.
     """
 
     model: nn.Module
     z_loss: float = 0.0
+    sharpness: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.sharpness < 0:
+            raise UsageError(f"sharpness={self.sharpness} is the side of a box: it must be at least 0.")
 
     unit = "tokens"
 
@@ -88,11 +97,15 @@ class Language:
         return (means if means["loss"] is plain else {**means, "cross_entropy": plain}), collections
 
     def metrics(self, variables: Any, batch: Batch) -> Means:
-        """Cross-entropy and accuracy."""
+        """Cross-entropy and accuracy, and where asked the largest cross-entropy near these logits."""
         logits: Array = self.model.apply(  # type: ignore[assignment]
             variables, batch["tokens"], batch["positions"], batch["segments"]
         )
-        means, _ = self._means(logits, batch, batch["weights"] * batch["mask"][:, None])
+        weights = batch["weights"] * batch["mask"][:, None]
+        means, _ = self._means(logits, batch, weights)
+        if self.sharpness:
+            worst, _ = cross_entropy(worst_logits(logits, batch["targets"], self.sharpness), batch["targets"])
+            means = {**means, "worst_loss": Mean.of(worst, weights)}
         return means
 
     def answers(self, variables: Any, batch: Batch) -> Array:
@@ -103,8 +116,10 @@ class Language:
         return jnp.argmax(logits, -1)
 
     def finish(self, values: dict[str, float]) -> dict[str, float]:
-        """Adds the perplexity and the bits a token."""
+        """Adds the perplexity and the bits a token, and the sharpness where it was measured."""
         nats = values.get("cross_entropy", values["loss"])
+        if "worst_loss" in values:
+            values = {**values, "sharpness": float(relative_rise(values["worst_loss"], values["loss"]))}
         # Past e^700 a double overflows and the figure says nothing anyway.
         return {**values, "perplexity": math.exp(min(nats, 700.0)), "bits_per_token": nats / math.log(2.0)}
 
