@@ -21,7 +21,7 @@ import pytest
 from tests import annotations
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Two fifths of a test run is compiling: what an earlier run compiled of the same program is read.
+# A third of a test run is compiling: what an earlier run compiled of the same program is read.
 COMPILED = Path(os.environ["TFDS_DATA_DIR"], "compiled")
 jax.config.update("jax_compilation_cache_dir", str(COMPILED / "tests"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
