@@ -28,7 +28,7 @@ from experiments.run.cost import cost_of
 from experiments.run.formatting import count, duration, measurement
 from experiments.run.metrics import MetricsWriter
 from experiments.run.progress import Progress
-from experiments.run.restore import load_config_of, read_weights
+from experiments.run.restore import read_weights, storage_of
 from experiments.run.run_report import curves_of, of_run, write_plots, write_report
 from experiments.run.signals import StopFlag
 from experiments.run.workdir import Workdir
@@ -82,10 +82,10 @@ def run(loaded: cli.LoadedConfig, workdir: str, *, stop: StopFlag, profile_steps
 def _stored_as_started(config: Any) -> Any:
     """The config; one that starts from a compressed run stores its kernels as that run does."""
     start = config.train.get("start")
-    if start is None or config.get("storage") or not (Path(start) / "checkpoints").is_dir():
+    if start is None or config.get("storage"):
         return config
-    storage = load_config_of(start).get("storage")
-    return ConfigDict(config.to_dict() | {"storage": storage.to_dict()}) if storage else config
+    storage = storage_of(start)
+    return ConfigDict(config.to_dict() | {"storage": storage}) if storage else config
 
 
 def _start(program: Program, checkpoints: Checkpoints, stop: StopFlag) -> TrainState:
