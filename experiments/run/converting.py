@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from effjax.compress.storage.trees import weights_in
 from effjax.errors import UsageError
 from effjax.interop import export_to, load_converted_variables, load_variables, save_converted
 from effjax.interop.load import config_of, parse_config
+from effjax.layers.stored import Stored
 from experiments.run.formatting import count
 from experiments.run.restore import load_run
 
@@ -139,5 +140,6 @@ def bar(label: str, console: Console) -> Iterator[Callable[[int, int], None]]:
 
 
 def _size(variables: Any) -> str:
-    leaves = jax.tree.leaves(variables["params"])
-    return f"{count(sum(int(np.size(leaf)) for leaf in leaves))} parameters in {len(leaves)} leaves"
+    params = variables["params"]
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Stored))
+    return f"{count(weights_in(params))} parameters in {len(leaves)} leaves"

@@ -44,6 +44,15 @@ def storage_of(folder: str | Path) -> dict[str, Any]:
     return dict(told)
 
 
+def stored_as_started(config: Any) -> Any:
+    """The config; one that starts from kernels that are no arrays stores its own as they are stored there."""
+    start = config.train.get("start")
+    if start is None or config.get("storage"):
+        return config
+    storage = storage_of(start)
+    return ConfigDict(config.to_dict() | {"storage": storage}) if storage else config
+
+
 def load_program(workdir: str | Path) -> Program:
     """The program of a run, on the devices that are here."""
     experiment = resolve(load_config_of(workdir))

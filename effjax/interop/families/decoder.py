@@ -279,7 +279,10 @@ def describe(model: Any) -> dict[str, Any] | None:
         return None
     # What is not said above is compared: a model with anything else is no Llama.
     built = build(BRANDS["llama"], config)
-    block = model.block.clone(mixer=mixer.clone(kv_heads=groups, head_dim=size))
+    told: Any = dict(kv_heads=groups, head_dim=size)
+    if not mixer.qk_norm:
+        told |= dict(qk_norm_epsilon=built.block.mixer.qk_norm_epsilon)  # of norms that are not there
+    block = model.block.clone(mixer=mixer.clone(**told))
     kept: Any = dict(max_length=model.max_length, remat=model.remat, unroll=model.unroll, cache=model.cache)
     return config if built.clone(**kept) == model.clone(block=block) else None
 
