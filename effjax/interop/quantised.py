@@ -24,9 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effjax.compress.storage.matrices import flat
 from effjax.compress.storage.packing import unpack as codes_in
 from effjax.compress.storage.trees import replaced, stored_in
-from effjax.compress.storage.uniform import QTensor, Uniform, flat
+from effjax.compress.storage.uniform import QTensor, Uniform
 from effjax.errors import UsageError
 from effjax.interop.match import Step
 from effjax.interop.names import Entry

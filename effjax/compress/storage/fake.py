@@ -29,7 +29,8 @@ from jaxtyping import Array, DTypeLike, Float
 
 from effjax.compress.rounding import fake_fitted, straight_through
 from effjax.compress.storage.inputs import Static, affine_grid
-from effjax.compress.storage.uniform import Uniform, flat, unflat
+from effjax.compress.storage.matrices import flat, unflat
+from effjax.compress.storage.uniform import Uniform
 from effjax.errors import UsageError
 from effjax.layers.stored import RANGES, Place, Stored
 
