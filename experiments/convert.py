@@ -5,6 +5,8 @@
         --library_config='{"img_size": 384, "num_classes": 10}' --classes=replace --out=small_384
     python -m experiments.convert --to=timm:vit_small_patch16_224 --weights=small --out=back
     python -m experiments.convert --to=timm:vit_small_patch16_224 --workdir=runs/small --out=back
+    python -m experiments.convert --to=transformers:llama --workdir=runs/lm-4 --quantised=gptq --out=lm-gptq
+    python -m experiments.convert --from=transformers:llama --weights=lm-gptq --out=lm-again
 
 Writes a folder: on the way in params.safetensors with our paths and a config.json whose `model` is the
 section of an effjax config; on the way out model.safetensors with the names of the other library. Only
@@ -28,9 +30,15 @@ LIBRARY_CONFIG = flags.DEFINE_string(
     "library_config",
     None,
     "the other library's configuration, a JSON file or the JSON itself; by default the config.json "
-    "of the folder of weights, where there is one",
+    "of the folder of weights, where there is one; with --to and --quantised, what goes into config.json",
 )
 OUT = flags.DEFINE_string("out", None, "folder to write; it must not exist or be empty")
+QUANTISED = flags.DEFINE_string(
+    "quantised",
+    None,
+    "what becomes of kernels in codes; with --to: gptq, gptq_v2, awq, or whole for the weights that they "
+    "stand for; with --from: codes (the default) or whole",
+)
 CLASSES = flags.DEFINE_string(
     "classes", "keep", "replace starts the classifier anew where the number of classes differs"
 )
@@ -58,10 +66,15 @@ def main(argv: list[str]) -> int:
     shard_bytes = int(SHARD_GB.value * 1e9)
     if OUT.value.endswith(".safetensors"):
         raise UsageError(f"--out='{OUT.value}' is a file: give the folder that the files are written into.")
+    packing = converting.Packing(QUANTISED.value, LIBRARY_CONFIG.value)
     if WORKDIR.value is not None:
-        return converting.outwards_from_run(str(TO.value), WORKDIR.value, OUT.value, shard_bytes, STEP.value)
+        return converting.outwards_from_run(
+            str(TO.value), WORKDIR.value, OUT.value, shard_bytes, STEP.value, packing
+        )
     if TO.value is not None:
-        return converting.outwards(str(TO.value), str(WEIGHTS.value), OUT.value, shard_bytes, ALLOW_NAN.value)
+        return converting.outwards(
+            str(TO.value), str(WEIGHTS.value), OUT.value, shard_bytes, ALLOW_NAN.value, packing
+        )
     return converting.inwards(
         str(FROM.value),
         str(WEIGHTS.value),
@@ -71,6 +84,7 @@ def main(argv: list[str]) -> int:
         dtype=DTYPE.value,
         allow_nan=ALLOW_NAN.value,
         shard_bytes=shard_bytes,
+        quantised=QUANTISED.value,
     )
 
 

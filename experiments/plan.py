@@ -6,10 +6,12 @@
     python -m experiments.plan --config=configs/language/lm.py:8b --topology=h100:8 --step=decode \\
         --config.mesh.tensor=8 --batch=16 --context=8192
     python -m experiments.plan --config=configs/language/lm.py:8b --topology=h100:8 --concurrency
+    python -m experiments.plan --workdir=runs/lm-4 --topology=h100:1 --step=decode
 
-Compiles the step of the config ahead of time, sharded as configured, and writes what it found to --out. The
-floor is the time that no run can beat, not a prediction. Exit codes: 0 it fits, 1 it does not compile, 2
-asked wrongly, 3 it compiles and does not fit. docs/plan.md says what a plan can and cannot tell.
+Compiles the step of the config, or of a run, ahead of time, sharded as configured, and writes what it found
+to --out. Weights take the bytes that they are stored in, those of a compressed run their few bits. The floor
+is the time that no run can beat, not a prediction. Exit codes: 0 it fits, 1 it does not compile, 2 asked
+wrongly, 3 it compiles and does not fit. docs/plan.md says what a plan can and cannot tell.
 """
 
 from absl import flags
@@ -17,6 +19,7 @@ from absl import flags
 from experiments import cli
 
 cli.define_config("configs/language/lm.py:1b")
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run, whose config is taken")
 TOPOLOGY = flags.DEFINE_string("topology", None, "chips: v5p:8x8x8, v5e:16x16, h100:8, h200:8x4, cpu:8")
 STEP = flags.DEFINE_string("step", "train", "train, evaluate, sample, prefill or decode")
 OUT = flags.DEFINE_string("out", "plan.json", "where the plan is written")
@@ -49,7 +52,7 @@ def main(argv: list[str]) -> int:
     if TOPOLOGY.value is None:
         raise UsageError("--topology is missing. Say which chips: --topology=v5e:4x4, h100:8 or cpu:8.")
     request = planning.Request(
-        loaded=cli.load_config(),
+        loaded=cli.load_config() if WORKDIR.value is None else planning.of_run(WORKDIR.value),
         topology=TOPOLOGY.value,
         step=STEP.value,
         batch=BATCH.value,

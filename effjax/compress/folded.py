@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from effjax.compress.storage.fake import fake_weights
+from effjax.compress.rounding import fake_fitted
 from effjax.compress.storage.uniform import Uniform
 from effjax.errors import UsageError
 from effjax.layers.activations import activation
@@ -69,7 +69,7 @@ class FoldedConvNorm(ConvNorm):
         kernel = jnp.asarray(params["kernel"])
         merged = kernel * (scale / sigma).reshape((1,) * (kernel.ndim - 1) + (-1,))  # [..., O]
         if self.weights is not None:
-            merged = fake_weights(merged.reshape(-1, features), self.weights).reshape(kernel.shape)
+            merged = fake_fitted(self.weights, merged.reshape(-1, features)).reshape(kernel.shape)
         alone = self.convolution(features, x.shape[-1], name=None).clone(use_bias=False, parent=None)
         y: Any = alone.apply({"params": {"kernel": merged.astype(x.dtype)}}, x)  # [B, H', W', O]
         right = jnp.where(frozen, 1.0, sigma / batch_sigma)  # [O]

@@ -17,18 +17,23 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
 
 from effjax import models
+from effjax.compress.storage import kinds as storage
+from effjax.compress.storage.trees import boxed_like, stored_in
 from effjax.config import build_kind, section_of
 from effjax.errors import RunError, UsageError
-from effjax.interop.load import family_of, fill, leaf_specs
+from effjax.interop.load import family_of, fill
 from effjax.interop.match import compare
 from effjax.interop.names import Name, resolve
 from effjax.interop.resize import Request
-from effjax.interop.variables import flatten, parameters_alone, unflatten
+from effjax.interop.variables import PARAMS, flatten, parameters_alone
 from effjax.interop.weights import Spec, closing, open_weights
 from effjax.interop.write import SHARD_BYTES, Progress, counted, new_folder, write_weights
+from effjax.matching import path_of
 
 
 def save_converted(
@@ -64,6 +69,10 @@ def save_converted(
         "source": source,
         "library_config": dict(config or {}),
     }
+    stored = stored_in(params.get(PARAMS, params))
+    if stored:
+        layouts = {path: leaf.layout for path, leaf in stored.items()}  # type: ignore[attr-defined]
+        content["storage"] = {path: section(layout, storage.KINDS) for path, layout in layouts.items()}
     leaves = flatten(params)
     specs = {path: Spec(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in leaves.items()}
     tensors = ((path, np.asarray(leaf)) for path, leaf in leaves.items())
@@ -103,9 +112,23 @@ def load_converted_variables(
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"'{file}' is not what experiments.convert writes: {error!r}.") from None
     model = build_kind(models.KINDS, sections[0], f"{file}: model")
-    shapes = unflatten(leaf_specs(model, inputs))
+    layouts = {
+        path: build_kind(storage.KINDS, told, f"{file}: storage.{path}")
+        for path, told in content.get("storage", {}).items()
+    }
+    shapes = _shapes(model, inputs, layouts)
     variables = read_variables(folder, shapes, "its own config.json", allow_nan=allow_nan, progress=progress)
     return model, variables, sections[1]
+
+
+def _shapes(model: nn.Module, inputs: tuple[Any, ...], layouts: Mapping[str, Any]) -> Any:
+    """Shapes and dtypes of a model's variables with kernels in these layouts."""
+
+    def init() -> Any:
+        variables = model.init(jax.random.key(0), *(jnp.zeros(spec.shape, spec.dtype) for spec in inputs))
+        return meta.unbox({**variables, PARAMS: boxed_like(variables[PARAMS], layouts)})
+
+    return jax.eval_shape(init)
 
 
 def read_variables(
@@ -137,7 +160,20 @@ def read_variables(
     with closing(open_weights(folder)) as opened:
         plan = _same_leaves(f"{opened.where} for {of}", opened.specs, shapes)
         filled = fill(plan, opened, dtype, allow_nan, progress)
-    return unflatten(filled)
+    shapes = meta.unbox(shapes)
+    shapes = shapes if PARAMS in shapes else {PARAMS: shapes}
+    inner = {f"{path}/" for path in stored_in(shapes[PARAMS])}
+
+    def leaf(collection: str, key_path: Any, spec: Any) -> np.ndarray:
+        path = path_of(key_path) if collection == PARAMS else f"{collection}:{path_of(key_path)}"
+        # What is stored otherwise has dtypes of its own.
+        stored = any(path.startswith(prefix) for prefix in inner)
+        return filled[path].astype(spec.dtype) if stored else filled[path]
+
+    return {
+        name: jax.tree_util.tree_map_with_path(functools.partial(leaf, name), tree)
+        for name, tree in shapes.items()
+    }
 
 
 def check_variables(variables: Any, shapes: Any, what: str) -> None:

@@ -24,6 +24,7 @@ class Family:
         does not bring together: in files and in modules, joined and apart.
       complete: adds to a configuration what it does not say and the names of the tensors do: which of several
         classes they belong to.
+      describe: the configuration that `build` makes a model from; None where it makes no such model.
     """
 
     build: Callable[[Mapping[str, Any]], nn.Module]
@@ -33,6 +34,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     spellings: tuple[Callable[[Any], tuple[Row, ...]], ...] = ()
     complete: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, Any]] | None = None
+    describe: Callable[[Any], dict[str, Any] | None] | None = None
 
     def resolved(
         self, model: nn.Module, leaves: Mapping[str, Any], given: Collection[str] = ()

@@ -12,8 +12,9 @@ laid out as in the file: a tensor is read once, straight to where it stays, and 
 used. `export` reads the same memory back, which is why a round trip is exact.
 """
 
+import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from effjax.errors import RunError, UsageError, did_you_mean
 from effjax.interop.families import FAMILIES
 from effjax.interop.family import Family
 from effjax.interop.match import Plan, Step, compare
+from effjax.interop.quantised import Packed, kernels_of, places_of
 from effjax.interop.resize import Request
 from effjax.interop.variables import PARAMS, collection_of, flatten, parameters_alone, unflatten
 from effjax.interop.weights import Renamed, Source, Weights, closing, open_weights
@@ -104,14 +106,21 @@ def load_variables(
     dtype: Any = None,
     allow_nan: bool = False,
     source_grid: tuple[int, int] | None = None,
+    quantised: str = "codes",
     report: Report | None = None,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Like `load_pretrained`, with the variables of every collection.
 
+    Where the configuration has a `quantization_config` of GPTQ or AWQ (see `effjax.interop.packed`), kernels
+    are `uniform` codes, as `experiments.compress` leaves them, and the same to the bit. `quantised="whole"`
+    reads the weights that they stand for, in float32.
+
     Returns:
       The model, and its variables: the tree of `model.init(...)`, unboxed, as numpy arrays.
     """
+    if quantised not in ("codes", "whole"):
+        raise UsageError(f"quantised is {quantised!r}. {did_you_mean(quantised, ['codes', 'whole'])}")
     if classes not in ("keep", "replace"):
         raise UsageError(f"classes is {classes!r}. {did_you_mean(classes, ['keep', 'replace'])}")
     wanted = None if dtype is None else _floating(dtype)
@@ -119,6 +128,8 @@ def load_variables(
     config = {**family.defaults, **((config_of(weights) if config is None else config) or {})}
     with closing(open_weights(weights)) as opened:
         opened = Renamed(opened, family.renames) if family.renames else opened
+        packed = Packed(opened, config["quantization_config"]) if config.get("quantization_config") else None
+        opened = packed or opened
         if family.complete:
             config = family.complete(config, opened.specs)
         model = family.build(config)
@@ -137,10 +148,25 @@ def load_variables(
         if report:
             for line in plan.notes:
                 report(line)
-        filled = fill(plan, opened, wanted, allow_nan, progress)
+        plan, coded = _parted(plan, packed if quantised == "codes" else None)
+        filled: dict[str, Any] = dict(fill(plan, opened, wanted, allow_nan, progress))
+        if packed is not None and coded:
+
+            def read(step: Step, source: Source) -> Iterable[np.ndarray]:
+                return fill(Plan((step,), (), ()), source, None, allow_nan, None).values()
+
+            filled |= kernels_of(coded, packed, read, places_of(model, inputs))
     if plan.fresh:
         filled.update(_initial(model, inputs, plan.fresh))
     return model, unflatten({path: filled[path] for path in leaves})
+
+
+def _parted(plan: Plan, packed: Packed | None) -> tuple[Plan, tuple[Step, ...]]:
+    """The plan without the rows whose tensors are packed layers, and these."""
+    if packed is None:
+        return plan, ()
+    coded = tuple(step for step in plan.steps if all(name in packed.layers for name in step.tensors()))
+    return dataclasses.replace(plan, steps=tuple(step for step in plan.steps if step not in coded)), coded
 
 
 def config_of(weights: Weights) -> dict[str, Any] | None:
@@ -231,7 +257,7 @@ def fill(
 
 def _wanted(step: Step, dtype: Any) -> Any:
     """The dtype of a step's leaves: parameters take what was asked for, running averages stay exact."""
-    if dtype is None:
+    if dtype is None or not jnp.issubdtype(step.dtype, jnp.floating):
         return step.dtype
     return dtype if collection_of(step.entry.row.our_paths[0]) == PARAMS else np.dtype(np.float32)
 

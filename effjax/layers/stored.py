@@ -108,9 +108,16 @@ def array(module: nn.Module, name: str, init: Callable[..., Any], *args: Any, dt
 
 
 def dtype_of(params: Any) -> jnp.dtype:
-    """What a network with these parameters computes in: what their floating-point leaves promote to."""
-    floats = [x.dtype for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.result_type(*floats)
+    """What a network with these parameters computes in: what their floating-point leaves promote to.
+
+    What a `Stored` holds says nothing of it, unless there is nothing else.
+    """
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Stored))
+    outside = [leaf for leaf in leaves if not isinstance(leaf, Stored)]
+    for held in (outside, jax.tree.leaves(params)):
+        if floats := [leaf.dtype for leaf in held if jnp.issubdtype(leaf.dtype, jnp.floating)]:
+            return jnp.result_type(*floats)
+    raise ValueError("no parameter is a real number.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from effjax.compress.storage.trees import held_bytes, stored_in, weights_in
 from effjax.measure.bits import bytes_of
 from effjax.measure.chips import CHIPS, Chip
 from effjax.measure.cost import Cost, count
@@ -35,6 +36,7 @@ class Plan:
       units: how many of these.
       steps: of the whole run, where the step is one of training.
       parameters: of the model.
+      weight_bytes: of these on all devices together, each counted once, as the step is given them.
       macs: multiply-accumulates of one step on all devices as counted, recomputation included.
       model_macs: of the model alone, without recomputation and optimiser: what MFU counts.
       macs_per_device: as cut by the compiler; more than `macs / devices` where work is done twice.
@@ -59,6 +61,7 @@ class Plan:
     units: int
     steps: int | None
     parameters: int
+    weight_bytes: int
     macs: int
     model_macs: int
     macs_per_device: int
@@ -151,6 +154,8 @@ def make_plan(step: steps.Step, program: Program, compiled: Compiled, topology: 
     notes = list(cost.unknown)
     per_device, uncounted = _macs_per_device(cost, compiled, program.mesh.size)
     notes += uncounted
+    if stored_in(program.shapes.params):
+        notes.append("products with packed weights that are compiled to sums, in MACs a device")
     sent: list[Collective] = []
     if compiled.optimised is not None:
         sent, unread = collectives(compiled.optimised, dict(program.mesh.shape), topology.per_host)
@@ -168,7 +173,8 @@ def make_plan(step: steps.Step, program: Program, compiled: Compiled, topology: 
         unit=step.unit,
         units=step.units,
         steps=program.budget.total_steps if step.kind == "train" else None,
-        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.shapes.params)),
+        parameters=weights_in(program.shapes.params),
+        weight_bytes=held_bytes(_weights(step)),
         macs=cost.macs,
         model_macs=model_macs,
         macs_per_device=per_device,
@@ -185,6 +191,12 @@ def make_plan(step: steps.Step, program: Program, compiled: Compiled, topology: 
         compile_bytes=compiled.host_bytes,
         notes=notes,
     )
+
+
+def _weights(step: steps.Step) -> Any:
+    """The parameters that a step is given, in a state of training or in variables."""
+    held = step.arguments[0]
+    return held.params if hasattr(held, "params") else held["params"]
 
 
 def network_floor(sent: Sequence[Collective], chip: Chip) -> float:

@@ -16,6 +16,7 @@ from effjax.diffusion.examples import example_keys
 from effjax.diffusion.generate import Sampling, sample_classes
 from effjax.diffusion.samplers import Sampler
 from effjax.errors import UsageError, did_you_mean
+from effjax.layers.stored import Stored
 from effjax.parallel.sharding import activate, batch_parts
 from effjax.train.program import Program
 from effjax.train.tasks.diffusion import Diffusion
@@ -76,8 +77,6 @@ class Serving:
 
 def train(program: Program, serving: Serving) -> Step:
     """Forward, backward, optimiser: what `experiments.train` runs."""
-    data = program.experiment.data
-    rows = data.batch_size * (data.packing.length if data.packing else 1)
     replicated = NamedSharding(program.mesh, PartitionSpec())
     return Step(
         kind="train",
@@ -86,8 +85,14 @@ def train(program: Program, serving: Serving) -> Step:
         out_shardings=(program.shardings, replicated),
         donated=(0,),
         unit=program.task.unit,
-        units=rows,
+        units=_rows(program),
     )
+
+
+def _rows(program: Program) -> int:
+    """What a batch of training holds of the task's unit."""
+    data = program.experiment.data
+    return data.batch_size * (data.packing.length if data.packing else 1)
 
 
 def evaluate(program: Program, serving: Serving) -> Step:
@@ -96,15 +101,14 @@ def evaluate(program: Program, serving: Serving) -> Step:
     size = jax.tree.leaves(batch)[0].shape[0]
     batch["mask"] = jax.ShapeDtypeStruct((size,), jnp.float32, sharding=program.batch_sharding)
     precision, task = program.experiment.train.precision, program.task
-    one = train(program, serving)
     return Step(
         kind="evaluate",
         function=lambda variables, batch: task.metrics(precision.cast(variables), batch),
         arguments=(_variables(program), batch),
         out_shardings=None,
         donated=(),
-        unit=one.unit,
-        units=one.units,
+        unit=program.task.unit,
+        units=_rows(program),
     )
 
 
@@ -213,14 +217,16 @@ def _variables(program: Program) -> dict[str, Any]:
 
 
 def _stored(program: Program) -> dict[str, Any]:
-    """The weights as a server keeps them: in the compute dtype."""
+    """The weights as a server keeps them: in the compute dtype, or as they are stored otherwise."""
     dtype = jnp.dtype(program.experiment.train.precision.compute)
 
     def cast(leaf: Any) -> Any:
+        if isinstance(leaf, Stored):
+            return leaf
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
         return jax.ShapeDtypeStruct(leaf.shape, dtype if floating else leaf.dtype, sharding=leaf.sharding)
 
-    return jax.tree.map(cast, _variables(program))
+    return jax.tree.map(cast, _variables(program), is_leaf=lambda leaf: isinstance(leaf, Stored))
 
 
 def _batch(program: Program, serving: Serving) -> int:

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from effjax.compress.storage.trees import boxed_like, with_beside
+from effjax.compress.storage.trees import boxed_like, stored_in, with_beside
 from effjax.data import Described
 from effjax.data.text import check_vocabulary
 from effjax.errors import UsageError
@@ -100,7 +100,12 @@ class Program:
 
     @functools.cached_property
     def step_function(self) -> Any:
-        """`(state, batch) -> (state, metrics)` as a plain function."""
+        """`(state, batch) -> (state, metrics)` as a plain function.
+
+        Raises:
+          UsageError: for kernels that are stored as whole numbers.
+        """
+        check_trainable(self.shapes.params)
         train = self.experiment.train
         return make_step(
             self.task,
@@ -159,6 +164,24 @@ class Program:
             raise UsageError("averaged weights were asked for and the run keeps none: set config.train.ema.")
         held = {"params": state.ema if ema else state.params, **state.collections}
         return served(self.task, self.task.tuned(held) if hasattr(self.task, "tuned") else held)
+
+
+def check_trainable(params: Any) -> None:
+    """Refuses parameters that have no gradient.
+
+    Raises:
+      UsageError: for kernels in codes, naming what is trained in their place.
+    """
+    fixed = [
+        path
+        for path, leaf in stored_in(params).items()
+        if not all(jnp.issubdtype(part.dtype, jnp.floating) for part in jax.tree.leaves(leaf))
+    ]
+    if fixed:
+        raise UsageError(
+            f"config.storage: {len(fixed)} kernels, {fixed[0]} among them, are stored as codes, which do not "
+            f"train. Train the run that they were made from, or through rounding: configs/compress/qat.py."
+        )
 
 
 def _init_variables(experiment: Experiment, data: Described) -> Any:

@@ -27,7 +27,7 @@ from experiments.run.formatting import count, duration, measurement
 from experiments.run.method_spec import Asked
 from experiments.run.plots import pareto
 from experiments.run.report import Figure, Section, Table, with_section
-from experiments.run.restore import load_run, read_weights
+from experiments.run.restore import load_run, read_weights, stored_as_started
 from experiments.run.token_pictures import sheet, visible
 from experiments.run.training import first_state
 
@@ -94,7 +94,7 @@ def of_config(loaded: LoadedConfig) -> Source:
     Raises:
       UsageError: where it names none.
     """
-    experiment = resolve(loaded.config)
+    experiment = resolve(stored_as_started(loaded.config))
     if experiment.train.start is None:
         raise UsageError("weights are missing: --config.train.start=FOLDER, which experiments.convert wrote.")
     program = build_program(experiment, experiment.data.open())

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from effjax import models
 from effjax.compress.recipe import read
 from effjax.compress.storage import kinds as storage
-from effjax.compress.storage.trees import held_bytes, stored_in
+from effjax.compress.storage.trees import held_bytes, stored_in, weights_in
 from effjax.compress.subject import Calibration, Subject
 from effjax.errors import UsageError
 from effjax.experiment import resolve
@@ -128,7 +128,7 @@ def _report(path: Path, step: int, before: Side, after: Side, rounds: int) -> No
     rows: list[tuple[str, ...]] = []
     bytes_ = [held_bytes(side.variables["params"]) for side in (before, after)]
     rows.append(("bytes of the weights", *(count(b) for b in bytes_)))
-    bits = [8 * b / _weights(before.variables["params"]) for b in bytes_]
+    bits = [8 * b / weights_in(before.variables["params"]) for b in bytes_]
     rows.append(("bits a parameter", *(f"{b:.2f}" for b in bits)))
     rows.append(("MACs an example", *(count(forward_cost(side.program).macs) for side in (before, after))))
     figures: dict[str, float] = {}
@@ -158,10 +158,6 @@ def _report(path: Path, step: int, before: Side, after: Side, rounds: int) -> No
     print_table(str(path), headings, rows)
     print_table("a product with each layout", PRODUCT_HEADINGS, products)
     print(f"report    {where}")
-
-
-def _weights(params: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def _times(before: Side, after: Side, rounds: int) -> dict[str, Comparison]:

@@ -1,18 +1,21 @@
 """Weights in and out on behalf of `experiments.convert`."""
 
 import contextlib
+import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from effjax.compress.storage.trees import weights_in
 from effjax.errors import UsageError
 from effjax.interop import export_to, load_converted_variables, load_variables, save_converted
 from effjax.interop.load import config_of, parse_config
+from effjax.layers.stored import Stored
 from experiments.run.formatting import count
 from experiments.run.restore import load_run
 
@@ -29,6 +32,7 @@ def inwards(
     dtype: str | None,
     allow_nan: bool,
     shard_bytes: int,
+    quantised: str | None = None,
 ) -> int:
     """Loads another library's weights and writes them as ours; returns the exit code."""
     if dtype is not None and dtype not in _DTYPES:
@@ -43,6 +47,7 @@ def inwards(
             classes=classes,
             dtype=dtype,
             allow_nan=allow_nan,
+            quantised=quantised or "codes",
             report=lambda line: console.print(line, markup=False, soft_wrap=True),
             progress=progress,
         )
@@ -52,26 +57,64 @@ def inwards(
     return 0
 
 
-def outwards(target: str, folder: str, out: str, shard_bytes: int, allow_nan: bool) -> int:
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """What is asked for kernels in codes on the way out.
+
+    Attributes:
+      quantised: their format, or `whole`; None where there are none.
+      library_config: the other library's configuration, JSON or a file with it; None takes the one they came
+        with, or what the model says.
+    """
+
+    quantised: str | None = None
+    library_config: str | None = None
+
+
+def outwards(
+    target: str, folder: str, out: str, shard_bytes: int, allow_nan: bool, packing: Packing = Packing()
+) -> int:
     """Writes converted parameters as another library's weights; returns the exit code."""
     console = Console(highlight=False)
     with bar("reading", console) as progress:
         model, variables, _ = load_converted_variables(folder, allow_nan=allow_nan, progress=progress)
-    return _write_theirs(console, model, variables, target, out, shard_bytes)
+    if packing.library_config is None:
+        held = parse_config((Path(folder) / "config.json").read_bytes(), f"'{folder}'")
+        known = held["library_config"] if held["source"] == target else None
+        packing = dataclasses.replace(packing, library_config=json.dumps(known) if known else None)
+    return _write_theirs(console, model, variables, target, out, shard_bytes, packing)
 
 
-def outwards_from_run(target: str, workdir: str, out: str, shard_bytes: int, step: int | None) -> int:
+def outwards_from_run(
+    target: str, workdir: str, out: str, shard_bytes: int, step: int | None, packing: Packing = Packing()
+) -> int:
     """Writes the newest weights of a training run as another library's; returns the exit code."""
     program, variables = load_run(workdir, step)
     model = program.task.model
-    return _write_theirs(Console(highlight=False), model, variables, target, out, shard_bytes)
+    return _write_theirs(Console(highlight=False), model, variables, target, out, shard_bytes, packing)
 
 
 def _write_theirs(
-    console: Console, model: Any, variables: Any, target: str, out: str, shard_bytes: int
+    console: Console,
+    model: Any,
+    variables: Any,
+    target: str,
+    out: str,
+    shard_bytes: int,
+    packing: Packing,
 ) -> int:
+    config = None if packing.library_config is None else read_config(packing.library_config)
     with bar("writing", console) as progress:
-        files = export_to(out, model, variables, target, shard_bytes=shard_bytes, progress=progress)
+        files = export_to(
+            out,
+            model,
+            variables,
+            target,
+            quantised=packing.quantised,
+            config=config,
+            shard_bytes=shard_bytes,
+            progress=progress,
+        )
     console.print(
         f"{_size(variables)} for {target} are in {out}: {', '.join(files)}", markup=False, soft_wrap=True
     )
@@ -97,5 +140,6 @@ def bar(label: str, console: Console) -> Iterator[Callable[[int, int], None]]:
 
 
 def _size(variables: Any) -> str:
-    leaves = jax.tree.leaves(variables["params"])
-    return f"{count(sum(int(np.size(leaf)) for leaf in leaves))} parameters in {len(leaves)} leaves"
+    params = variables["params"]
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Stored))
+    return f"{count(weights_in(params))} parameters in {len(leaves)} leaves"

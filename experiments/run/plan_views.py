@@ -39,7 +39,7 @@ def rows(found: Mapping[str, Any], out: str) -> dict[str, str]:
             "  outputs": f"{gib(memory['outputs'])}, {gib(memory['reused'])} of it in the arguments' place",
         }
     shown |= {
-        "parameters": count(found["parameters"]),
+        "parameters": f"{count(found['parameters'])}, {count(found['weight_bytes'])}B",
         "MACs a step": count(found["macs"]),
         "MACs a device": count(found["macs_per_device"])
         + (f", {cut:.2f} times an even share" if abs(cut - 1) >= 0.005 else ""),

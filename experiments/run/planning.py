@@ -18,11 +18,13 @@ from effjax.plan import search as layouts
 from effjax.plan.topology import CPU, Topology
 from experiments.run import plan_views as views
 from experiments.run.closing import closing_table
+from experiments.run.config_file import LoadedConfig
 from experiments.run.files import to_json, write_atomic
 from experiments.run.plan_process import Request, run
+from experiments.run.restore import load_config_of
 from experiments.run.roofline_plot import roofline_plot
 
-__all__ = ["Request", "Views", "concurrency", "plan", "search"]
+__all__ = ["Request", "Views", "concurrency", "of_run", "plan", "search"]
 
 DOES_NOT_FIT = 3
 
@@ -40,6 +42,11 @@ class Views:
     products: bool = False
     watts: float | None = None
     roofline: str | None = None
+
+
+def of_run(workdir: str) -> LoadedConfig:
+    """The config of a run, under the name of its folder."""
+    return LoadedConfig(load_config_of(workdir), workdir, None, {})
 
 
 def plan(request: Request, out: str, wanted: Views) -> int:

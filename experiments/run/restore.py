@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from effjax.errors import RunError, UsageError
 from effjax.experiment import resolve
 from effjax.interop.converted import check_variables, read_variables
+from effjax.interop.load import parse_config
 from effjax.train.checkpoint import Checkpoints
 from effjax.train.program import Program, build_program
 from effjax.train.state import TrainState
@@ -30,6 +31,26 @@ def load_config_of(workdir: str | Path) -> ConfigDict:
         return ConfigDict(json.loads(text)["config"])
     except (ValueError, KeyError) as error:
         raise RunError(f"'{file}' is damaged ({error}).") from None
+
+
+def storage_of(folder: str | Path) -> dict[str, Any]:
+    """How a run, or a folder that `experiments.convert` wrote, stores kernels that are no arrays, by path."""
+    if (Path(folder) / "checkpoints").is_dir():
+        return dict(load_config_of(folder).get("storage", {}))
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        return {}
+    told = parse_config(file.read_bytes(), f"'{file}'").get("storage", {})
+    return dict(told)
+
+
+def stored_as_started(config: Any) -> Any:
+    """The config; one that starts from kernels that are no arrays stores its own as they are stored there."""
+    start = config.train.get("start")
+    if start is None or config.get("storage"):
+        return config
+    storage = storage_of(start)
+    return ConfigDict(config.to_dict() | {"storage": storage}) if storage else config
 
 
 def load_program(workdir: str | Path) -> Program:

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from ml_collections import ConfigDict
 
 from effjax.errors import Preempted, RunError, UsageError
 from effjax.experiment import resolve
@@ -18,7 +17,7 @@ from effjax.parallel.sharding import activate, to_global
 from effjax.train.checkpoint import Checkpoints
 from effjax.train.loop import Outcome, fit
 from effjax.train.nonfinite import Diagnosis
-from effjax.train.program import Program, build_program
+from effjax.train.program import Program, build_program, check_trainable
 from effjax.train.state import TrainState
 from effjax.train.tasks import served
 from experiments import cli
@@ -28,7 +27,7 @@ from experiments.run.cost import cost_of
 from experiments.run.formatting import count, duration, measurement
 from experiments.run.metrics import MetricsWriter
 from experiments.run.progress import Progress
-from experiments.run.restore import load_config_of, read_weights
+from experiments.run.restore import read_weights, stored_as_started
 from experiments.run.run_report import curves_of, of_run, write_plots, write_report
 from experiments.run.signals import StopFlag
 from experiments.run.workdir import Workdir
@@ -46,10 +45,11 @@ def run(loaded: cli.LoadedConfig, workdir: str, *, stop: StopFlag, profile_steps
       Preempted: where SIGTERM arrived; the state is saved.
       RunError: for a number that is not finite, a full disk, too many broken records.
     """
-    config = _stored_as_started(loaded.config)
+    config = stored_as_started(loaded.config)
     experiment = resolve(config)
     data = experiment.data.open()
     program = build_program(experiment, data)
+    check_trainable(program.shapes.params)
     devices = [f"{d.platform}:{d.device_kind}" for d in program.mesh.devices.flat]
     with Workdir.create_or_resume(
         workdir,
@@ -77,15 +77,6 @@ def run(loaded: cli.LoadedConfig, workdir: str, *, stop: StopFlag, profile_steps
                 read=read_weights,
             )
         return _finish(folder.path, program, outcome, data.bad_records)
-
-
-def _stored_as_started(config: Any) -> Any:
-    """The config; one that starts from a compressed run stores its kernels as that run does."""
-    start = config.train.get("start")
-    if start is None or config.get("storage") or not (Path(start) / "checkpoints").is_dir():
-        return config
-    storage = load_config_of(start).get("storage")
-    return ConfigDict(config.to_dict() | {"storage": storage.to_dict()}) if storage else config
 
 
 def _start(program: Program, checkpoints: Checkpoints, stop: StopFlag) -> TrainState:

@@ -1,11 +1,14 @@
 """Weights in codes are cut over devices as the arrays are that they stand for."""
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
 
 from effjax.compress.storage.trees import stored_in
 from effjax.parallel.sharding import to_global
+from effjax.train.checkpoint import Checkpoints
 from tests.train.toy import program_of
 
 LAYOUTS = {
@@ -37,3 +40,17 @@ def test_metrics_are_those_of_one_device(mesh):
     )
     for name in theirs:
         np.testing.assert_allclose(ours[name].total, theirs[name].total, rtol=1e-5)
+
+
+def test_what_one_device_saved_is_restored_on_eight(tmp_path):
+    single = program_of("configs.language.lm", devices=jax.devices()[:1], **CHANGES)
+    cut = program_of("configs.language.lm", mesh={"fsdp": 4, "tensor": 2}, **CHANGES)
+    state = single.init()
+    with contextlib.closing(Checkpoints(tmp_path, keep=1)) as saved:
+        saved.save(0, state, {"examples": 0})
+    with contextlib.closing(Checkpoints(tmp_path, read_only=True)) as saved:
+        restored = saved.restore(cut.shapes).state
+    assert jax.tree.structure(restored.params) == jax.tree.structure(state.params)
+    jax.tree.map(np.testing.assert_array_equal, restored.params, state.params)
+    planes = stored_in(restored.params)["blocks/ffn/expand/kernel"].codes
+    assert all(len(plane.sharding.device_set) == 8 for plane in planes)

@@ -33,8 +33,8 @@ from effjax.compress.blocks import Blocks, difference, evaluated, stack_by_stack
 from effjax.compress.equivalent import Pair, channels, pairs_of, scaled
 from effjax.compress.rounding import fake
 from effjax.compress.storage.bit_planes import BitPlanes, tokens_coded
+from effjax.compress.storage.matrices import flat, unflat
 from effjax.compress.storage.trees import replaced
-from effjax.compress.storage.uniform import flat, unflat
 from effjax.compress.subject import Calibration, Subject, chosen
 from effjax.compress.watch import watch
 from effjax.errors import UsageError

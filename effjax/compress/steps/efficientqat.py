@@ -26,8 +26,9 @@ from jaxtyping import Array, Float
 
 from effjax.compress.blocks import Blocks, difference, evaluated, stack_by_stack
 from effjax.compress.rounding import SMALLEST, fake
+from effjax.compress.storage.matrices import flat, unflat
 from effjax.compress.storage.trees import replaced, stored_in
-from effjax.compress.storage.uniform import QTensor, Uniform, flat, unflat
+from effjax.compress.storage.uniform import QTensor, Uniform
 from effjax.compress.subject import Calibration, Subject, chosen, leaf_at
 from effjax.errors import UsageError
 from effjax.layers.stored import Place, Stored

@@ -8,8 +8,8 @@ import jax
 from effjax.compress.steps.inputs import with_inputs
 from effjax.compress.storage.fake import Fake, FakeQuantised
 from effjax.compress.storage.inputs import Range
+from effjax.compress.storage.matrices import flat
 from effjax.compress.storage.trees import replaced, stored_in, with_beside
-from effjax.compress.storage.uniform import flat
 from effjax.compress.subject import Calibration, Subject, chosen, leaf_at
 from effjax.errors import UsageError
 from effjax.layers.stored import RANGES

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from effjax.compress.storage.matrices import flat
 from effjax.compress.storage.trees import replaced
-from effjax.compress.storage.uniform import Uniform, flat
+from effjax.compress.storage.uniform import Uniform
 from effjax.compress.subject import Calibration, Subject, chosen, leaf_at
 from effjax.errors import UsageError
 

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from effjax.compress.storage import kinds as storage
+from effjax.compress.storage.matrices import flat
 from effjax.compress.storage.trees import replaced
-from effjax.compress.storage.uniform import Uniform, flat
+from effjax.compress.storage.uniform import Uniform
 from effjax.compress.subject import Calibration, Subject, chosen, leaf_at
 from effjax.config import part
 from effjax.errors import UsageError

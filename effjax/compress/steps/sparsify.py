@@ -24,8 +24,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from effjax.compress.storage.masked import Masked, MaskedKernel
+from effjax.compress.storage.matrices import flat
 from effjax.compress.storage.trees import replaced, stored_in, with_beside
-from effjax.compress.storage.uniform import flat
 from effjax.compress.subject import Calibration, Subject, chosen, leaf_at
 from effjax.errors import UsageError
 from effjax.layers.stored import RANGES

@@ -33,20 +33,21 @@ from typing import Any, Literal
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, Float
 
+from effjax.compress.storage.matrices import Matrices, flat
 from effjax.compress.storage.packing import pack, unpack, widths
 from effjax.compress.storage.product import few_rows
-from effjax.compress.storage.uniform import FEW, QTensor, Uniform, flat, unflat
+from effjax.compress.storage.uniform import FEW, QTensor, Uniform
 from effjax.errors import UsageError
-from effjax.layers.stored import Place, Stored
+from effjax.layers.stored import Place
 
 # Inputs whose signs fill a byte.
 MU = 8
 
 
 @flax.struct.dataclass
-class BinaryCoded(Stored):
+class BinaryCoded(Matrices):
     """A kernel, or one of every layer or expert, in planes of signs.
 
     Attributes:
@@ -68,10 +69,9 @@ class BinaryCoded(Stored):
     turned: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the array."""
-        own = self.outs + self.ins if self.turned else self.ins + self.outs
-        return (*self.offset.shape[:-2], *own)
+    def front(self) -> tuple[int, ...]:
+        """Sizes of the axes before those of one kernel."""
+        return self.offset.shape[:-2]
 
     def matrix(self) -> Float[Array, "*front k n"]:
         """All weights as matrices, in float32."""
@@ -81,10 +81,6 @@ class BinaryCoded(Stored):
         parts = (2 * bits - 1).reshape(*alpha.shape[:-1], -1, alpha.shape[-1])  # [.., q, G, K / G, N]
         weights = jnp.sum(parts * alpha[..., None, :], -4) + offset[..., None, :]  # [.., G, K / G, N]
         return weights.reshape(*weights.shape[:-3], rows, weights.shape[-1])
-
-    def whole(self, dtype: DTypeLike) -> Float[Array, "..."]:
-        """The array."""
-        return unflat(self.matrix().astype(dtype), self.ins, self.outs, self.turned)
 
     def product(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Maps `[..., *ins]` to `[..., *outs]`."""

@@ -19,7 +19,6 @@ Krishnamoorthi 2018, arXiv:1806.08342, sections 2.4 and 3.2; Jacob et al. 2018, 
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -28,49 +27,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
+from effjax.compress.rounding import fake_fitted, straight_through
 from effjax.compress.storage.inputs import Static, affine_grid
-from effjax.compress.storage.uniform import Uniform, flat, unflat
+from effjax.compress.storage.matrices import flat, unflat
+from effjax.compress.storage.uniform import Uniform
 from effjax.errors import UsageError
 from effjax.layers.stored import RANGES, Place, Stored
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def straight_through(
-    x: Float[Array, "..."], scale: Float[Array, "..."], zero: Float[Array, "..."], lowest: int, highest: int
-) -> Float[Array, "..."]:
-    """The nearest point of a grid; the gradient is that of identity where no code is clipped, 0 elsewhere.
-
-    Args:
-      x: numbers.
-      scale: distance of codes, broadcasts against `x`; has no gradient.
-      zero: code that stands for 0.
-      lowest: code.
-      highest: code.
-    """
-    return _forward(x, scale, zero, lowest, highest)[0]
-
-
-def _forward(x: Array, scale: Array, zero: Array, lowest: int, highest: int) -> tuple[Array, Any]:
-    codes = jnp.round(x.astype(jnp.float32) / scale) + zero
-    y = ((jnp.clip(codes, lowest, highest) - zero) * scale).astype(x.dtype)
-    return y, ((codes >= lowest) & (codes <= highest), scale, zero)
-
-
-def _backward(lowest: int, highest: int, kept: Any, g: Array) -> tuple[Array, Array, Array]:
-    inside, scale, zero = kept
-    return jnp.where(inside, g, 0), jnp.zeros_like(scale), jnp.zeros_like(zero)
-
-
-straight_through.defvjp(_forward, _backward)
-
-
-def fake_weights(matrix: Float[Array, "*front k n"], layout: Uniform) -> Float[Array, "*front k n"]:
-    """What matrices are in a layout, with the gradient of identity."""
-    scale, zero = layout.fit(jax.lax.stop_gradient(matrix))  # [.., G, N]
-    parts = matrix.reshape(*matrix.shape[:-2], scale.shape[-2], -1, matrix.shape[-1])  # [.., G, K / G, N]
-    lowest = 1 if layout.symmetric else 0
-    y = straight_through(parts, scale[..., None, :], zero[..., None, :], lowest, layout.levels)
-    return y.reshape(matrix.shape)
 
 
 def fake_inputs(
@@ -152,7 +114,7 @@ class FakeQuantised(Stored):
 
     def matrix(self) -> Float[Array, "*front k n"]:
         """All weights as matrices, as if they were codes."""
-        return fake_weights(flat(self.kernel, self.place), self.layout.weights)
+        return fake_fitted(self.layout.weights, flat(self.kernel, self.place))
 
     def whole(self, dtype: DTypeLike) -> Float[Array, "..."]:
         """The array, as if it were codes."""

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
-from effjax.compress.storage.uniform import flat, unflat
+from effjax.compress.storage.matrices import flat, unflat
 from effjax.errors import UsageError
 from effjax.layers.stored import RANGES, Place, Stored
 

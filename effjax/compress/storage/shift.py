@@ -26,12 +26,12 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int, Int8
+from jaxtyping import Array, Float, Int, Int8
 
+from effjax.compress.storage.matrices import Matrices, flat
 from effjax.compress.storage.packing import pack, unpack, widths
-from effjax.compress.storage.uniform import flat, unflat
 from effjax.errors import UsageError
-from effjax.layers.stored import Place, Stored
+from effjax.layers.stored import Place
 
 # Shifts are from -LOWEST on, and stored in so many bits.
 LOWEST, SHIFT_BITS = 48, 6
@@ -107,7 +107,7 @@ def block_product(
 
 
 @flax.struct.dataclass
-class ShiftTensor(Stored):
+class ShiftTensor(Matrices):
     """A kernel as codes with shifts.
 
     Attributes:
@@ -127,10 +127,9 @@ class ShiftTensor(Stored):
     turned: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the array."""
-        own = self.outs + self.ins if self.turned else self.ins + self.outs
-        return (*self.codes[0].shape[:-2], *own)
+    def front(self) -> tuple[int, ...]:
+        """Sizes of the axes before those of one kernel."""
+        return self.codes[0].shape[:-2]
 
     def signed(self) -> Int8[Array, "*front k n"]:
         """The codes."""
@@ -148,10 +147,6 @@ class ShiftTensor(Stored):
         codes, scale = self.signed().astype(jnp.float32), power(self.shifts())
         tiles = codes.reshape(*codes.shape[:-2], scale.shape[-2], -1, codes.shape[-1])
         return (tiles * scale[..., None, :]).reshape(codes.shape)
-
-    def whole(self, dtype: DTypeLike) -> Float[Array, "..."]:
-        """The array."""
-        return unflat(self.matrix().astype(dtype), self.ins, self.outs, self.turned)
 
     def product(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Maps `[..., *ins]` to `[..., *outs]`, in integers where what enters is in blocks too."""

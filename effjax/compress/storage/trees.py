@@ -1,5 +1,6 @@
 """Stored weights in a tree of parameters."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +9,6 @@ import flax.linen as nn
 import jax
 from flax.core import meta
 from flax.traverse_util import unflatten_dict
-from jaxtyping import Array
 
 from effjax.errors import UsageError, did_you_mean
 from effjax.layers.stored import RANGES, Kernel, Place, Stored, kernels
@@ -99,9 +99,16 @@ def choose(rules: Rules, places: Mapping[str, Place], where: str = "rules") -> d
     return {path: value for path, value in found.items() if value is not None}
 
 
+def weights_in(params: Any) -> int:
+    """How many weights a tree stands for, however they are stored."""
+    leaves = jax.tree.leaves(meta.unbox(params), is_leaf=lambda leaf: isinstance(leaf, Stored))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
+
+
 def held_bytes(params: Any) -> int:
-    """Bytes of all arrays, as they lie in memory."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(meta.unbox(params)) if isinstance(leaf, Array))
+    """Bytes of all arrays or shapes, as they lie in memory."""
+    leaves = jax.tree.leaves(meta.unbox(params))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if hasattr(leaf, "dtype"))
 
 
 def _one(leaf: Any) -> bool:

@@ -22,22 +22,23 @@ from typing import Any, Literal
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Float, Int
 
 from effjax.compress.storage.input_kinds import KINDS as INPUTS
 from effjax.compress.storage.inputs import check_length, integer_product
+from effjax.compress.storage.matrices import Matrices, flat
 from effjax.compress.storage.packing import Planes, pack, unpack, widths
 from effjax.compress.storage.product import few_rows
 from effjax.config import part
 from effjax.errors import UsageError
-from effjax.layers.stored import Place, Stored
+from effjax.layers.stored import Place
 
 # Rows up to which the codes are not unpacked as a whole (on a CPU).
 FEW = 4
 
 
 @flax.struct.dataclass
-class QTensor(Stored):
+class QTensor(Matrices):
     """A kernel, or one of every layer or expert, as codes with scales and zeros.
 
     The fields are annotated `Any` because the same class also carries shapes, names of axes and shardings.
@@ -63,10 +64,9 @@ class QTensor(Stored):
     inputs: Any = None
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the array."""
-        own = self.outs + self.ins if self.turned else self.ins + self.outs
-        return (*self.scale.shape[:-2], *own)
+    def front(self) -> tuple[int, ...]:
+        """Sizes of the axes before those of one kernel."""
+        return self.scale.shape[:-2]
 
     def zeros(self) -> Float[Array, "*front g n"] | float:
         """The code that stands for 0 in every group, in float32."""
@@ -96,10 +96,6 @@ class QTensor(Stored):
         zero = zero if shared or isinstance(zero, float) else jnp.take(zero, at, axis=-1)
         dtype = jnp.float32 if self.scale.dtype == jnp.float16 else self.scale.dtype
         return self._decoded(planes, scale, zero).T.reshape(*rows.shape, -1).astype(dtype)
-
-    def whole(self, dtype: DTypeLike) -> Float[Array, "..."]:
-        """The array."""
-        return unflat(self.matrix().astype(dtype), self.ins, self.outs, self.turned)
 
     def product(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Maps `[..., *ins]` to `[..., *outs]`."""
@@ -157,27 +153,6 @@ def _integers(rows: Float[Array, "r k"], kernel: QTensor) -> Float[Array, "r n"]
     start = jnp.zeros((rows.shape[0], codes.shape[1]), jnp.float32)
     y, _ = jax.lax.scan(add, start, jnp.arange(groups))
     return (y * a_scale).astype(rows.dtype)
-
-
-def flat(kernel: Float[Array, "..."], place: Place) -> Float[Array, "*front k n"]:
-    """The matrices of a kernel."""
-    front, k, n = len(place.front), len(place.ins), len(place.outs)
-    if place.turned:
-        order = (*range(front), *range(front + n, front + n + k), *range(front, front + n))
-        kernel = kernel.transpose(order)
-    return kernel.reshape(*place.front, *place.matrix)
-
-
-def unflat(
-    matrix: Float[Array, "*front k n"], ins: tuple[int, ...], outs: tuple[int, ...], turned: bool
-) -> Float[Array, "..."]:
-    """The kernel of matrices."""
-    front = matrix.shape[:-2]
-    kernel = matrix.reshape(*front, *ins, *outs)
-    if not turned:
-        return kernel
-    a, k, n = len(front), len(ins), len(outs)
-    return kernel.transpose(*range(a), *range(a + k, a + k + n), *range(a, a + k))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -250,6 +250,43 @@ def expert_rows(ffn: Mixture, experts: str, stacked: bool) -> list[n.Row]:
     return rows
 
 
+def describe(model: Any) -> dict[str, Any] | None:
+    """The config.json of a Llama; None for a model that is none."""
+    mixer = getattr(getattr(model, "block", None), "mixer", None)
+    if not isinstance(model, LM) or not isinstance(mixer, Attention) or mixer.rotary_base is None:
+        return None
+    heads = mixer.heads
+    size, groups = mixer.head_dim or model.dim // heads, mixer.kv_heads or heads
+    config = dict(
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+        hidden_size=model.dim,
+        intermediate_size=getattr(model.block.ffn, "hidden", None),
+        num_hidden_layers=model.depth,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=size,
+        vocab_size=model.vocab,
+        tie_word_embeddings=model.tied,
+        rms_norm_eps=model.block.epsilon,
+        rope_theta=mixer.rotary_base,
+        max_position_embeddings=model.max_length or _DEFAULTS["max_position_embeddings"],
+        hidden_act="silu",
+        attention_bias=mixer.qkv_bias,
+        mlp_bias=getattr(model.block.ffn, "use_bias", False),
+    )
+    if config["intermediate_size"] is None:
+        return None
+    # What is not said above is compared: a model with anything else is no Llama.
+    built = build(BRANDS["llama"], config)
+    told: Any = dict(kv_heads=groups, head_dim=size)
+    if not mixer.qk_norm:
+        told |= dict(qk_norm_epsilon=built.block.mixer.qk_norm_epsilon)  # of norms that are not there
+    block = model.block.clone(mixer=mixer.clone(**told))
+    kept: Any = dict(max_length=model.max_length, remat=model.remat, unroll=model.unroll, cache=model.cache)
+    return config if built.clone(**kept) == model.clone(block=block) else None
+
+
 def _of(config: Config, key: Any) -> Any:
     """A value of the configuration, or `key` itself where that is the value."""
     return config.get(key, False) if isinstance(key, str) else key
@@ -288,6 +325,7 @@ TRANSFORMERS = {
         inputs=token_inputs,
         renames=_PREFIX,
         spellings=(functools.partial(names, brand, stacked=True),) if brand.experts else (),
+        describe=describe if name == "llama" else None,
     )
     for name, brand in BRANDS.items()
 }

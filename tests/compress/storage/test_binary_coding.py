@@ -12,7 +12,8 @@ from effjax.compress.storage.binary_coding import (
     tables_of,
     work,
 )
-from effjax.compress.storage.uniform import Uniform, flat
+from effjax.compress.storage.matrices import flat
+from effjax.compress.storage.uniform import Uniform
 from effjax.errors import UsageError
 from effjax.layers.stored import Place
 

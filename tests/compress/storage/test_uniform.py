@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.compress.storage.uniform import FEW, QTensor, Uniform, flat, unflat
+from effjax.compress.storage.matrices import flat, unflat
+from effjax.compress.storage.uniform import FEW, QTensor, Uniform
 from effjax.errors import UsageError
 from effjax.layers.stored import Place
 

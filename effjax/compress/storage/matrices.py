@@ -1,0 +1,63 @@
+"""Kernels as matrices: what is summed over along the rows, the product's axes along the columns."""
+
+from typing import Any
+
+from jaxtyping import Array, DTypeLike, Float
+
+from effjax.layers.stored import Place, Stored
+
+
+class Matrices(Stored):
+    """The base of kernels that are stored as matrices: pytrees with these fields and a `matrix`.
+
+    Attributes:
+      layout: how they are stored.
+      ins: sizes of the axes that are summed over.
+      outs: sizes of those of the product.
+      turned: whether the array has `outs` before `ins`.
+    """
+
+    layout: Any
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    turned: bool
+
+    @property
+    def front(self) -> tuple[int, ...]:
+        """Sizes of the axes before those of one kernel (layers, experts)."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
+        own = self.outs + self.ins if self.turned else self.ins + self.outs
+        return (*self.front, *own)
+
+    def matrix(self) -> Float[Array, "*front k n"]:
+        """All weights as matrices, in float32."""
+        raise NotImplementedError
+
+    def whole(self, dtype: DTypeLike) -> Float[Array, "..."]:
+        """The array."""
+        return unflat(self.matrix().astype(dtype), self.ins, self.outs, self.turned)
+
+
+def flat(kernel: Float[Array, "..."], place: Place) -> Float[Array, "*front k n"]:
+    """The matrices of a kernel."""
+    front, k, n = len(place.front), len(place.ins), len(place.outs)
+    if place.turned:
+        order = (*range(front), *range(front + n, front + n + k), *range(front, front + n))
+        kernel = kernel.transpose(order)
+    return kernel.reshape(*place.front, *place.matrix)
+
+
+def unflat(
+    matrix: Float[Array, "*front k n"], ins: tuple[int, ...], outs: tuple[int, ...], turned: bool
+) -> Float[Array, "..."]:
+    """The kernel of matrices."""
+    front = matrix.shape[:-2]
+    kernel = matrix.reshape(*front, *ins, *outs)
+    if not turned:
+        return kernel
+    a, k, n = len(front), len(ins), len(outs)
+    return kernel.transpose(*range(a), *range(a + k, a + k + n), *range(a, a + k))

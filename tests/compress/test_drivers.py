@@ -1,0 +1,160 @@
+"""Every driver on compressed runs: a classifier, a denoiser and a language model, each of a few steps."""
+
+import json
+import signal
+import urllib.request
+
+import jax
+import numpy as np
+import pytest
+
+from effjax.compress.storage.trees import held_bytes, stored_in, weights_in
+from experiments.run.restore import load_run
+from tests.experiments.driver import drive, start
+
+CONFIGS = {
+    "vision": "configs/vision/vit.py:smoke",
+    "diffusion": "configs/diffusion/dit.py:smoke",
+    "language": "configs/language/lm.py:smoke",
+}
+RECIPE = ("--recipe=configs/compress/round.py:int4", "--recipe.steps[0].layout.group=8", "--rounds=1")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    """The folder of a compressed run of a family, made at its first use."""
+    made = {}
+
+    def folder(family):
+        if family not in made:
+            runs = tmp_path_factory.mktemp(family)
+            drive("train", f"--config={CONFIGS[family]}", f"--workdir={runs / 'run'}")
+            drive("compress", f"--workdir={runs / 'run'}", *RECIPE, f"--out={runs / 'small'}")
+            made[family] = runs / "small"
+        return made[family]
+
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "more"),
+    [
+        ("vision", "tome:remove=2", ()),
+        ("diffusion", "cg_taylor:threshold=0.1", ("--sampler_steps=3",)),
+        ("language", "window:budget=16", ("--examples=4",)),
+    ],
+)
+def test_it_is_accelerated(compressed, tmp_path, family, method, more):
+    run = compressed(family)
+    flags = (f"--method={method}", "--rounds=1", f"--out={tmp_path}", *more)
+    out, _ = drive("accelerate", f"--workdir={run}", *flags)
+    assert "full model" in out
+    assert method in out
+
+
+@pytest.mark.parametrize(
+    ("family", "step", "more"),
+    [
+        ("vision", "evaluate", ()),
+        ("diffusion", "sample", ("--batch=2", "--sampler_steps=3")),
+        ("language", "decode", ("--batch=2", "--context=32")),
+    ],
+)
+def test_it_is_planned_in_the_bytes_that_it_is_stored_in(compressed, tmp_path, family, step, more):
+    run = compressed(family)
+    out = tmp_path / "plan"
+    drive("plan", f"--workdir={run}", "--topology=cpu:2", f"--step={step}", f"--out={out}", *more)
+    found = json.loads(out.read_text())
+    params = load_run(run)[1]["params"]
+    assert found["fits"]
+    assert found["weight_bytes"] == held_bytes(params)
+    assert found["parameters"] == weights_in(params) < found["weight_bytes"] < 4 * found["parameters"]
+    assert "products with packed weights" in " ".join(found["notes"])
+
+
+def test_it_is_evaluated_and_sampled(compressed, tmp_path):
+    out, _ = drive("evaluate", f"--workdir={compressed('vision')}")
+    (said,) = map(json.loads, (compressed("vision") / "metrics.jsonl").read_text().splitlines())
+    assert f"{said['accuracy']:.4g}" in out
+    picture = tmp_path / "pictures.png"
+    drive("sample", f"--workdir={compressed('diffusion')}", f"--out={picture}", "--steps=2", "--per_class=1")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_it_is_served_as_it_writes(compressed):
+    run = compressed("language")
+    text, _ = drive("generate", f"--workdir={run}", "--prompt=Return the ", "--max_new=6", "--temperature=0")
+    server = start("serve", f"--workdir={run}", "--port=0", "--rows=1")
+    try:
+        lines = iter(server.stdout.readline, "")
+        address = next(line.split(" at ")[1].strip() for line in lines if line.startswith("serving"))
+        body = json.dumps(dict(prompt="Return the ", max_tokens=6, temperature=0)).encode()
+        asked = urllib.request.Request(
+            f"{address}/v1/completions", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            written = json.load(answer)["choices"][0]["text"]
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.communicate(timeout=60)
+    assert text.rstrip("\n") == f"Return the {written}"
+
+
+def test_packed_layers_go_out_come_in_and_are_measured(compressed, tmp_path):
+    run = compressed("language")
+    _, error = drive(
+        "convert", "--to=transformers:llama", f"--workdir={run}", f"--out={tmp_path / 'a'}", code=2
+    )
+    assert "--quantised=gptq" in error
+    assert not (tmp_path / "a").exists()
+    out = f"--out={tmp_path / 'awq'}"
+    said, _ = drive("convert", "--to=transformers:llama", f"--workdir={run}", "--quantised=awq", out)
+    assert "config.json" in said
+    _, variables = load_run(run)
+    assert f"{weights_in(variables['params']) / 1e3:.2f}k parameters" in said
+    ours = tmp_path / "ours"
+    drive("convert", "--from=transformers:llama", f"--weights={tmp_path / 'awq'}", f"--out={ours}")
+    again = tmp_path / "again"
+    drive("convert", "--to=transformers:llama", f"--weights={ours}", "--quantised=awq", f"--out={again}")
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "awq", again)]
+    told = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "awq", again)]
+    assert weights[0] == weights[1]
+    assert told[0] == told[1]
+    # Weights that came in are measured as the run is that they came from.
+    config = (f"--config={CONFIGS['language']}", f"--config.train.start={ours}")
+    flags = ("--method=window:budget=16", "--rounds=1", "--examples=4")
+    tables = [
+        drive("accelerate", *given, *flags, f"--out={tmp_path / 'table'}")[0]
+        for given in (config, (f"--workdir={run}",))
+    ]
+    first, second = (
+        [line.split()[2:5] for line in table.splitlines() if line.startswith("full model")]
+        for table in tables
+    )
+    assert first == second
+
+
+def test_codes_do_not_train(compressed, tmp_path):
+    run = compressed("vision")
+    config = f"--config={CONFIGS['vision']}"
+    workdir = tmp_path / "tuned"
+    _, error = drive("train", config, f"--config.train.start={run}", f"--workdir={workdir}", code=2)
+    assert "are stored as codes, which do not train" in error
+    assert not workdir.exists()
+    out = f"--out={tmp_path / 'compared'}"
+    _, error = drive("compare", config, f"--config.train.start={run}", out, code=1)
+    assert "are stored as codes, which do not train" in error
+    _, error = drive("plan", f"--workdir={run}", "--topology=cpu:2", f"--out={tmp_path / 'plan'}", code=2)
+    assert "do not train" in error
+
+
+def test_a_restored_run_is_what_was_compressed(compressed):
+    _, held = load_run(compressed("diffusion"))
+    stored = stored_in(held["params"])
+    assert {path.split("/")[0] for path in stored} == {"blocks"}
+    for leaf in stored.values():
+        assert {plane.dtype for plane in leaf.codes} == {np.dtype(np.uint8)}
+    assert all(np.isfinite(np.asarray(leaf.whole(np.float32))).all() for leaf in stored.values())
+    assert jax.tree.structure(load_run(compressed("diffusion"))[1]) == jax.tree.structure(held)
