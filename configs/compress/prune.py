@@ -19,7 +19,8 @@ VARIANTS = ("taylor", "magnitude", "random", "taylor-once", "magnitude-once", "r
 def get_config(variant: str = "taylor") -> ConfigDict:
     """Returns the recipe of a variant."""
     score, _, once = variant.partition("-")
-    step = dict(kind="prune", left=0.5, score=dict(kind=score))
+    least = dict(heads=1, head_step=1, hidden=8, hidden_step=8)
+    step = dict(kind="prune", left=0.5, score=dict(kind=score), least=least)
     if once:
         return ConfigDict(dict(steps=(step,)))
     step |= dict(rounds=4, tune=dict(steps=100))

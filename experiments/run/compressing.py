@@ -128,7 +128,9 @@ def _report(path: Path, step: int, before: Side, after: Side, rounds: int) -> No
     rows: list[tuple[str, ...]] = []
     bytes_ = [held_bytes(side.variables["params"]) for side in (before, after)]
     rows.append(("bytes of the weights", *(count(b) for b in bytes_)))
-    bits = [8 * b / weights_in(before.variables["params"]) for b in bytes_]
+    weights = [weights_in(side.variables["params"]) for side in (before, after)]
+    rows.append(("weights", *(count(w) for w in weights)))
+    bits = [8 * b / w for b, w in zip(bytes_, weights, strict=True)]
     rows.append(("bits a parameter", *(f"{b:.2f}" for b in bits)))
     rows.append(("MACs an example", *(count(forward_cost(side.program).macs) for side in (before, after))))
     figures: dict[str, float] = {}

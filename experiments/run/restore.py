@@ -45,12 +45,16 @@ def storage_of(folder: str | Path) -> dict[str, Any]:
 
 
 def stored_as_started(config: Any) -> Any:
-    """The config; one that starts from kernels that are no arrays stores its own as they are stored there."""
+    """The config; one that starts from what a recipe left has its model, and stores kernels as it does."""
     start = config.train.get("start")
-    if start is None or config.get("storage"):
+    if start is None:
         return config
-    storage = storage_of(start)
-    return ConfigDict(config.to_dict() | {"storage": storage}) if storage else config
+    changed: dict[str, Any] = {}
+    if (Path(start) / "recipe.json").is_file():
+        changed["model"] = load_config_of(start).model.to_dict()
+    if not config.get("storage") and (storage := storage_of(start)):
+        changed["storage"] = storage
+    return ConfigDict(config.to_dict() | changed) if changed else config
 
 
 def load_program(workdir: str | Path) -> Program:

@@ -158,3 +158,30 @@ def test_a_restored_run_is_what_was_compressed(compressed):
         assert {plane.dtype for plane in leaf.codes} == {np.dtype(np.uint8)}
     assert all(np.isfinite(np.asarray(leaf.whole(np.float32))).all() for leaf in stored.values())
     assert jax.tree.structure(load_run(compressed("diffusion"))[1]) == jax.tree.structure(held)
+
+
+def test_a_pruned_run_is_a_run_as_any_other(compressed, tmp_path):
+    run = compressed("language").parent / "run"
+    half = tmp_path / "half"
+    drive(
+        *("compress", f"--workdir={run}", "--recipe=configs/compress/prune.py:random-once", "--rounds=1"),
+        *("--recipe.steps[0].least.hidden=3", "--recipe.steps[0].least.hidden_step=1", f"--out={half}"),
+    )
+    program, variables = load_run(half)
+    _, whole = load_run(run)
+    assert weights_in(variables["params"]) < weights_in(whole["params"])
+    assert program.task.model.layer_blocks
+    drive("evaluate", f"--workdir={half}")
+    drive("generate", f"--workdir={half}", "--prompt=Return the ", "--max_new=4")
+    out = tmp_path / "plan"
+    drive("plan", f"--workdir={half}", "--topology=cpu:2", f"--out={out}")
+    assert json.loads(out.read_text())["parameters"] == weights_in(variables["params"])
+    tuned = tmp_path / "tuned"
+    config = f"--config={CONFIGS['language']}"
+    drive(
+        "train", config, f"--config.train.start={half}", "--config.train.steps=2 steps", f"--workdir={tuned}"
+    )
+    assert load_run(tuned)[0].task.model == program.task.model
+    small = tmp_path / "small"
+    drive("compress", f"--workdir={tuned}", RECIPE[0], "--recipe.steps[0].layout.group=1", f"--out={small}")
+    assert stored_in(load_run(small)[1]["params"])
