@@ -6,6 +6,7 @@ from effjax.compress.steps.efficientqat import EfficientQAT
 from effjax.compress.steps.fake_quantise import FakeQuantise, Freeze
 from effjax.compress.steps.finequant import FineQuant
 from effjax.compress.steps.inputs import CalibrateInputs
+from effjax.compress.steps.modegpt import MoDeGPT
 from effjax.compress.steps.prune import Prune
 from effjax.compress.steps.recover import Recover
 from effjax.compress.steps.round import Round
@@ -20,6 +21,7 @@ KINDS = {
     "dgq": Dgq,
     "fake_quantise": FakeQuantise,
     "freeze": Freeze,
+    "modegpt": MoDeGPT,
     "prune": Prune,
     "recover": Recover,
     "sparsify": Sparsify,

@@ -80,6 +80,12 @@ def apart(layer: Layer, kind: Kind) -> bool:
     return kind == "value" or (kind == "qk" and not _turned(layer))
 
 
+def channels(layer: Layer) -> np.ndarray:
+    """`[units, 1]`, or `[units, 2]` of pairs: the channels of a head that units of "qk" are."""
+    size = _leaves(layer)["mixer/key/kernel"].shape[2]
+    return _pairs(_mixer(layer), size) if _turned(layer) else np.arange(size)[:, None]
+
+
 def sums(layer: Layer, numbers: Any, kind: Kind) -> Float[Array, "*heads units"]:
     """Sums numbers of a layer, shaped as its parameters are, over everything that belongs to a unit.
 
