@@ -130,6 +130,17 @@ def watched(
     subject: Subject, variables: Mapping[str, Any], batch: Batch, key: Array
 ) -> tuple[tuple[Any, Any], Any]:
     """The task's loss, and what its network put out on the way."""
+    return _heard(subject, lambda: subject.task.loss(variables, batch, key))
+
+
+def evaluated_output(subject: Subject, variables: Mapping[str, Any], batch: Batch) -> Array:
+    """What a network puts out in evaluation."""
+    output: Array = _heard(subject, lambda: subject.task.metrics(variables, evaluated(batch)))[1]
+    return output
+
+
+def _heard(subject: Subject, ask: Callable[[], Any]) -> tuple[Any, Any]:
+    """What was answered, and what the network put out last."""
     outputs: list[Any] = []
 
     def take(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -139,7 +150,7 @@ def watched(
         return made
 
     with nn.intercept_methods(take):
-        told = subject.task.loss(variables, batch, key)
+        told = ask()
     if not outputs:
         raise UsageError(f"{type(subject.task).__name__} asks its network in a way nobody can listen to.")
     return told, outputs[-1]

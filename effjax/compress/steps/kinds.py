@@ -3,6 +3,7 @@
 from effjax.compress.steps.abq_llm import ABQ
 from effjax.compress.steps.dgq import Dgq
 from effjax.compress.steps.efficientqat import EfficientQAT
+from effjax.compress.steps.evopress import EvoPress
 from effjax.compress.steps.fake_quantise import FakeQuantise, Freeze
 from effjax.compress.steps.finequant import FineQuant
 from effjax.compress.steps.inputs import CalibrateInputs
@@ -26,4 +27,5 @@ KINDS = {
     "recover": Recover,
     "sparsify": Sparsify,
     "densify": Densify,
+    "evopress": EvoPress,
 }

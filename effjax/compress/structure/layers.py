@@ -107,7 +107,9 @@ def put_together(subject: Subject, layers: Sequence[Layer]) -> Subject:
     if kept != list(range(model.depth)):
         changed |= _moved(model, kept)
     blocks = tuple(layer.block for layer in layers)
-    alike = all(block == blocks[0] for block in blocks)
+    # Layers of one definition may still be stored in other ways.
+    forms: list[Any] = [jax.tree.structure(dict(layer.variables)) for layer in layers]
+    alike = all(block == blocks[0] for block in blocks) and all(form == forms[0] for form in forms)
     changed |= dict(block=blocks[0], layer_blocks=()) if alike else dict(layer_blocks=blocks)
     changed["unroll"] = min(model.unroll, len(kept))
     variables = dict(subject.variables)
@@ -115,7 +117,7 @@ def put_together(subject: Subject, layers: Sequence[Layer]) -> Subject:
     for name in had | {name for layer in layers for name in layer.variables}:
         own = {layer_name(i): each.variables[name] for i, each in enumerate(layers) if name in each.variables}
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *own.values()) if alike and own else own
-        variables[name] = {**variables[name], "blocks": stacked}
+        variables[name] = {**variables.get(name, {}), "blocks": stacked}
     return subject.with_model(model.clone(**changed), variables)
 
 

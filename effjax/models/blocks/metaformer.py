@@ -63,9 +63,9 @@ class Block(nn.Module):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("mixer", "ffn"):
+        for name, an in (("mixer", "a mixer"), ("ffn", "an ffn")):
             if getattr(self, name) is None and self.order != "pre_norm":
-                raise UsageError(f"a block without {name} has the order 'pre_norm', not {self.order!r}.")
+                raise UsageError(f"a block without {an} has the order 'pre_norm', not {self.order!r}.")
 
     @nn.compact
     def __call__(
