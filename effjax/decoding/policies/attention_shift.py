@@ -7,10 +7,10 @@ the cache holds the keys beside it. See `effjax.mixers.boundaries`.
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, Float
 
 from effjax.decoding.cache import Cache
-from effjax.decoding.policies.policy import Look, Policy
+from effjax.decoding.policies.policy import Look, Policy, Sizes
 from effjax.errors import UsageError
 from effjax.mixers.boundaries import attention_ratio
 
@@ -25,18 +25,10 @@ class AttentionShift(Policy):
 
     window: int = 4
 
-    def init(
-        self,
-        batch: int,
-        slots: int,
-        groups: int,
-        head_dim: int,
-        dtype: DTypeLike,
-        value_dim: int | None = None,
-    ) -> Cache:
+    def begun(self, cache: Cache, sizes: Sizes) -> Cache:
         """An empty cache, with a ratio of 0 for every slot."""
-        cache = super().init(batch, slots, groups, head_dim, dtype, value_dim)
-        return dataclasses.replace(cache, state=jnp.zeros((batch, slots), jnp.float32))
+        cache = super().begun(cache, sizes)
+        return dataclasses.replace(cache, state=jnp.zeros((sizes.batch, sizes.slots), jnp.float32))
 
     def axes(self) -> Cache:
         """Names of the axes."""

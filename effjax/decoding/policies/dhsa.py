@@ -23,11 +23,11 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Float, Int
 
 from effjax.config import part
 from effjax.decoding.cache import EMPTY, Cache
-from effjax.decoding.policies.policy import Look, Policy
+from effjax.decoding.policies.policy import Look, Policy, Sizes
 from effjax.errors import UsageError
 from effjax.mixers.boundaries import BOUNDARIES, Boundaries, Similarity
 
@@ -84,23 +84,15 @@ class DHSA(Policy):
         """The budget."""
         return float(min(self.budget, tokens))
 
-    def init(
-        self,
-        batch: int,
-        slots: int,
-        groups: int,
-        head_dim: int,
-        dtype: DTypeLike,
-        value_dim: int | None = None,
-    ) -> Cache:
+    def begun(self, cache: Cache, sizes: Sizes) -> Cache:
         """An empty cache without chunks."""
-        cache = super().init(batch, slots, groups, head_dim, dtype, value_dim)
-        chunks = slots // self.chunk + 2  # one more of the prompt, one more of what follows
+        cache = super().begun(cache, sizes)
+        chunks = sizes.slots // self.chunk + 2  # one more of the prompt, one more of what follows
         state = Chunks(
-            begins=jnp.full((batch, chunks), slots, jnp.int32),
-            sums=jnp.zeros((batch, chunks, groups, head_dim), jnp.float32),
-            count=jnp.zeros((batch, chunks), jnp.float32),
-            made=jnp.zeros((batch,), jnp.int32),
+            begins=jnp.full((sizes.batch, chunks), sizes.slots, jnp.int32),
+            sums=jnp.zeros((sizes.batch, chunks, sizes.groups, sizes.head_dim), jnp.float32),
+            count=jnp.zeros((sizes.batch, chunks), jnp.float32),
+            made=jnp.zeros((sizes.batch,), jnp.int32),
         )
         return dataclasses.replace(cache, state=state)
 

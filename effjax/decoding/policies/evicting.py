@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from effjax.decoding.cache import EMPTY, Cache, counted
-from effjax.decoding.policies.policy import Look, Policy
+from effjax.decoding.policies.policy import Look, Policy, Sizes
 from effjax.decoding.storage.plain import Plain
 from effjax.errors import UsageError
 
@@ -47,20 +47,12 @@ class Evicting(Policy):
         """What is held."""
         return float(self.room(tokens))
 
-    def init(
-        self,
-        batch: int,
-        slots: int,
-        groups: int,
-        head_dim: int,
-        dtype: DTypeLike,
-        value_dim: int | None = None,
-    ) -> Cache:
+    def begun(self, cache: Cache, sizes: Sizes) -> Cache:
         """An empty cache; a storage that cannot write just any slot says so now."""
-        cache = super().init(batch, slots, groups, head_dim, dtype, value_dim)
-        for held, size in ((cache.keys, head_dim), (cache.values, value_dim or head_dim)):
-            new = jax.ShapeDtypeStruct((batch, 1, groups, size), dtype)
-            jax.eval_shape(self.storage.put, held, new, jax.ShapeDtypeStruct((batch, 1), jnp.int32))
+        cache = super().begun(cache, sizes)
+        for held, size in ((cache.keys, sizes.head_dim), (cache.values, sizes.value_dim)):
+            new = jax.ShapeDtypeStruct((sizes.batch, 1, sizes.groups, size), sizes.dtype)
+            jax.eval_shape(self.storage.put, held, new, jax.ShapeDtypeStruct((sizes.batch, 1), jnp.int32))
         return cache
 
     def worth(self, cache: Cache, newest: Int[Array, " b"]) -> Float[Array, "b slots *groups"]:

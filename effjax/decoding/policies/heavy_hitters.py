@@ -11,11 +11,11 @@ there.
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Float, Int
 
 from effjax.decoding.cache import Cache
 from effjax.decoding.policies.evicting import ALWAYS, Evicting, numbers, of_each_head
-from effjax.decoding.policies.policy import Look
+from effjax.decoding.policies.policy import Look, Sizes
 from effjax.decoding.policies.taken import look_and_sum
 from effjax.errors import UsageError
 
@@ -35,18 +35,10 @@ class HeavyHitters(Evicting):
         if self.recent is not None and not 1 <= self.recent <= self.budget:
             raise UsageError(f"recent={self.recent} must be between 1 and budget={self.budget}.")
 
-    def init(
-        self,
-        batch: int,
-        slots: int,
-        groups: int,
-        head_dim: int,
-        dtype: DTypeLike,
-        value_dim: int | None = None,
-    ) -> Cache:
+    def begun(self, cache: Cache, sizes: Sizes) -> Cache:
         """An empty cache with scores."""
-        cache = super().init(batch, slots, groups, head_dim, dtype, value_dim)
-        return of_each_head(cache, groups, score=numbers(batch, cache.slots, groups))
+        cache = super().begun(cache, sizes)
+        return of_each_head(cache, sizes.groups, score=numbers(sizes.batch, cache.slots, sizes.groups))
 
     def axes(self) -> Cache:
         """Names of the axes."""

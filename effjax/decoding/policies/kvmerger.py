@@ -22,11 +22,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from effjax.decoding.cache import EMPTY, Cache
 from effjax.decoding.policies.evicting import Evicting, numbers, of_each_head
-from effjax.decoding.policies.policy import Look
+from effjax.decoding.policies.policy import Look, Sizes
 from effjax.decoding.policies.taken import look_and_sum
 from effjax.decoding.storage.plain import Plain
 from effjax.errors import UsageError
@@ -82,19 +82,11 @@ class KVMerger(Evicting):
         heavy = self.budget // 4 if self.heavy is None else self.heavy
         return recent, heavy, max(self.budget // 8, 1) if self.reserve is None else self.reserve
 
-    def init(
-        self,
-        batch: int,
-        slots: int,
-        groups: int,
-        head_dim: int,
-        dtype: DTypeLike,
-        value_dim: int | None = None,
-    ) -> Cache:
+    def begun(self, cache: Cache, sizes: Sizes) -> Cache:
         """An empty cache with scores and sizes."""
-        cache = super().init(batch, slots, groups, head_dim, dtype, value_dim)
-        one, none = (numbers(batch, cache.slots, groups, fill) for fill in (1.0, 0.0))
-        return of_each_head(cache, groups, size=one, score=none)
+        cache = super().begun(cache, sizes)
+        one, none = (numbers(sizes.batch, cache.slots, sizes.groups, fill) for fill in (1.0, 0.0))
+        return of_each_head(cache, sizes.groups, size=one, score=none)
 
     def axes(self) -> Cache:
         """Names of the axes."""

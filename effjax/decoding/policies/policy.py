@@ -49,6 +49,27 @@ class Look(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What a cache is asked for.
+
+    Attributes:
+      batch: sequences.
+      slots: tokens that a sequence may have.
+      groups: key/value heads.
+      head_dim: channels of a head's keys.
+      value_dim: channels of a head's values.
+      dtype: of the model.
+    """
+
+    batch: int
+    slots: int
+    groups: int
+    head_dim: int
+    value_dim: int
+    dtype: DTypeLike
+
+
+@dataclasses.dataclass(frozen=True)
 class Policy:
     """Keeps all.
 
@@ -89,7 +110,14 @@ class Policy:
           dtype: of the model.
           value_dim: channels of a head's values; None means `head_dim`.
         """
-        return init_cache(batch, self.room(slots), groups, head_dim, dtype, self.storage, value_dim)
+        sizes = Sizes(batch, slots, groups, head_dim, value_dim or head_dim, dtype)
+        cache = init_cache(batch, self.room(slots), groups, head_dim, dtype, self.storage, value_dim)
+        return self.begun(cache, sizes)
+
+    def begun(self, cache: Cache, sizes: Sizes) -> Cache:
+        """An empty cache with what the policy remembers besides."""
+        del sizes
+        return cache
 
     def axes(self) -> Cache:
         """Names of the axes of that cache."""

@@ -22,10 +22,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from effjax.decoding.cache import EMPTY, Cache
-from effjax.decoding.policies.policy import Look, Policy
+from effjax.decoding.policies.policy import Look, Policy, Sizes
 from effjax.errors import UsageError
 
 # Of a cache that has recorded nothing, and of a place in the record that holds nothing.
@@ -86,22 +86,14 @@ class RecycledAttention(Policy):
         """(L + (S - 1) K) / S, without a threshold; with one it is less."""
         return (tokens + (self.stride - 1) * min(self.budget, tokens)) / self.stride
 
-    def init(
-        self,
-        batch: int,
-        slots: int,
-        groups: int,
-        head_dim: int,
-        dtype: DTypeLike,
-        value_dim: int | None = None,
-    ) -> Cache:
+    def begun(self, cache: Cache, sizes: Sizes) -> Cache:
         """An empty cache, and a record of nothing."""
-        cache = super().init(batch, slots, groups, head_dim, dtype, value_dim)
+        cache = super().begun(cache, sizes)
         state = Recycled(
-            slots=jnp.full((batch, min(self.budget, slots), groups), NOTHING, jnp.int32),
-            query=jnp.zeros((batch, head_dim), jnp.float32),
-            since=jnp.full((batch,), NOTHING, jnp.int32),
-            unchecked=jnp.zeros((batch,), jnp.int32),
+            slots=jnp.full((sizes.batch, min(self.budget, sizes.slots), sizes.groups), NOTHING, jnp.int32),
+            query=jnp.zeros((sizes.batch, sizes.head_dim), jnp.float32),
+            since=jnp.full((sizes.batch,), NOTHING, jnp.int32),
+            unchecked=jnp.zeros((sizes.batch,), jnp.int32),
         )
         return dataclasses.replace(cache, state=state)
 
