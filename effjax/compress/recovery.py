@@ -63,7 +63,6 @@ def recovered(
     teacher: Subject | None,
     calibration: Calibration,
     how: Recovery,
-    masks: Any = None,
 ) -> Subject:
     """Trains the parameters of a network.
 
@@ -72,7 +71,6 @@ def recovered(
       teacher: the one it was made from; None has none.
       calibration: the training data.
       how: how long, and how.
-      masks: a tree like the parameters, which they are multiplied by after every step; None leaves them.
 
     Raises:
       UsageError: for kernels in codes, which do not train, or a loss that is not finite.
@@ -103,8 +101,6 @@ def recovered(
         (value, changed), gradients = jax.value_and_grad(loss, has_aux=True)(params)
         updates, held = optimizer.update(gradients, held, params)
         params = optax.apply_updates(params, updates)
-        if masks is not None:
-            params = jax.tree.map(jnp.multiply, params, masks)
         beside = {name: changed.get(name, tree) for name, tree in beside.items()}
         return (params, held, beside), value
 
@@ -117,7 +113,7 @@ def recovered(
         prepared = subject.task.prepare(evaluated(batch), keys[0])
         state, value = step(state, taught, prepared, keys[1])
         losses.append(value)
-        if (number + 1) % math.ceil(how.steps / 4) == 0:
+        if (number + 1) % math.ceil(how.steps / 4) == 0 or number + 1 == how.steps:
             mean = float(jnp.mean(jnp.stack(losses)))
             if not math.isfinite(mean):
                 raise UsageError(f"the loss is not finite by step {number + 1}: lower lr={how.lr}.")

@@ -9,6 +9,9 @@ Esser et al., "Learned Step Size Quantization", ICLR 2020, section 2.1, with the
 "LSQ+", 2020.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -24,6 +27,7 @@ def nearest(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return x + jax.lax.stop_gradient(jnp.round(x) - x)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def straight_through(
     x: Float[Array, "..."], scale: Float[Array, "..."], zero: Float[Array, "..."], lowest: int, highest: int
 ) -> Float[Array, "..."]:
@@ -36,10 +40,34 @@ def straight_through(
       lowest: code.
       highest: code.
     """
-    codes = nearest(x.astype(jnp.float32) / scale) + zero
-    # Not `jnp.clip`, whose gradient is halved on the ends, where half of the codes of two bits lie.
-    codes = jnp.where(codes < lowest, lowest, jnp.where(codes > highest, highest, codes))
+    codes = jnp.clip(jnp.round(x.astype(jnp.float32) / scale) + zero, lowest, highest)
     return ((codes - zero) * scale).astype(x.dtype)
+
+
+def _forward(x: Array, scale: Array, zero: Array, lowest: int, highest: int) -> tuple[Array, Any]:
+    return straight_through(x, scale, zero, lowest, highest), (x, scale, zero)
+
+
+def _backward(lowest: int, highest: int, kept: Any, g: Array) -> tuple[Array, Array, Array]:
+    x, scale, zero = kept
+    steps = x.astype(jnp.float32) / scale
+    codes = jnp.round(steps) + zero
+    inside = (codes >= lowest) & (codes <= highest)
+    to_scale = jnp.where(inside, jnp.round(steps) - steps, jnp.clip(codes, lowest, highest) - zero)
+    return (
+        jnp.where(inside, g, 0),
+        _summed(g * to_scale, scale),
+        _summed(g * jnp.where(inside, 0.0, -scale), zero),
+    )
+
+
+def _summed(x: Array, like: Array) -> Array:
+    """Over the axes along which something was broadcast."""
+    axes = tuple(axis for axis, size in enumerate(like.shape) if size != x.shape[axis])
+    return jnp.sum(x, axes, keepdims=True).astype(like.dtype)
+
+
+straight_through.defvjp(_forward, _backward)
 
 
 def fake(

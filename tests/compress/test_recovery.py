@@ -46,19 +46,27 @@ def test_a_network_learns_from_the_one_it_was_made_from():
     assert after.model == small.model
 
 
-def test_masks_hold():
-    network = tiny.language()
-    masks = jax.tree.map(lambda leaf: (jnp.arange(leaf.size) % 2).reshape(leaf.shape), network.params)
-    after = recovered(network, None, calibration(network), Recovery(steps=2), masks)
-    for leaf, mask in zip(jax.tree.leaves(after.params), jax.tree.leaves(masks), strict=True):
-        assert not np.asarray(leaf)[np.asarray(mask) == 0].any()
-
-
 def test_a_denoiser_is_taught_by_its_prediction():
     network = subject("dit")
-    told = calibration(network)
-    after = recovered(network, network, told, Recovery(steps=1, lr=0.0))
-    jax.tree.map(np.testing.assert_array_equal, after.params, network.params)
+    batch = network.task.prepare(network.example, jax.random.key(1))
+    watch = jax.jit(lambda v: watched(network, v, batch, jax.random.key(0)))
+    noised = jax.tree.map(
+        lambda leaf: leaf + 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), network.params
+    )
+    (_, goal), (_, output) = watch(network.variables), watch({**network.variables, "params": noised})
+    assert output.shape[:-1] == network.example["image"].shape[:-1]
+    np.testing.assert_allclose(
+        apart(network, output, goal, 3.0, None),
+        np.mean((np.asarray(output) - np.asarray(goal)) ** 2),
+        rtol=1e-5,
+    )
+
+    told = []
+    apart_before = recovered(
+        network.with_params(noised), network, calibration(network, told), Recovery(steps=5, lr=0.0, share=1.0)
+    )
+    jax.tree.map(np.testing.assert_array_equal, apart_before.params, noised)
+    assert [said.split(":")[0] for said in told] == ["step 2 of 5", "step 4 of 5", "step 5 of 5"]
 
 
 def test_rounds_of_pruning_meet_the_budget_and_train_in_between():

@@ -188,8 +188,8 @@ class ABQ:
             if path in learned["left"]:
                 matrix = matrix + learned["left"][path] @ learned["right"][path]
             parts, axes = self.layout.parted(matrix, path)
-            low = jnp.min(parts, axes) * nn.sigmoid(learned["low"][path])
-            high = jnp.max(parts, axes) * nn.sigmoid(learned["high"][path])
+            low = _at(parts, axes, jnp.argmin) * nn.sigmoid(learned["low"][path])
+            high = _at(parts, axes, jnp.argmax) * nn.sigmoid(learned["high"][path])
             found[path] = matrix, *self.layout.grid(low, high)
         return made, found
 
@@ -244,6 +244,18 @@ class ABQ:
         steps = jnp.arange(self.epochs * count)
         (learned, _), losses = jax.lax.scan(step, (learned, optimizer.init(learned)), steps)
         return learned, losses
+
+
+def _at(x: Array, axes: tuple[int, ...], pick: Callable[..., Array]) -> Array:
+    """The number that `pick` finds along neighbouring axes.
+
+    `jnp.min` shares its gradient among the numbers that equal the least. Where XLA computes them twice, with
+    and without a fused multiply-add, there may be none, and the gradient is divided by 0.
+    """
+    kept = x.ndim + axes[0]
+    rows = x.reshape(*x.shape[:kept], -1, *x.shape[kept + len(axes) :])
+    found = pick(jax.lax.stop_gradient(rows), kept, keepdims=True)
+    return jnp.take_along_axis(rows, found, kept).squeeze(kept)
 
 
 def corrected(y: Any, goal: Any, now: Any) -> Float[Array, ""]:

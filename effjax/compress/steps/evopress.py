@@ -171,10 +171,8 @@ class EvoPress:
             jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layers[at].params[branch] for layers in arrays))
             for at, branch in genes
         ]
-        goals = [
-            jax.jit(lambda v, b: evaluated_output(subject, v, b))(subject.variables, batch)
-            for batch in batches
-        ]
+        whole_output = jax.jit(lambda variables, batch: evaluated_output(subject, variables, batch))
+        goals = [whole_output(subject.variables, batch) for batch in batches]
 
         @jax.jit
         def far(stacked: Any, genome: Array, batch: Any, goal: Array) -> Array:

@@ -29,7 +29,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from effjax.compress.rounding import fake_fitted, straight_through
 from effjax.compress.storage.inputs import Static, affine_grid
-from effjax.compress.storage.matrices import flat, unflat
+from effjax.compress.storage.matrices import FloatKernel
 from effjax.compress.storage.uniform import Uniform
 from effjax.errors import UsageError
 from effjax.layers.stored import RANGES, Place, Stored
@@ -85,46 +85,12 @@ class Fake:
 
 
 @flax.struct.dataclass
-class FakeQuantised(Stored):
-    """A float kernel that is used as if it were codes.
-
-    Attributes:
-      kernel: the array, which is trained.
-      layout: bits and groups.
-      ins: sizes of the axes that are summed over.
-      outs: sizes of those of the product.
-      turned: whether the array has `outs` before `ins`.
-    """
-
-    kernel: Any
-    layout: Fake = flax.struct.field(pytree_node=False)
-    ins: tuple[int, ...] = flax.struct.field(pytree_node=False)
-    outs: tuple[int, ...] = flax.struct.field(pytree_node=False)
-    turned: bool = flax.struct.field(pytree_node=False, default=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the array."""
-        return tuple(self.kernel.shape)
-
-    @property
-    def place(self) -> Place:
-        """The kernel in a tree, its axes without names."""
-        return Place(self.shape, (None,) * len(self.shape), self.ins, self.outs, self.turned)
+class FakeQuantised(FloatKernel):
+    """A float kernel that is trained, and used as if it were codes; `within` rounds what enters."""
 
     def matrix(self) -> Float[Array, "*front k n"]:
         """All weights as matrices, as if they were codes."""
-        return fake_fitted(self.layout.weights, flat(self.kernel, self.place))
-
-    def whole(self, dtype: DTypeLike) -> Float[Array, "..."]:
-        """The array, as if it were codes."""
-        return unflat(self.matrix().astype(dtype), self.ins, self.outs, self.turned)
-
-    def product(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Maps `[..., *ins]` to `[..., *outs]`; what enters is not rounded here, see `within`."""
-        matrix = self.matrix().astype(x.dtype)  # [K, N]
-        lead = x.shape[: x.ndim - len(self.ins)]
-        return (x.reshape(*lead, matrix.shape[0]) @ matrix).reshape(*lead, *self.outs)
+        return fake_fitted(self.layout.weights, super().matrix())
 
     def within(self, module: nn.Module, name: str) -> Stored:
         """The kernel with the range that the module keeps of what enters; without one, the kernel itself."""

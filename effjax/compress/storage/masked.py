@@ -20,9 +20,9 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, Float
 
-from effjax.compress.storage.matrices import flat, unflat
+from effjax.compress.storage.matrices import FloatKernel, flat, unflat
 from effjax.errors import UsageError
 from effjax.layers.stored import RANGES, Place, Stored
 
@@ -100,38 +100,8 @@ class Masked:
 
 
 @flax.struct.dataclass
-class MaskedKernel(Stored):
-    """A float kernel with zeros.
-
-    Attributes:
-      kernel: the array.
-      layout: how its zeros came about.
-      ins: sizes of the axes that are summed over.
-      outs: sizes of those of the product.
-      turned: whether the array has `outs` before `ins`.
-    """
-
-    kernel: Any
-    layout: Masked = flax.struct.field(pytree_node=False)
-    ins: tuple[int, ...] = flax.struct.field(pytree_node=False)
-    outs: tuple[int, ...] = flax.struct.field(pytree_node=False)
-    turned: bool = flax.struct.field(pytree_node=False, default=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the array."""
-        return tuple(self.kernel.shape)
-
-    def whole(self, dtype: DTypeLike) -> Float[Array, "..."]:
-        """The array."""
-        return self.kernel.astype(dtype)
-
-    def product(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Maps `[..., *ins]` to `[..., *outs]`, in the dtype of x."""
-        place = Place(self.shape, (None,) * len(self.shape), self.ins, self.outs, self.turned)
-        matrix = flat(self.kernel, place).astype(x.dtype)  # [K, N]
-        lead = x.shape[: x.ndim - len(self.ins)]
-        return (x.reshape(*lead, matrix.shape[0]) @ matrix).reshape(*lead, *self.outs)
+class MaskedKernel(FloatKernel):
+    """A float kernel with zeros."""
 
     def within(self, module: nn.Module, name: str) -> Stored:
         """The kernel times the mask that the module keeps; without one, the kernel itself."""

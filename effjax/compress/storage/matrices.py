@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import flax.struct
 from jaxtyping import Array, DTypeLike, Float
 
 from effjax.layers.stored import Place, Stored
@@ -40,6 +41,49 @@ class Matrices(Stored):
     def whole(self, dtype: DTypeLike) -> Float[Array, "..."]:
         """The array."""
         return unflat(self.matrix().astype(dtype), self.ins, self.outs, self.turned)
+
+
+@flax.struct.dataclass
+class FloatKernel(Stored):
+    """The base of kernels that stay float arrays of their own shape.
+
+    Attributes:
+      kernel: the array.
+      layout: how it is used.
+      ins: sizes of the axes that are summed over.
+      outs: sizes of those of the product.
+      turned: whether the array has `outs` before `ins`.
+    """
+
+    kernel: Any
+    layout: Any = flax.struct.field(pytree_node=False)
+    ins: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    outs: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    turned: bool = flax.struct.field(pytree_node=False, default=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
+        return tuple(self.kernel.shape)
+
+    @property
+    def place(self) -> Place:
+        """The kernel in a tree, its axes without names."""
+        return Place(self.shape, (None,) * len(self.shape), self.ins, self.outs, self.turned)
+
+    def matrix(self) -> Float[Array, "*front k n"]:
+        """The numbers that are used, as matrices."""
+        return flat(self.kernel, self.place)
+
+    def whole(self, dtype: DTypeLike) -> Float[Array, "..."]:
+        """The array of the numbers that are used."""
+        return unflat(self.matrix().astype(dtype), self.ins, self.outs, self.turned)
+
+    def product(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Maps `[..., *ins]` to `[..., *outs]`, in the dtype of x."""
+        matrix = self.matrix().astype(x.dtype)  # [K, N]
+        lead = x.shape[: x.ndim - len(self.ins)]
+        return (x.reshape(*lead, matrix.shape[0]) @ matrix).reshape(*lead, *self.outs)
 
 
 def flat(kernel: Float[Array, "..."], place: Place) -> Float[Array, "*front k n"]:

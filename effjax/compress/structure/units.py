@@ -228,12 +228,12 @@ def _by_unit(layer: Layer, kind: Kind, x: Array, axes: Sequence[str | None]) -> 
     """Sums of one parameter: `[units]`, or `[heads, units]` of channels of heads."""
     x = x.astype(jnp.float32)
     if kind == "hidden":
-        return _moved(x, axes.index("mlp")).sum(axis=tuple(range(1, x.ndim)))
+        return jnp.moveaxis(x, axes.index("mlp"), 0).sum(axis=tuple(range(1, x.ndim)))
     heads = sizes(layer).heads
     at = next((i for i, name in enumerate(axes) if name in ("heads", "kv_heads")), None)
     if kind == "heads":
         assert at is not None
-        return _moved(x, at).reshape(heads, -1).sum(axis=1)
+        return jnp.moveaxis(x, at, 0).reshape(heads, -1).sum(axis=1)
     channel = axes.index("head_dim")
     assert at is not None
     moved = jnp.moveaxis(x, (at, channel), (0, 1))  # [H, D, ...]
@@ -303,7 +303,3 @@ def _narrowed(layer: Layer, kind: Kind, units: np.ndarray) -> Any:
     else:
         changed |= dict(value_dim=count)
     return layer.block.clone(mixer=mixer.clone(**changed, parent=None, name=None), parent=None, name=None)
-
-
-def _moved(x: Array, axis: int) -> Array:
-    return jnp.moveaxis(x, axis, 0)
