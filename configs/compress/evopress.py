@@ -26,7 +26,7 @@ def get_config(variant: str = "bits-3") -> ConfigDict:
         levels: tuple[Any, ...] = tuple(dict(kind="sparsify", sparsity=share) for share in (0.5, 0.6, 0.7))
         step: dict[str, Any] = dict(levels=levels, like=1)
     elif variant == "branches":
-        step = dict(levels=(dict(kind="keep"), dict(kind="leave_out")), share=0.75)
+        step = dict(levels=(dict(kind="keep"), dict(kind="leave_out")), share=0.75, genes="branches")
     else:
         layouts = (dict(kind="uniform", bits=bits, group=64, symmetric=False) for bits in (4, 3, 2))
         rounded = (dict(kind="round", layout=layout, kernels=("blocks/.*",)) for layout in layouts)

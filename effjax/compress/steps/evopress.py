@@ -1,13 +1,13 @@
 """EvoPress: how much each layer is compressed, found by evolution under one budget.
 
-    genome      a level for every branch of every layer
+    genome      a level for every kernel, or every branch, of every layer
     mutation    one gene goes a level up and another down, so that the cost stays what it was;
                 min(r_1, r_2) such switches, r uniform on 1 .. 3
     fitness     KL(whole network || compressed one) on calibration batches
     selection   all offspring on few batches, the best of them on more, .., and the last with their parent
 
 Levels are other steps of a recipe: layouts of fewer and fewer bits, more and more zeros, or a branch that is
-left out. Every level is made of the whole network once; a candidate takes each branch from one of them, and
+left out. Every level is made of the whole network once; a candidate takes each kernel from one of them, and
 all candidates are one compiled program, to which the genome is data.
 
 Source: Sieberling, Kuznedelev, Kurtic and Alistarh, "EvoPress: Accurate Dynamic Model Compression via
@@ -16,7 +16,7 @@ Evolutionary Search", ICML 2025, arXiv:2410.14649, algorithm 1.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from effjax.compress.recovery import apart, evaluated_output
 from effjax.compress.steps.round import Round
 from effjax.compress.steps.sparsify import Sparsify
 from effjax.compress.storage.masked import MaskedKernel
-from effjax.compress.storage.trees import leaves_of, whole
+from effjax.compress.storage.trees import leaves_of, replaced, stored_in, whole
 from effjax.compress.structure.layers import Layer, put_together, take_apart
 from effjax.compress.structure.units import without
 from effjax.compress.subject import Calibration, Subject
@@ -37,6 +37,8 @@ from effjax.errors import UsageError
 Branch = Literal["mixer", "ffn"]
 # The last product of a branch: without its numbers the branch gives nothing.
 _LAST = {"mixer": "output", "ffn": "contract"}
+# The number of a layer and a path in it.
+Gene = tuple[int, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +67,15 @@ LEVELS = {"keep": Keep, "round": Round, "sparsify": Sparsify, "leave_out": Leave
 
 @dataclasses.dataclass(frozen=True)
 class EvoPress:
-    """Searches for a level for every branch.
+    """Searches for a level for every kernel or branch.
 
     Attributes:
       levels: from the least to the most compressed, steps of `LEVELS`.
-      like: the level that all branches have at the start, whose cost is the budget; None starts from a
+      like: the level that all genes have at the start, whose cost is the budget; None starts from a
         random genome within `share`.
       share: of the cost of the first level; read where `like` is None.
-      branches: what has a gene of its own in every layer.
+      genes: what has a level of its own; only whole branches can be left out.
+      branches: in which genes are.
       generations: of offspring.
       offspring: in each.
       survivors: how many are left after each selection.
@@ -82,6 +85,7 @@ class EvoPress:
     levels: tuple[Any, ...] = part(LEVELS)
     like: int | None = None
     share: float = 0.75
+    genes: Literal["kernels", "branches"] = "kernels"
     branches: tuple[Branch, ...] = ("mixer", "ffn")
     generations: int = 50
     offspring: int = 16
@@ -93,6 +97,8 @@ class EvoPress:
             raise UsageError("a search is among at least two levels.")
         if self.like is not None and not 0 <= self.like < len(self.levels):
             raise UsageError(f"like={self.like} is no level of {len(self.levels)}.")
+        if self.genes == "kernels" and any(isinstance(level, LeaveOut) for level in self.levels):
+            raise UsageError("leave_out leaves out whole branches: set genes='branches'.")
         if len(self.survivors) != len(self.batches) or self.survivors[-1:] != (1,):
             raise UsageError("survivors and batches are of one length, and the last survivor is one.")
 
@@ -105,16 +111,11 @@ class EvoPress:
         quiet = dataclasses.replace(calibration, report=lambda told: None)
         made = [level.apply(subject, quiet) for level in self.levels]
         variants = [take_apart(network) for network in made]
-        genes = [
-            (at, branch)
-            for at, layer in enumerate(variants[0])
-            for branch in self.branches
-            if getattr(layer.block, branch, None) is not None
-        ]
+        genes = self._genes(variants)
         costs = np.asarray(
             [
-                [self._cost(level, network[at], branch) for level, network in enumerate(variants)]
-                for at, branch in genes
+                [self._cost(level, network[at], path) for level, network in enumerate(variants)]
+                for at, path in genes
             ]
         )  # [genes, levels]
         rng = np.random.default_rng(int(jax.random.randint(calibration.key, (), 0, 2**31 - 1)))
@@ -130,12 +131,28 @@ class EvoPress:
         )
         return put_together(subject, self._built(subject, variants, genes, genome))
 
-    def _cost(self, level: int, layer: Layer, branch: Branch) -> float:
-        """Bytes that a branch takes; of zeros those of the other numbers."""
+    def _genes(self, variants: Sequence[Sequence[Layer]]) -> list[Gene]:
+        """What has a level of its own: of kernels those that some level stores otherwise."""
+        found: list[Gene] = []
+        for at, same in enumerate(zip(*variants, strict=True)):
+            branches = [
+                branch for branch in self.branches if getattr(same[0].block, branch, None) is not None
+            ]
+            if self.genes == "branches":
+                found += [(at, branch) for branch in branches]
+                continue
+            kernels = {path for layer in same for path in stored_in(layer.params)}
+            found += [(at, path) for path in sorted(kernels) if path.split("/")[0] in branches]
+        if not found:
+            raise UsageError("no level changes a kernel of a branch: there is nothing to search for.")
+        return found
+
+    def _cost(self, level: int, layer: Layer, path: str) -> float:
+        """Bytes that a gene takes; of zeros those of the other numbers."""
         if isinstance(self.levels[level], LeaveOut):
             return 0.0
         total = 0.0
-        for leaf in leaves_of(layer.params[branch]).values():
+        for leaf in _under(layer.params, path).values():
             if isinstance(leaf, MaskedKernel):
                 total += float(jnp.sum(leaf.kernel != 0)) * leaf.kernel.dtype.itemsize
             else:
@@ -162,14 +179,16 @@ class EvoPress:
         self,
         subject: Subject,
         made: Sequence[Subject],
-        genes: Sequence[tuple[int, Branch]],
+        genes: Sequence[Gene],
         batches: Sequence[Any],
     ) -> Callable[[Int[np.ndarray, " genes"], int], float]:
         """KL from the whole network, of a genome on so many batches."""
         arrays = [take_apart(network.with_params(whole(network.params, jnp.float32))) for network in made]
         stacked = [
-            jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layers[at].params[branch] for layers in arrays))
-            for at, branch in genes
+            jax.tree.map(
+                lambda *leaves: jnp.stack(leaves), *(_under(each[at].params, path) for each in arrays)
+            )
+            for at, path in genes
         ]
         whole_output = jax.jit(lambda variables, batch: evaluated_output(subject, variables, batch))
         goals = [whole_output(subject.variables, batch) for batch in batches]
@@ -177,9 +196,9 @@ class EvoPress:
         @jax.jit
         def far(stacked: Any, genome: Array, batch: Any, goal: Array) -> Array:
             layers = list(take_apart(subject))
-            for (at, branch), choices, gene in zip(genes, stacked, genome, strict=True):
-                taken = jax.tree.map(lambda leaf: leaf[gene], choices)  # noqa: B023
-                layers[at] = _with(layers[at], {branch: taken})
+            for (at, _), choices, gene in zip(genes, stacked, genome, strict=True):
+                taken = {path: leaf[gene] for path, leaf in choices.items()}
+                layers[at] = _with(layers[at], replaced(layers[at].params, taken))
             network = put_together(subject, layers)
             output = evaluated_output(network, network.variables, batch)
             return apart(subject, output, goal, 1.0, batch.get("weights"))
@@ -196,21 +215,21 @@ class EvoPress:
         self,
         subject: Subject,
         variants: Sequence[Sequence[Layer]],
-        genes: Sequence[tuple[int, Branch]],
+        genes: Sequence[Gene],
         genome: Int[np.ndarray, " genes"],
     ) -> list[Layer]:
-        """The layers, each branch from the level of its gene."""
+        """The layers, each gene from its level."""
         layers = list(take_apart(subject))
-        for (at, branch), level in zip(genes, genome, strict=True):
+        for (at, path), level in zip(genes, genome, strict=True):
             if isinstance(self.levels[level], LeaveOut):
-                layers[at] = without(layers[at], branch)
+                layers[at] = without(layers[at], cast(Branch, path))
                 continue
-            chosen = variants[level][at]
-            variables = {name: dict(tree) for name, tree in layers[at].variables.items()}
-            for name, tree in chosen.variables.items():
-                if branch in tree:
-                    variables.setdefault(name, {})[branch] = tree[branch]
-            layers[at] = dataclasses.replace(layers[at], variables=variables)
+            chosen = variants[level][at].variables
+            variables = {
+                name: _grafted(layers[at].variables.get(name, {}), tree, path.split("/"))
+                for name, tree in chosen.items()
+            }
+            layers[at] = dataclasses.replace(layers[at], variables={**layers[at].variables, **variables})
         return layers
 
 
@@ -270,6 +289,7 @@ def mutated(
             and np.isclose(
                 costs[up, made[up]] - costs[up, made[up] + 1],
                 costs[down, made[down] - 1] - costs[down, made[down]],
+                rtol=1e-3,  # shares of zeros are whole numbers, one more or less
             )
         ]
         if not pairs:
@@ -286,9 +306,21 @@ def _silent(layer: Layer) -> Layer:
         if branch in layer.params and last in layer.params[branch]:
             quiet = jax.tree.map(jnp.zeros_like, layer.params[branch][last])
             changed[branch] = {**layer.params[branch], last: quiet}
-    return _with(layer, changed)
+    return _with(layer, {**layer.params, **changed})
 
 
-def _with(layer: Layer, changed: Mapping[str, Any]) -> Layer:
-    params = {**layer.params, **changed}
+def _under(params: Any, path: str) -> dict[str, Any]:
+    """The leaves at a path and below it, by their whole paths."""
+    return {at: leaf for at, leaf in leaves_of(params).items() if at == path or at.startswith(f"{path}/")}
+
+
+def _grafted(tree: Mapping[str, Any], source: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """The tree with what the source has at a path, if it has anything."""
+    head, *rest = path
+    if head not in source:
+        return dict(tree)
+    return {**tree, head: _grafted(tree.get(head, {}), source[head], rest) if rest else source[head]}
+
+
+def _with(layer: Layer, params: Mapping[str, Any]) -> Layer:
     return dataclasses.replace(layer, variables={**layer.variables, "params": params})

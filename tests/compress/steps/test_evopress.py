@@ -95,8 +95,8 @@ def test_a_branch_that_gives_nothing_is_left_out():
     quiet["ffn"] = {**quiet["ffn"], "contract": jax.tree.map(jnp.zeros_like, quiet["ffn"]["contract"])}
     layers[1] = dataclasses.replace(layers[1], variables={**layers[1].variables, "params": quiet})
     network = put_together(network, layers)
-    step = EvoPress((Keep(), LeaveOut()), share=0.7, branches=("ffn",), generations=8, offspring=4,
-                    survivors=(1,), batches=(1,))  # fmt: skip
+    step = EvoPress((Keep(), LeaveOut()), share=0.7, genes="branches", branches=("ffn",), generations=8,
+                    offspring=4, survivors=(1,), batches=(1,))  # fmt: skip
     found = step.apply(network, calibration(network))
     assert [block.ffn is None for block in found.model.layer_blocks] == [
         i == 1 for i in range(network.model.depth)
@@ -119,9 +119,11 @@ def test_bad_searches_are_refused():
     with pytest.raises(UsageError, match="two levels"):
         EvoPress((Keep(),))
     with pytest.raises(UsageError, match="like=5"):
-        EvoPress((Keep(), LeaveOut()), like=5)
+        EvoPress((Keep(), LeaveOut()), like=5, genes="branches")
     with pytest.raises(UsageError, match="last survivor"):
-        EvoPress((Keep(), LeaveOut()), survivors=(2,), batches=(1,))
+        EvoPress((Keep(), LeaveOut()), survivors=(2,), batches=(1,), genes="branches")
+    with pytest.raises(UsageError, match="genes='branches'"):
+        EvoPress((Keep(), LeaveOut()))
     network = tiny.language()
     with pytest.raises(UsageError, match="less than the last level"):
         EvoPress((Keep(), rounded(4)), share=0.01).apply(network, calibration(network))
