@@ -14,6 +14,7 @@ import numpy as np
 
 from effjax.config import part
 from effjax.data import images, pipeline, sources, text, video
+from effjax.data.chosen import Chosen
 from effjax.data.expected import Described, Expected
 from effjax.data.records import Batch, Cached, Examples, Metadata, Readable
 from effjax.errors import UsageError
@@ -44,7 +45,7 @@ class Data:
 
     Args:
       batch_size: rows of the global batch, over all processes.
-      source: a kind of `effjax.data.sources.KINDS`.
+      source: a kind of `effjax.data.sources.KINDS`, or some documents of one, `effjax.data.chosen`.
       transforms: kinds of `effjax.data.images.KINDS` and `effjax.data.video.KINDS`, applied in turn.
       packing: for text: the rows that documents are packed into.
       seed: of order and augmentation.
@@ -57,7 +58,7 @@ class Data:
     """
 
     batch_size: int
-    source: Any = part(sources.KINDS)
+    source: Any = part({**sources.KINDS, "chosen": Chosen})
     transforms: tuple[Any, ...] = part({**images.KINDS, **video.KINDS}, default=())
     packing: Packing | None = None
     seed: int = 0
