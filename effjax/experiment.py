@@ -8,6 +8,7 @@ import flax.linen as nn
 
 from effjax import models
 from effjax.compress.storage import kinds as storage
+from effjax.compress.structure.nested import Nested
 from effjax.config import build, build_kind, part
 from effjax.data import Data
 from effjax.parallel.mesh import MeshShape
@@ -28,6 +29,7 @@ class Train:
       seed: of parameters, dropout and everything else random on device.
       precision: of the forward and backward pass.
       arithmetic: of products with kernels in the training step, where it has fewer bits than `precision`.
+      nested: smaller networks inside the model, which are trained in its place; None trains the model.
       accumulate: micro-batches a step.
       ema: moving average of the parameters; None keeps none.
       log_every: how often training metrics are written.
@@ -41,6 +43,7 @@ class Train:
     seed: int = 0
     precision: Precision = dataclasses.field(default_factory=Precision)
     arithmetic: Any | None = part(arithmetic.KINDS, default=None)
+    nested: Nested | None = None
     accumulate: int = 1
     ema: Ema | None = None
     log_every: str = "50 steps"

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from effjax.compress.storage.trees import boxed_like, stored_in, with_beside
+from effjax.compress.structure.nested import NestedTask
 from effjax.data import Described
 from effjax.data.text import check_vocabulary
 from effjax.errors import UsageError
@@ -108,7 +109,7 @@ class Program:
         check_trainable(self.shapes.params)
         train = self.experiment.train
         return make_step(
-            self.task,
+            self.task if train.nested is None else NestedTask(self.task, train.nested),
             self.optimizer,
             precision=self.precision,
             accumulate=train.accumulate,

@@ -11,6 +11,7 @@ from effjax.compress.steps.modegpt import MoDeGPT
 from effjax.compress.steps.prune import Prune
 from effjax.compress.steps.recover import Recover
 from effjax.compress.steps.round import Round
+from effjax.compress.steps.slice import Slice
 from effjax.compress.steps.sparsify import Densify, Sparsify
 
 KINDS = {
@@ -28,4 +29,5 @@ KINDS = {
     "sparsify": Sparsify,
     "densify": Densify,
     "evopress": EvoPress,
+    "slice": Slice,
 }
