@@ -6,6 +6,7 @@ from effjax.compress.steps.efficientqat import EfficientQAT
 from effjax.compress.steps.evopress import EvoPress
 from effjax.compress.steps.fake_quantise import FakeQuantise, Freeze
 from effjax.compress.steps.finequant import FineQuant
+from effjax.compress.steps.fusegpt import FuseGPT
 from effjax.compress.steps.inputs import CalibrateInputs
 from effjax.compress.steps.modegpt import MoDeGPT
 from effjax.compress.steps.prune import Prune
@@ -28,4 +29,5 @@ KINDS = {
     "sparsify": Sparsify,
     "densify": Densify,
     "evopress": EvoPress,
+    "fusegpt": FuseGPT,
 }
