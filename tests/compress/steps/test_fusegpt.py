@@ -226,9 +226,11 @@ def test_wrong_requests():
     coded = Round(Uniform(4, 8), kernels=("blocks/ffn/.*",)).apply(network, calibration(network))
     with pytest.raises(UsageError, match="before they are stored"):
         FuseGPT().apply(coded, calibration(network))
-    listed = network.with_model(network.model.clone(layer_blocks=(network.model.block,) * 4), {})
+    layers = take_apart(network)
+    other = layers[0].block.clone(epsilon=1e-3, parent=None, name=None)
+    differ = put_together(network, [dataclasses.replace(layers[0], block=other), *layers[1:]])
     with pytest.raises(UsageError, match="layers that differ"):
-        FuseGPT()._check(listed, 4)
+        FuseGPT().apply(differ, calibration(network))
     swin = subject("swin")
     with pytest.raises(UsageError, match="layers that differ"):
         FuseGPT().apply(swin, calibration(swin))
