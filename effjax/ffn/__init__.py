@@ -1,6 +1,7 @@
 """How channels mix. Each kind is a Linen module on `[..., C]`."""
 
 from effjax.ffn.cats import CATS
+from effjax.ffn.compressed_mixture import CompressedMixture
 from effjax.ffn.gated import Gated
 from effjax.ffn.hyena import HyenaFFN
 from effjax.ffn.ista import ISTA
@@ -13,6 +14,7 @@ from effjax.ffn.spark import SparkFFN
 
 KINDS = {
     "cats": CATS,
+    "compressed_mixture": CompressedMixture,
     "gated": Gated,
     "hyena": HyenaFFN,
     "ista": ISTA,

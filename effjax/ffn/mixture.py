@@ -26,13 +26,14 @@ diffusion) nothing is against it.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.initializers import Initializer
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from effjax.config import part
 from effjax.errors import UsageError
@@ -126,6 +127,11 @@ class Mixture(nn.Module):
             )
 
     @property
+    def run(self) -> int:
+        """How many experts a token is run through; where experts choose, on average."""
+        return self.chosen
+
+    @property
     def causal(self) -> bool:
         """Whether a token's experts depend on nothing behind it."""
         return self.choice == "token"
@@ -144,28 +150,54 @@ class Mixture(nn.Module):
     @nn.nowrap
     def routes(self, tokens: Float[Array, "t c"], train: bool) -> Routes:
         """Who goes where; sows the losses and moves the bias."""
-        logits = self.router(tokens, self.experts)  # [T, E]
-        noisy = self._noisy(tokens, logits, train)  # [T, E]
-        learns = train and not self.is_initializing()
-        sows = learns and self.is_mutable_collection("losses")
-        if self.z_loss and sows:
-            self.sow("losses", "router_z", self.z_loss * router_z(logits))
-        factor = self.capacity if train or self.eval_capacity is None else self.eval_capacity
+        noisy = self.logits(tokens, train)  # [T, E]
         if self.choice == "expert":
-            taken = capacity_of(factor or 1.0, len(tokens), self.chosen, self.experts)
+            factor = self.factor(train) or 1.0
+            taken = capacity_of(factor, len(tokens), self.chosen, self.experts)
             routes = by_experts(affinities(noisy, self.scores), taken, self.normalised)
             return dataclasses.replace(routes, weight=self.scale * routes.weight)
+        return self.served(noisy, *self.best(noisy, train), train)
 
+    @nn.nowrap
+    def factor(self, train: bool) -> float | None:
+        """Of the capacity, in training or evaluation."""
+        return self.capacity if train or self.eval_capacity is None else self.eval_capacity
+
+    @nn.nowrap
+    def logits(self, tokens: Float[Array, "t c"], train: bool) -> Float[Array, "t e"]:
+        """What the router says, with noise in training; sows its z-loss."""
+        logits = self.router(tokens, self.experts)  # [T, E]
+        noisy = self._noisy(tokens, logits, train)  # [T, E]
+        if self.z_loss and self._learns(train) and self.is_mutable_collection("losses"):
+            self.sow("losses", "router_z", self.z_loss * router_z(logits))
+        return noisy
+
+    @nn.nowrap
+    def best(self, logits: Float[Array, "t e"], train: bool) -> tuple[Float[Array, "t k"], Int[Array, "t k"]]:
+        """Weights of each token's experts and which they are, best first; sows and moves what balances."""
+        learns = self._learns(train)
         state = self._bias() if self.balance_rate else None
         bias = None if state is None else state.value
-        weights, index = choose(noisy, self.chosen, self.normalised, self.scores, bias)  # [T, K]
-        if self.balance and sows:
-            self.sow("losses", "load_balance", self.balance * load_balance(noisy, index, self.scores))
+        weights, index = choose(logits, self.chosen, self.normalised, self.scores, bias)  # [T, K]
+        if self.balance and learns and self.is_mutable_collection("losses"):
+            self.sow("losses", "load_balance", self.balance * load_balance(logits, index, self.scores))
         if state is not None and learns and self.is_mutable_collection(STATE):
             state.value = nudged(state.value, index, self.balance_rate)
-        limit = None if factor is None else capacity_of(factor, len(tokens), self.chosen, self.experts)
-        best = jnp.max(affinities(noisy, self.scores), axis=-1) if self.priority == "score" else None  # [T]
-        return by_tokens(self.scale * weights, index, self.experts, limit, best)
+        return self.scale * weights, index
+
+    @nn.nowrap
+    def served(
+        self, logits: Float[Array, "t e"], weights: Float[Array, "t k"], index: Int[Array, "t k"], train: bool
+    ) -> Routes:
+        """The rows of the experts that tokens chose, as far as there is place."""
+        factor, (tokens, chosen) = self.factor(train), index.shape
+        limit = None if factor is None else capacity_of(factor, tokens, chosen, self.experts)
+        best = jnp.max(affinities(logits, self.scores), axis=-1) if self.priority == "score" else None  # [T]
+        return by_tokens(weights, index, self.experts, limit, best)
+
+    @nn.nowrap
+    def _learns(self, train: bool) -> bool:
+        return train and not self.is_initializing()
 
     @nn.nowrap
     def _bias(self) -> nn.Variable:
@@ -190,19 +222,28 @@ class Mixture(nn.Module):
         return logits + deviation * jax.random.normal(self.make_rng("dropout"), logits.shape, logits.dtype)
 
     @nn.nowrap
-    def perceptrons(self, rows: Float[Array, "m c"], routes: Routes) -> Float[Array, "m c"]:
-        """Runs every row through its expert."""
+    def perceptrons(
+        self, rows: Float[Array, "m c"], routes: Routes, factors: Mapping[str, Array] | None = None
+    ) -> Float[Array, "m c"]:
+        """Runs every row through its expert.
+
+        Args:
+          rows: of the experts.
+          routes: which is whose.
+          factors: of what enters each matrix, by its name; None leaves it.
+        """
+        entering = lambda name, x: x if factors is None else x * factors[name].astype(x.dtype)  # noqa: E731
         width, act = rows.shape[1], activation(self.activation)
         gate = self.kernel("gate", (width, self.hidden), ("embed", "mlp"), rows.dtype) if self.gated else None
         expand = self.kernel("expand", (width, self.hidden), ("embed", "mlp"), rows.dtype)
         contract = self.kernel("contract", (self.hidden, width), ("mlp", "embed"), rows.dtype)
-        h = grouped(rows, expand, routes.sizes)  # [M, F]
+        h = grouped(entering("expand", rows), expand, routes.sizes)  # [M, F]
         if self.use_bias:
             bias = self.param("expand_bias", named(zeros, ("expert", "mlp")), (self.experts, self.hidden))
             h = h + jnp.take(bias, routes.expert, axis=0, mode="clip").astype(h.dtype)
-        h = act(h) if gate is None else act(grouped(rows, gate, routes.sizes)) * h  # [M, F]
+        h = act(h) if gate is None else act(grouped(entering("gate", rows), gate, routes.sizes)) * h  # [M, F]
         h = nn.with_logical_constraint(h, (None, "mlp"))
-        return grouped(h, contract, routes.sizes)  # [M, C]
+        return grouped(entering("contract", h), contract, routes.sizes)  # [M, C]
 
     @nn.nowrap
     def common(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:

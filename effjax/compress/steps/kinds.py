@@ -1,11 +1,13 @@
 """Steps of a recipe, by the name that a config gives them."""
 
 from effjax.compress.steps.abq_llm import ABQ
+from effjax.compress.steps.compressed_experts import CompressedExperts
 from effjax.compress.steps.dgq import Dgq
 from effjax.compress.steps.efficientqat import EfficientQAT
 from effjax.compress.steps.evopress import EvoPress
 from effjax.compress.steps.fake_quantise import FakeQuantise, Freeze
 from effjax.compress.steps.finequant import FineQuant
+from effjax.compress.steps.fusegpt import FuseGPT
 from effjax.compress.steps.inputs import CalibrateInputs
 from effjax.compress.steps.modegpt import MoDeGPT
 from effjax.compress.steps.prune import Prune
@@ -30,4 +32,6 @@ KINDS = {
     "densify": Densify,
     "evopress": EvoPress,
     "slice": Slice,
+    "fusegpt": FuseGPT,
+    "compressed_experts": CompressedExperts,
 }

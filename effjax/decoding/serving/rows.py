@@ -157,10 +157,10 @@ def _check_rows_apart(model: nn.Module) -> None:
     ffn: Any = getattr(getattr(model, "block", None), "ffn", None)
     factors = [getattr(ffn, name, None) for name in ("eval_capacity", "capacity")]
     factor = next((factor for factor in factors if factor is not None), None)
-    if factor is not None and factor * ffn.chosen < ffn.experts:
+    if factor is not None and factor * ffn.run < ffn.experts:
         raise UsageError(
             f"experts of capacity={factor:g} drop tokens by what stands beside them: serve the model with "
-            f"eval_capacity={ffn.experts / ffn.chosen:g}, which drops none."
+            f"eval_capacity={ffn.experts / ffn.run:g}, which drops none."
         )
 
 

@@ -10,6 +10,7 @@ read all they have. Huang et al., "UltraMemV2", 2025, arXiv:2508.18756, compare 
 import dataclasses
 
 from effjax.errors import UsageError
+from effjax.ffn.compressed_mixture import CompressedMixture
 from effjax.ffn.memory import Memory
 from effjax.ffn.mixture import Mixture
 from effjax.measure.analytic.shape import Number
@@ -31,16 +32,16 @@ class Sparse:
         """Reads the counts off a definition, at a width.
 
         Raises:
-          UsageError: for a mixture with biases.
+          UsageError: for a mixture with biases, or with experts that are vectors.
         """
         if isinstance(layer, Mixture):
             if layer.use_bias:
                 raise UsageError("no closed form for a mixture with biases: set use_bias=False.")
+            if isinstance(layer, CompressedMixture) and layer.vectors != "none":
+                raise UsageError("no closed form for experts that are vectors: set vectors='none'.")
             matrices = 3 if layer.gated else 2
             shared = matrices * dim * layer.shared + (dim if layer.shared_gate else 0)
-            return cls(
-                layer.experts, layer.chosen, matrices * dim * layer.hidden, dim * layer.experts + shared
-            )
+            return cls(layer.experts, layer.run, matrices * dim * layer.hidden, dim * layer.experts + shared)
         tucker = layer.score == "tucker"
         rank, cores = (layer.rank, layer.cores) if tucker else (1, 0)
         keys = 2 * layer.key_dim * (dim + layer.heads * layer.rows * rank + 1)
