@@ -1,6 +1,7 @@
 """Steps of a recipe, by the name that a config gives them."""
 
 from effjax.compress.steps.abq_llm import ABQ
+from effjax.compress.steps.axformer import AxFormer
 from effjax.compress.steps.dgq import Dgq
 from effjax.compress.steps.efficientqat import EfficientQAT
 from effjax.compress.steps.evopress import EvoPress
@@ -28,4 +29,5 @@ KINDS = {
     "sparsify": Sparsify,
     "densify": Densify,
     "evopress": EvoPress,
+    "axformer": AxFormer,
 }

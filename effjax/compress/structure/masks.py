@@ -16,6 +16,10 @@ from jaxtyping import Array, Float, Int
 from effjax.compress.structure.layers import Layer, put_together, take_apart
 from effjax.compress.structure.units import Kind, silence, sizes
 from effjax.compress.subject import Subject
+from effjax.ffn.gated import Gated
+from effjax.ffn.mlp import MLP
+from effjax.mixers.attention import Attention
+from effjax.mixers.shifted_window import ShiftedWindow
 
 # What gives something by itself: a whole branch, or units of a kind.
 Part = Literal["mixer", "ffn", "heads", "value", "hidden"]
@@ -35,13 +39,13 @@ def mask_shape(layer: Layer, part: Part | Kind) -> tuple[int, ...]:
 
 
 def branches(layer: Layer) -> tuple[Literal["mixer", "ffn"], ...]:
-    """The branches that a layer can do without, and that are silent without their last product."""
+    """The branches that a layer can do without, of those that are silent without their last product."""
     if getattr(layer.block, "order", "pre_norm") != "pre_norm":
         return ()
     return tuple(
         branch
         for branch in ("mixer", "ffn")
-        if getattr(layer.block, branch, None) is not None and _LAST[branch] in layer.params[branch]
+        if type(getattr(layer.block, branch, None)) in (Attention, ShiftedWindow, MLP, Gated)
     )
 
 
