@@ -7,6 +7,10 @@ In turn the branches of all layers, heads, and groups of hidden units; of each t
 it alone, and those that hurt most go first. Those that are above the bound alone are not tried with others.
 As the least loss sinks, so does the bound: it is never above (1 + tolerance) times the loss at the start.
 
+Last, if asked, the deepest layers first: each query sums over the `top` keys with the largest logits alone,
+in every layer whose loss is then still within the bound. That brings no time by itself: no kernel here skips
+the others.
+
 A trial is the whole network with masks, which are data to one compiled program; what is left at the end is
 an ordinary smaller network, without any.
 
@@ -32,6 +36,7 @@ from effjax.compress.structure.scores import Magnitude, wanted
 from effjax.compress.structure.units import keep, without
 from effjax.compress.subject import Batch, Calibration, Subject
 from effjax.errors import UsageError
+from effjax.mixers.attention import Attention
 from effjax.train.tasks.mean import Means, add
 
 Tier = Literal["branches", "heads", "hidden"]
@@ -68,18 +73,21 @@ class AxFormer:
       tiers: what is tried, in order.
       group: hidden units that go at once, the ones with the least norms together.
       batches: of training data that the loss is of.
+      top: keys of a query that count in layers that can do without the others; None leaves attention alone.
     """
 
     tolerance: float = 0.05
     tiers: tuple[Tier, ...] = ("branches", "heads", "hidden")
     group: int = 16
     batches: int = 8
+    top: int | None = None
 
     def __post_init__(self) -> None:
-        if self.tolerance < 0 or self.group < 1 or self.batches < 1 or not self.tiers:
+        least = min(self.group, self.batches, 1 if self.top is None else self.top)
+        if self.tolerance < 0 or least < 1 or not self.tiers:
             raise UsageError(
-                f"tolerance={self.tolerance} is not negative, group={self.group} and batches={self.batches} "
-                f"are at least 1, and tiers={self.tiers} names what is tried."
+                f"tolerance={self.tolerance} is not negative, group={self.group}, batches={self.batches} and "
+                f"top={self.top} are at least 1, and tiers={self.tiers} names what is tried."
             )
 
     def apply(self, subject: Subject, calibration: Calibration) -> Subject:
@@ -92,7 +100,8 @@ class AxFormer:
         masks = _whole(layers, self.tiers)
         if not masks:
             raise UsageError(f"no layer has any of {', '.join(self.tiers)} to lose.")
-        loss = _loss(subject, [evaluated(batch) for batch in calibration.first(self.batches)])
+        batches = [evaluated(batch) for batch in calibration.first(self.batches)]
+        loss = _loss(subject, batches)
         norms = Magnitude().score(subject, layers, ("hidden",), calibration)
         bound = Bound(loss(masks), self.tolerance)
         for tier in self.tiers:
@@ -101,6 +110,10 @@ class AxFormer:
             told = f"loss {bound.now:.4f}, {bound.start:.4f} at the start."
             calibration.report(f"{tier}: {gone} of {len(elements)} gone; {told}")
         small = put_together(subject, built(layers, masks))
+        if self.top is not None:
+            small, hard = hardened(small, self.top, bound, batches)
+            told = f"loss {bound.now:.4f}, {bound.start:.4f} at the start."
+            calibration.report(f"hard attention in layers {hard}; {told}")
         calibration.report(f"{macs(small) / macs(subject):.4f} of the MACs left.")
         return small
 
@@ -182,6 +195,30 @@ def built(layers: Sequence[Layer], masks: Masks) -> list[Layer]:
         elif _there(masks, at, part) and not mask.all():
             made[at] = keep(made[at], part, np.flatnonzero(mask))  # type: ignore[arg-type]
     return made
+
+
+def hardened(subject: Subject, top: int, bound: Bound, batches: Sequence[Batch]) -> tuple[Subject, list[int]]:
+    """The network whose queries sum over few keys where the loss allows, and the numbers of these layers.
+
+    Args:
+      subject: the network.
+      top: keys of a query.
+      bound: of the loss; it moves.
+      batches: that the loss is of, as `evaluated` gives them.
+    """
+    found: list[int] = []
+    for at, layer in reversed(list(enumerate(take_apart(subject)))):
+        mixer = getattr(layer.block, "mixer", None)
+        if type(mixer) is not Attention:
+            continue
+        hard: dict[str, Any] = {"mixer": mixer.clone(top=top, parent=None, name=None)}
+        block = layer.block.clone(**hard, parent=None, name=None)
+        layers = list(take_apart(subject))
+        layers[at] = dataclasses.replace(layer, block=block)
+        tried = put_together(subject, layers)
+        if bound.takes(_loss(tried, batches)({})):
+            subject, found = tried, [at, *found]
+    return subject, found
 
 
 def _whole(layers: Sequence[Layer], tiers: Sequence[Tier]) -> Masks:

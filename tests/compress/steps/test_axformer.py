@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from effjax.compress.blocks import evaluated
-from effjax.compress.steps.axformer import AxFormer, Bound, Element, built, walked
+from effjax.compress.steps.axformer import AxFormer, Bound, Element, built, hardened, walked
 from effjax.compress.structure.cost import macs
 from effjax.compress.structure.layers import put_together, take_apart
 from effjax.compress.structure.masks import branches, masked
@@ -124,9 +124,27 @@ def test_nothing_goes_where_everything_matters():
     assert not Bound(1.0, 0.5).takes(float("nan"))
 
 
+def test_attention_is_hard_where_the_loss_allows():
+    network = subject("vit")
+    depth = network.model.depth
+    batches = [evaluated(network.example)]
+    start = outputs(network)
+    loose, layers = hardened(network, 1, Bound(float(start), 1e9), batches)
+    assert layers == list(range(depth))
+    assert loose.model.block.mixer.top == 1, "all alike they are a scan"
+    assert abs(outputs(loose) - start) > 1e-4
+    same, layers = hardened(network, 16, Bound(float(start), 0.0), batches)
+    assert layers == list(range(depth)), "all 16 keys are the softmax"
+    np.testing.assert_array_equal(outputs(same), start)
+    none, layers = hardened(network, 1, Bound(-1e9, 0.0), batches)
+    assert (none, layers) == (network, [])
+
+
 def test_bad_walks_are_refused():
     with pytest.raises(UsageError, match="is not negative"):
         AxFormer(tolerance=-1.0)
+    with pytest.raises(UsageError, match="top=0"):
+        AxFormer(top=0)
     with pytest.raises(UsageError, match="names what is tried"):
         AxFormer(tiers=())
     network = subject("vit")
