@@ -9,11 +9,13 @@
     The same by the norm of weights, or by chance.
 `taylor-once`, `magnitude-once`, `random-once`
     In one round and without any training.
+`optin`
+    By the error along the trajectory, without any training either.
 """
 
 from ml_collections import ConfigDict
 
-VARIANTS = ("taylor", "magnitude", "random", "taylor-once", "magnitude-once", "random-once")
+VARIANTS = ("taylor", "magnitude", "random", "taylor-once", "magnitude-once", "random-once", "optin")
 
 
 def get_config(variant: str = "taylor") -> ConfigDict:
@@ -21,7 +23,7 @@ def get_config(variant: str = "taylor") -> ConfigDict:
     score, _, once = variant.partition("-")
     least = dict(heads=1, head_step=1, hidden=8, hidden_step=8)
     step = dict(kind="prune", left=0.5, score=dict(kind=score), least=least)
-    if once:
+    if once or score == "optin":
         return ConfigDict(dict(steps=(step,)))
     step |= dict(rounds=4, tune=dict(steps=100))
     return ConfigDict(dict(steps=(step, dict(kind="recover", how=dict(steps=600)))))

@@ -10,7 +10,8 @@ a norm of q and k over each head, Henry et al. 2020, or over all heads at once, 
 window (`window`): a token sees the last `window` tokens, Beltagy et al. 2020. Capped logits (`logit_cap`):
 `cap tanh(logits / cap)`, Gemma 2, 2024. Proportional attention (`Context.size`): a token that stands for s
 tokens counts s times, Bolya et al. 2023. Sparse weights (`Context.share`): the largest of each head alone are
-summed, Xu et al. 2024. Unified maximum (`unified`): a token that is decoded sums over the cached keys in
+summed, Xu et al. 2024. Hard attention (`top`): a query sums over so many keys, the others have no weight,
+Nagarajan et al. 2020. Unified maximum (`unified`): a token that is decoded sums over the cached keys in
 parts, see `effjax.mixers.unified_softmax`.
 
 One method computes both views of a sequence: `__call__` sees it whole, `step` sees the next tokens of it and
@@ -62,6 +63,7 @@ class Attention(KeyValue):
       scale: factor of the logits; None means `1 / sqrt(head_dim)`.
       logit_cap: bound of the logits; None leaves them free.
       window: how many tokens back a token sees, itself included; None means all.
+      top: keys of a query that count, those with the largest logits; None counts all.
       causal: whether a token sees only itself and tokens before it.
       unified: how a token that is decoded sums over the cached keys, where no cache policy asks for the
         weights; None takes the softmax of all at once.
@@ -86,6 +88,7 @@ class Attention(KeyValue):
     scale: float | None = None
     logit_cap: float | None = None
     window: int | None = None
+    top: int | None = None
     causal: bool = False
     unified: UnifiedSoftmax | None = None
 
@@ -138,7 +141,10 @@ class Attention(KeyValue):
             following = jnp.arange(x.shape[1]) + (0 if cache is None else cache.written)
             positions = jnp.broadcast_to(following[None], x.shape[:2])
         q, k, v = self.project(x, positions, context)
-        options: dict[str, Any] = dict(scale=self.scale, cap=self.logit_cap, share=context.share)
+        if self.top is not None and self.top < 1:
+            raise UsageError(f"top={self.top}: a query sums over at least one key.")
+        options: dict[str, Any] = dict(scale=self.scale, cap=self.logit_cap)
+        options |= dict(share=context.share, top=self.top)
         if cache is None:
             if context.size is not None:  # proportional attention: + log size of the key
                 options["bias"] = jnp.log(context.size).astype(q.dtype)[:, None, None, :]  # [B, 1, 1, N]
@@ -178,7 +184,8 @@ class Attention(KeyValue):
         options: dict[str, Any],
     ) -> Float[Array, "b n h e"]:
         """What queries take from cached values; of a prompt all scores are there at once in any case."""
-        if self.unified is None or q.shape[1] > 1 or options["share"] is not None:
+        whole = options["share"] is None and options["top"] is None
+        if self.unified is None or q.shape[1] > 1 or not whole:
             return softmax_attention(q, k, v, mask=allowed, bias=bias, **options)
         said: dict[str, Any] = dict(scale=self.scale, cap=self.logit_cap, splits=self.unified.splits)
         return unified_attention(q, k, v, self.unified, mask=allowed, bias=bias, **said)

@@ -12,12 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 # Of a head, logits that stand in memory together: those of 8192 queries and keys, 256 MB. More than that come
 # in blocks of so many queries: 16 MB a head at 16,384 keys.
 LOGITS_AT_ONCE = 2**26
 BLOCK = 256
+# The logit of a key that a query does not see.
+_NEVER = -0.7 * float(np.finfo(np.float32).max)
 
 
 def band(length: int, window: Int[Array, ""], causal: bool) -> Bool[Array, "1 1 n n"]:
@@ -40,6 +43,7 @@ def softmax_attention(
     cap: float | None = None,
     window: tuple[int, int] | None = None,
     share: float | None = None,
+    top: int | None = None,
     block: int | None = None,
 ) -> Float[Array, "b n h e"]:
     """Weighs the values `v` by `attention_weights`, which has the other arguments.
@@ -49,7 +53,7 @@ def softmax_attention(
         more than `LOGITS_AT_ONCE` logits, else `BLOCK`. A `share`, which is of a whole head, takes all.
     """
     n, s = q.shape[1], k.shape[1]
-    options: dict[str, Any] = dict(causal=causal, scale=scale, cap=cap, window=window)
+    options: dict[str, Any] = dict(causal=causal, scale=scale, cap=cap, window=window, top=top)
     if block is None:
         block = n if n * s <= LOGITS_AT_ONCE else BLOCK
     if share is None and block < n:
@@ -99,6 +103,7 @@ def attention_weights(
     cap: float | None = None,
     window: tuple[int, int] | None = None,
     share: float | None = None,
+    top: int | None = None,
     first: Int[Array, ""] | int = 0,
 ) -> Float[Array, "b h n s"]:
     """How much of each value a query takes, in float32.
@@ -113,6 +118,8 @@ def attention_weights(
       cap: logits become `cap tanh(logits / cap)` before anything is masked.
       window: how many tokens to the left and to the right a query may see.
       share: of the weights of each head those that count, see `largest`; None counts all.
+      top: keys of each query that count, those with the largest logits; their weights sum to 1. With them
+        those that are equal to the last.
       first: place of the first query in its row, for `causal` and `window`.
     """
     n, s = q.shape[1], k.shape[1]
@@ -128,7 +135,10 @@ def attention_weights(
     if window is not None:
         allowed = both(allowed, ((distance <= window[0]) & (-distance <= window[1]))[None, None])
     if allowed is not None:
-        logits = jnp.where(allowed, logits, -0.7 * jnp.finfo(jnp.float32).max)
+        logits = jnp.where(allowed, logits, _NEVER)
+    if top is not None and top < s:
+        least = jax.lax.top_k(logits, top)[0][..., -1:]  # [B, H, N, 1]
+        logits = jnp.where(logits >= least, logits, _NEVER)
     weights = softmax(logits)  # [B, H, N, S]
     return weights if share is None else largest(weights, share)
 

@@ -83,7 +83,9 @@ def test_rotation_is_relative(x):
     assert np.abs(stretched - here).max() > 1e-3
 
 
-@pytest.mark.parametrize("fields", [dict(heads=4), dict(heads=4, kv_heads=2, qk_norm=True, rotary_base=50.0)])
+@pytest.mark.parametrize(
+    "fields", [dict(heads=4), dict(heads=4, kv_heads=2, qk_norm=True, rotary_base=50.0), dict(heads=4, top=2)]
+)
 @pytest.mark.parametrize("sizes", [(1,) * 6, (4, 1, 1)])
 def test_steps_equal_the_whole(x, fields, sizes):
     attention, params = made(x, causal=True, **fields)
@@ -113,6 +115,8 @@ def test_bad_requests_are_named(x):
 
     with pytest.raises(UsageError, match="kv_heads=3 does not divide heads=4"):
         start(heads=4, kv_heads=3)
+    with pytest.raises(UsageError, match="top=0: a query sums over at least one key"):
+        start(heads=4, top=0)
     with pytest.raises(UsageError, match="heads=3 does not divide the width 16"):
         start(heads=3)
     with pytest.raises(UsageError, match="a head of 1 has no 1 in pairs"):

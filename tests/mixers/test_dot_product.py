@@ -148,3 +148,27 @@ def test_a_share_is_of_the_whole_head():
         functools.partial(softmax_attention, mask=None, causal=True, share=0.3), static_argnames="block"
     )
     np.testing.assert_array_equal(attend(q, k, k, block=2), attend(q, k, k))
+
+
+def test_the_top_keys_of_a_query_alone_have_weight():
+    q, k, v = drawn(2, 5, 4, 8), drawn(2, 6, 2, 8, seed=1), drawn(2, 6, 2, 3, seed=2)
+    told = dict(mask=None, causal=False)
+    soft = softmax_attention(q, k, v, **told)
+    np.testing.assert_array_equal(softmax_attention(q, k, v, top=6, **told), soft)
+    logits = np.asarray(dot_products(q, k), np.float64) / np.sqrt(8)  # [B, H, N, S]
+    seen = np.repeat(np.asarray(v), 2, axis=2)  # [B, S, H, E]
+    one = softmax_attention(q, k, v, top=1, **told)
+    for b, h, n in np.ndindex(2, 4, 5):
+        np.testing.assert_array_equal(one[b, n, h], seen[b, logits[b, h, n].argmax(), h])
+    order = np.argsort(-logits, axis=-1)[..., :3]
+    p = np.zeros_like(logits)
+    np.put_along_axis(p, order, np.exp(np.take_along_axis(logits, order, -1)), -1)
+    expected = np.einsum("bhns,bshe->bnhe", p / p.sum(-1, keepdims=True), seen)
+    for block in (None, 2):
+        found = softmax_attention(q, k, v, top=3, block=block, **told)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    # Of the keys that it may see, where these are fewer.
+    causal = softmax_attention(q, k, v, mask=None, causal=True, top=3)
+    np.testing.assert_allclose(
+        causal[:, :3], softmax_attention(q, k, v, mask=None, causal=True)[:, :3], rtol=1e-5
+    )

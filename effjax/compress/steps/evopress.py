@@ -29,14 +29,13 @@ from effjax.compress.steps.sparsify import Sparsify
 from effjax.compress.storage.masked import MaskedKernel
 from effjax.compress.storage.trees import leaves_of, replaced, stored_in, whole
 from effjax.compress.structure.layers import Layer, put_together, take_apart
+from effjax.compress.structure.masks import branches, quieter
 from effjax.compress.structure.units import without
 from effjax.compress.subject import Calibration, Subject
 from effjax.config import part
 from effjax.errors import UsageError
 
 Branch = Literal["mixer", "ffn"]
-# The last product of a branch: without its numbers the branch gives nothing.
-_LAST = {"mixer": "output", "ffn": "contract"}
 # The number of a layer and a path in it.
 Gene = tuple[int, str]
 
@@ -301,12 +300,10 @@ def mutated(
 
 
 def _silent(layer: Layer) -> Layer:
-    changed: dict[str, Any] = {}
-    for branch, last in _LAST.items():
-        if branch in layer.params and last in layer.params[branch]:
-            quiet = jax.tree.map(jnp.zeros_like, layer.params[branch][last])
-            changed[branch] = {**layer.params[branch], last: quiet}
-    return _with(layer, {**layer.params, **changed})
+    params = layer.params
+    for branch in branches(layer):
+        params = quieter(params, branch, 0.0)
+    return _with(layer, params)
 
 
 def _under(params: Any, path: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from effjax.compress.steps.abq_llm import ABQ
 from effjax.compress.steps.compressed_experts import CompressedExperts
+from effjax.compress.steps.axformer import AxFormer
 from effjax.compress.steps.dgq import Dgq
 from effjax.compress.steps.efficientqat import EfficientQAT
 from effjax.compress.steps.evopress import EvoPress
@@ -34,4 +35,5 @@ KINDS = {
     "slice": Slice,
     "fusegpt": FuseGPT,
     "compressed_experts": CompressedExperts,
+    "axformer": AxFormer,
 }

@@ -15,7 +15,7 @@ from effjax.compress.structure.choose import Least, Order, Price, kept, narrowed
 from effjax.compress.structure.cost import costs, macs
 from effjax.compress.structure.latency import LayerTimes, measured
 from effjax.compress.structure.layers import Layer, put_together, take_apart
-from effjax.compress.structure.scores import KINDS as SCORES
+from effjax.compress.structure.score_kinds import KINDS as SCORES
 from effjax.compress.structure.scores import Taylor
 from effjax.compress.structure.units import sizes
 from effjax.compress.subject import Calibration, Subject
@@ -30,7 +30,7 @@ class Prune:
     Attributes:
       left: share of the cost that is left.
       cost: multiply-accumulates of the whole network, or seconds of its layers, measured on this device.
-      score: what units are worth, a kind in `effjax.compress.structure.scores`.
+      score: what units are worth, a kind in `effjax.compress.structure.score_kinds`.
       kinds: what may go: heads, channels of queries and keys, channels of values, hidden units.
       least: what every layer keeps, and how many units go together.
       order: whether worth is weighed against the cost that is saved.

@@ -44,7 +44,7 @@ class Random:
     ) -> Scores:
         """Draws numbers between 0 and 1."""
         made: Scores = {}
-        for number, (at, kind) in enumerate(_wanted(layers, kinds)):
+        for number, (at, kind) in enumerate(wanted(layers, kinds)):
             shape = sums(layers[at], layers[at].params, kind).shape
             made[at, kind] = jax.random.uniform(jax.random.fold_in(calibration.key, number), shape)
         return made
@@ -59,7 +59,7 @@ class Magnitude:
     ) -> Scores:
         """Reads the weights alone."""
         squares = [jax.tree.map(jnp.square, layer.params) for layer in layers]
-        return {(at, kind): sums(layers[at], squares[at], kind) for at, kind in _wanted(layers, kinds)}
+        return {(at, kind): sums(layers[at], squares[at], kind) for at, kind in wanted(layers, kinds)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Taylor:
         self, subject: Subject, layers: Sequence[Layer], kinds: Sequence[Kind], calibration: Calibration
     ) -> Scores:
         """Runs the network forward and backward on some batches."""
-        wanted = list(_wanted(layers, kinds))
+        places = list(wanted(layers, kinds))
 
         @jax.jit
         def changes(variables: Any, batch: Any, key: Array) -> list[Array]:
@@ -87,7 +87,7 @@ class Taylor:
             gradients = jax.grad(loss)(variables["params"])
             products = jax.tree.map(jnp.multiply, variables["params"], gradients)
             parts = take_apart(subject.with_params(products))
-            return [jnp.square(sums(parts[at], parts[at].params, kind)) for at, kind in wanted]
+            return [jnp.square(sums(parts[at], parts[at].params, kind)) for at, kind in places]
 
         total: list[Array] | None = None
         for number, batch in enumerate(calibration.first(self.batches)):
@@ -96,11 +96,9 @@ class Taylor:
             found = changes(subject.variables, prepared, keys[1])
             total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
         assert total is not None
-        return dict(zip(wanted, total, strict=True))
+        return dict(zip(places, total, strict=True))
 
 
-KINDS = {"random": Random, "magnitude": Magnitude, "taylor": Taylor}
-
-
-def _wanted(layers: Sequence[Layer], kinds: Sequence[Kind]) -> list[tuple[int, Kind]]:
+def wanted(layers: Sequence[Layer], kinds: Sequence[Kind]) -> list[tuple[int, Kind]]:
+    """The layers that have units of some kinds, with each kind that they have."""
     return [(at, kind) for at, layer in enumerate(layers) for kind in kinds if getattr(sizes(layer), kind)]
