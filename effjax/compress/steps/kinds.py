@@ -1,8 +1,8 @@
 """Steps of a recipe, by the name that a config gives them."""
 
 from effjax.compress.steps.abq_llm import ABQ
-from effjax.compress.steps.compressed_experts import CompressedExperts
 from effjax.compress.steps.axformer import AxFormer
+from effjax.compress.steps.compressed_experts import CompressedExperts
 from effjax.compress.steps.dgq import Dgq
 from effjax.compress.steps.efficientqat import EfficientQAT
 from effjax.compress.steps.evopress import EvoPress
