@@ -15,7 +15,7 @@ throughout. Without the second the third is fine-tuning with the zeros.
     The model of `configs/language/lm.py:pydocs` on four fifths of the text, so many hundredths zero, 300
     steps.
 `pydocs-fine`
-    100 steps on the last fifth of the text, with a rate ten times smaller.
+    60 steps on the last fifth of the text, with a rate ten times smaller.
 
 The paper pre-trains with 20 tokens a parameter and tunes on other tasks; rates and lengths here are ours.
 """
@@ -33,7 +33,7 @@ def get_config(variant: str = "pydocs-75") -> ConfigDict:
     fine = variant == "pydocs-fine"
     if variant != "smoke":
         config.data.source.split = "train[80%:]" if fine else "train[:80%]"
-        config.train.steps = "100 steps" if fine else "300 steps"
+        config.train.steps = "60 steps" if fine else "300 steps"
     if fine:
         config.optimizer.lr = 3e-4
     sparsity = {"smoke": 0.75, "pydocs-50": 0.5, "pydocs-75": 0.75}.get(variant)
