@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax.core import meta
 from jaxtyping import Array, PRNGKeyArray
 
 from effjax.compress.s2ft import SHARES, chosen, merged, partly, unchanged, units_of
@@ -108,7 +107,7 @@ class StructuredSparse(Language):
 
     def loss(self, variables: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Means, Any]:
         """As `Language`, of W'; only `changes` have a gradient."""
-        frozen = jax.lax.stop_gradient(meta.unbox(self._own(variables)))
+        frozen = jax.lax.stop_gradient(self._own(variables))
         params = partly(frozen, variables["params"]["changes"], variables["rows"])
         others = {name: tree for name, tree in variables.items() if name not in ("params", "rows")}
         means, collections = super().loss({"params": params, **others}, batch, key)
