@@ -107,8 +107,9 @@ def chosen(
 
 def unchanged(places: Mapping[str, Place], rows: Mapping[str, Any]) -> dict[str, Any]:
     """D above, zero: at the path of each kernel `[*front, s, *outs]`."""
-    found = flatten_dict(rows)
-    made = {path: jnp.zeros((*rows.shape, *places["/".join(path)].outs)) for path, rows in found.items()}
+    made = {}
+    for path, at in flatten_dict(rows).items():
+        made[path] = jnp.zeros((*at.shape, *places["/".join(path)].outs))
     return unflatten_dict(made)
 
 
@@ -181,6 +182,7 @@ def _with_rows(
 def _flat(
     kernel: Float[Array, "..."], change: Float[Array, "..."], rows: Int[Array, "*front s"]
 ) -> tuple[Float[Array, "f k n"], Float[Array, "f s n"], Int[Array, "f s"]]:
+    """Kernel, changes and rows with one axis for all in front."""
     columns = math.prod(change.shape[rows.ndim :])
     front = math.prod(rows.shape[:-1])
     count = rows.shape[-1]
@@ -241,7 +243,11 @@ def adapters(params: Any, changes: Mapping[str, Any], rows: Mapping[str, Any]) -
 
 
 def put_in(params: Any, of: Mapping[str, Adapter]) -> Any:
-    """The parameters with the rows of adapters in the place of their own."""
+    """The parameters with the rows of adapters in the place of their own.
+
+    Raises:
+      UsageError: for an adapter of a kernel of another shape.
+    """
     return _set(params, {path: (each.rows, each.tuned) for path, each in of.items()})
 
 
@@ -254,6 +260,9 @@ def _set(params: Any, given: Mapping[str, tuple[Array, Array]]) -> Any:
     made = {}
     for path, (rows, values) in given.items():
         kernel = leaf_at(params, path)
+        front, outs = rows.shape[:-1], values.shape[rows.ndim :]
+        if kernel.shape[: len(front)] != front or kernel.shape[kernel.ndim - len(outs) :] != outs:
+            raise UsageError(f"{path} has the shape {kernel.shape}, its adapter rows of {front} x {outs}.")
         matrices, new, at = _flat(kernel, values, rows)
         put = lambda matrix, rows, new: matrix.at[rows].set(new, unique_indices=True)  # noqa: E731
         made[path] = jax.vmap(put)(matrices, at, new.astype(kernel.dtype)).reshape(kernel.shape)

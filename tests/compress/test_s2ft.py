@@ -130,6 +130,14 @@ def test_adapters_go_in_and_out_to_the_bit(network):
     jax.tree.map(np.testing.assert_array_equal, taken_out(tuned, of), subject.params)
 
 
+def test_an_adapter_of_another_model_is_refused(network):
+    subject, _, rows, changes = network
+    of = adapters(subject.params, changes, rows)
+    cut = jax.tree.map(lambda leaf: leaf[..., :8], subject.params)
+    with pytest.raises(UsageError, match="its adapter rows of"):
+        put_in(cut, of)
+
+
 def test_adapters_of_other_rows_are_a_joint_model(network):
     subject, _, rows, changes = network
     one, other = (
