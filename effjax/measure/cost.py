@@ -36,6 +36,8 @@ class Cost:
     """Elements of each parameter that one token uses."""
     parameter_bytes: Mapping[str, int]
     """Bytes of the parameters by dtype, sub-byte types at their width: `{"int4": 512}`."""
+    macs_by_path: Mapping[str, int]
+    """Multiply-accumulates that each parameter takes part in, by its path."""
     work_by_scope: Mapping[str, Mapping[str, Work]]
     """Work by module path, then by kind: attention, dense, convolution, kernel, elementwise, gather."""
     compulsory: Compulsory
@@ -89,6 +91,22 @@ class Cost:
     def macs(self) -> int:
         """Multiply-accumulates of dots, convolutions and kernels; elementwise work and FFTs have none."""
         return self.work.macs
+
+    def macs_without_zeros(self, sparsity: Rules) -> int:
+        """Multiply-accumulates where zeros of the matrices were skipped, as no kernel of this library does.
+
+        Args:
+          sparsity: `(regexp, share)` rules on the paths of the parameters, how much of each is zero; 0 where
+            none matches. Of a forward pass: a product with two of them counts for both.
+
+        Raises:
+          UsageError: for a rule that matches no parameter, or what is no share.
+        """
+        for pattern, share in sparsity:
+            if not 0 <= share <= 1:
+                raise UsageError(f"sparsity: {share} for {pattern!r} is a share from 0 to 1.")
+        shares = match(sparsity, dict(self.macs_by_path), default=0.0, where="sparsity")
+        return self.macs - round(sum(share * self.macs_by_path[path] for path, share in shares.items()))
 
     @property
     def flops_by_kind(self) -> dict[str, int]:
@@ -191,17 +209,18 @@ def count(
     reusable = {number for number, owner in zip(graph.inputs, owners, strict=True) if owner in donated}
     tree = {} if parameters is None else arguments[parameters]
     sizes = sizes_of(parameters_of(tree))
+    used: collections.Counter[str] = collections.Counter()
+    for leaf, path in enumerate(leaf_paths(tree)):
+        if path is not None:
+            used[path] += tally.macs_of_leaf[leaf]
     active = dict(sizes)
     if tokens is not None:
-        used: collections.Counter[str] = collections.Counter()
-        for leaf, path in enumerate(leaf_paths(tree)):
-            if path is not None:
-                used[path] += tally.macs_of_leaf[leaf]
         active = active_by_path(sizes, alternatives_of(tree), used, tokens)
     return Cost(
         parameters_by_path=sizes,
         trainable_by_path=match(trainable, sizes, default=True, where="trainable"),
         active_by_path=active,
+        macs_by_path=dict(used),
         parameter_bytes=count_bytes(tree),
         work_by_scope=nested(tally.work),
         compulsory=compulsory(graph, reusable),
