@@ -66,12 +66,14 @@ class Calibration:
       key: of everything random.
       report: is told, in a sentence, how far a step is.
       original: the network before the first step, where a step may ask it.
+      open: another run by its folder, as a network for the same data; None where there are no folders.
     """
 
     batches: Callable[[], Iterable[Batch]]
     key: Key[Array, ""]
     report: Callable[[str], None] = print
     original: Subject | None = None
+    open: Callable[[str], Subject] | None = None
 
     def first(self, count: int) -> list[Batch]:
         """The first batches.

@@ -201,8 +201,9 @@ class Stack(nn.Module):
 
             cut = points or before or through or turns or part
             if self.blocks:
+                y = x  # layers may be of other widths
                 for number, key in enumerate(drawn):
-                    _, (_, made) = init(x, (key, layer_of(each, number)), number)
+                    y, (_, made) = init(y, (key, layer_of(each, number)), number)
                     self._put_layer(number, made)
             elif not (cut or train or self.shared or is_apart(each)):
                 # A layer is traced once, for its parameters and for what it hands on.

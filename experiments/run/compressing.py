@@ -36,7 +36,7 @@ from experiments.run.files import to_json
 from experiments.run.formatting import count, duration, measurement
 from experiments.run.metrics import MetricsWriter
 from experiments.run.report import Section, Table, Text, with_section
-from experiments.run.restore import load_config_of, load_state, read_weights
+from experiments.run.restore import load_config_of, load_run, load_state, read_weights
 from experiments.run.run_report import of_run, write_report
 from experiments.run.workdir import Workdir
 
@@ -94,7 +94,11 @@ def _calibration(program: Program) -> Calibration:
                 there = {"mask": np.ones(len(next(iter(row.values()))), np.float32)}
                 yield to_global({**there, **row}, program.batch_sharding)
 
-    return Calibration(batches, jax.random.key(program.experiment.train.seed))
+    def other(folder: str) -> Subject:
+        found, variables = load_run(folder)
+        return Subject(found.task, variables, program.data.example_batch(1))
+
+    return Calibration(batches, jax.random.key(program.experiment.train.seed), open=other)
 
 
 def _config_of(workdir: str, program: Program, subject: Subject) -> ConfigDict:

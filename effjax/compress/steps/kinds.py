@@ -16,6 +16,7 @@ from effjax.compress.steps.recover import Recover
 from effjax.compress.steps.round import Round
 from effjax.compress.steps.slice import Slice
 from effjax.compress.steps.sparsify import Densify, Sparsify
+from effjax.compress.steps.stitch import Stitch
 
 KINDS = {
     "round": Round,
@@ -33,6 +34,7 @@ KINDS = {
     "densify": Densify,
     "evopress": EvoPress,
     "slice": Slice,
+    "stitch": Stitch,
     "fusegpt": FuseGPT,
     "compressed_experts": CompressedExperts,
     "axformer": AxFormer,

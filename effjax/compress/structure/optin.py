@@ -15,14 +15,12 @@ arXiv:2403.17921, section 3; the manifold distillation is that of Hao et al. 202
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 
 from effjax.compress.blocks import evaluated
@@ -32,9 +30,8 @@ from effjax.compress.structure.masks import but_one, mask_shape, masked
 from effjax.compress.structure.scores import Scores, wanted
 from effjax.compress.structure.units import Kind
 from effjax.compress.subject import Batch, Calibration, Subject
+from effjax.compress.trajectory import asked
 from effjax.errors import UsageError
-from effjax.layers.stack import streams
-from effjax.tokens.tokens import Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +106,7 @@ class Optin:
             def seen(number: Array) -> tuple[list[Array], Array]:
                 network = masked(subject, variables, but_one(shapes, number))
                 output, features = ask(network)
-                return [relations(x, self.rows, key) for x in features], output
+                return [relations(x, self.rows, key) for x in features[1:]], output
 
             def crowd(numbers: Array) -> tuple[Array, Array]:
                 features, output = jax.vmap(seen)(numbers)
@@ -128,44 +125,6 @@ class Optin:
         return total[0], np.maximum(total[1], 0.0)
 
 
-def asked(
-    subject: Subject, variables: Any, batch: Batch
-) -> Callable[[Subject], tuple[Array, list[Float[Array, "b *places c"]]]]:
-    """What the task asks of its network, as a question to others: their output, and the stream behind layers.
-
-    Args:
-      subject: the network.
-      variables: of it.
-      batch: as `evaluated` gives it.
-
-    Raises:
-      UsageError: where the task asks in a way nobody can listen to, or a network has no stack of layers.
-    """
-    question: list[Any] = []
-
-    def take(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        # Blocks of a stack are roots too, of what runs inside it.
-        if isinstance(context.module, type(subject.model)) and context.method_name == "__call__":
-            question.append((args, kwargs))
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(take):
-        subject.task.metrics(variables, batch)
-    if not question:
-        raise UsageError(f"{type(subject.task).__name__} asks its network in a way nobody can listen to.")
-    args, kwargs = question[-1]
-
-    def ask(network: Subject) -> tuple[Array, list[Array]]:
-        output, told = network.model.apply(network.variables, *args, **kwargs, mutable=["intermediates"])
-        sown = flatten_dict(told.get("intermediates", {}))
-        behind = [x for path, value in sown.items() if path[-1] == "stream" for x in _behind(value)]
-        if not behind:
-            raise UsageError(f"{type(network.model).__name__} has no stack of layers to listen to.")
-        return output, behind
-
-    return ask
-
-
 def relations(x: Float[Array, "b *places c"], rows: int, key: Array) -> Float[Array, "r r"]:
     """Products of some tokens with each other, each of unit length: what a rotation of channels leaves.
 
@@ -180,10 +139,6 @@ def relations(x: Float[Array, "b *places c"], rows: int, key: Array) -> Float[Ar
     size = jnp.linalg.norm(flat, axis=-1, keepdims=True)  # [R, 1]
     unit = flat / jnp.maximum(size, 1e-12)
     return unit @ unit.T  # [R, R]
-
-
-def _behind(value: Any) -> list[Array]:
-    return [x.x if isinstance(x, Tokens) else x for x in streams({"stream": value})[1:]]
 
 
 def _by_mean(values: Float[np.ndarray, " units"]) -> Float[np.ndarray, " units"]:

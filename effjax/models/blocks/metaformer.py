@@ -26,7 +26,7 @@ from effjax.config import part
 from effjax.errors import UsageError
 from effjax.layers import norms
 from effjax.layers.axes import constrain
-from effjax.layers.dense import named
+from effjax.layers.dense import Dense, named
 from effjax.layers.drop import drop_path
 from effjax.mixers.context import Context
 from effjax.tokens.point import Passage, Point
@@ -48,6 +48,8 @@ class Block(nn.Module):
       order: where norms and residual connections stand, see above; `parallel` and `one_branch` have one norm
         and one scale.
       stream_norm: whether a norm of the residual stream itself closes the block.
+      width: channels behind the block, which a linear map gives, where layers of two networks follow one
+        another; None leaves the stream as it is.
     """
 
     mixer: Any = part(mixers.KINDS)
@@ -60,6 +62,7 @@ class Block(nn.Module):
     norm_scale: float = 1.0
     order: Literal["pre_norm", "res_post_norm", "parallel", "one_branch", "unrolled"] = "pre_norm"
     stream_norm: bool = False
+    width: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,7 +78,7 @@ class Block(nn.Module):
         context: Context,
         train: bool = False,
         point: Point | None = None,
-    ) -> tuple[Float[Array, "b *places c"] | Tokens, Int[Array, "b n0"] | None]:
+    ) -> tuple[Float[Array, "b *places width"] | Tokens, Int[Array, "b n0"] | None]:
         """Returns `(x, None)`; at a point, which token each original one is in instead of None.
 
         Args:
@@ -119,6 +122,8 @@ class Block(nn.Module):
             stream.x = h if unrolled else stream.x + self._branch(h, drop_rate, "ffn_scale", train)
         if self.stream_norm:
             stream.x = norms.norm(self.norm, self.epsilon, "stream_norm", train=train)(stream.x)
+        if self.width is not None:
+            stream.x = Dense(self.width, ("embed", "embed"), name="stitch")(stream.x)  # [B, ..., width]
         return stream.out(constrain(stream.x)), stream.record()
 
     @nn.nowrap

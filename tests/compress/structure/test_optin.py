@@ -13,9 +13,10 @@ from effjax.compress.structure.choose import Least
 from effjax.compress.structure.cost import macs
 from effjax.compress.structure.layers import put_together, take_apart
 from effjax.compress.structure.masks import but_one, mask_shape, masked
-from effjax.compress.structure.optin import Optin, asked, relations
+from effjax.compress.structure.optin import Optin, relations
 from effjax.compress.structure.units import keep, silence, sizes, sums
 from effjax.compress.subject import Calibration
+from effjax.compress.trajectory import asked
 from effjax.errors import UsageError
 from tests.compress.structure.networks import subject
 
@@ -71,7 +72,7 @@ def test_units_together_are_the_same_as_one_by_one_by_hand(name):
     batch = evaluated(network.example)
 
     def seen(other):
-        told, streams = asked(network, network.variables, batch)(other)
+        told, (_, *streams) = asked(network, network.variables, batch)(other)
         return told, [np.asarray(relations(x, 10, key), np.float64) for x in streams]
 
     whole, goals = seen(network)
