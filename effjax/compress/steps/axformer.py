@@ -19,25 +19,21 @@ Faster, Smaller and more Accurate NLP Models", 2020, arXiv:2010.03688.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
 from effjax.compress.blocks import evaluated
 from effjax.compress.structure.cost import macs
 from effjax.compress.structure.layers import Layer, put_together, take_apart
-from effjax.compress.structure.masks import Part, branches, mask_shape, masked
+from effjax.compress.structure.masks import Part, branches, mask_shape, masked_loss
 from effjax.compress.structure.scores import Magnitude, wanted
 from effjax.compress.structure.units import keep, without
 from effjax.compress.subject import Batch, Calibration, Subject
 from effjax.errors import UsageError
 from effjax.mixers.attention import Attention
-from effjax.train.tasks.mean import Means, add
 
 Tier = Literal["branches", "heads", "hidden"]
 Masks = dict[tuple[int, Part], np.ndarray]
@@ -101,7 +97,7 @@ class AxFormer:
         if not masks:
             raise UsageError(f"no layer has any of {', '.join(self.tiers)} to lose.")
         batches = [evaluated(batch) for batch in calibration.first(self.batches)]
-        loss = _loss(subject, batches)
+        loss = masked_loss(subject, batches)
         norms = Magnitude().score(subject, layers, ("hidden",), calibration)
         bound = Bound(loss(masks), self.tolerance)
         for tier in self.tiers:
@@ -216,7 +212,7 @@ def hardened(subject: Subject, top: int, bound: Bound, batches: Sequence[Batch])
         layers = list(take_apart(subject))
         layers[at] = dataclasses.replace(layer, block=block)
         tried = put_together(subject, layers)
-        if bound.takes(_loss(tried, batches)({})):
+        if bound.takes(masked_loss(tried, batches)({})):
             subject, found = tried, [at, *found]
     return subject, found
 
@@ -241,19 +237,3 @@ def _there(masks: Masks, at: int, part: Part) -> bool:
     """Whether the branch that a part is of has not gone."""
     branch: Part = "mixer" if part in ("mixer", "heads") else "ffn"
     return (at, branch) not in masks or bool(masks[at, branch].all())
-
-
-def _loss(subject: Subject, batches: Sequence[Batch]) -> Callable[[Masks], float]:
-    """The task's loss in evaluation over all batches, of masks."""
-
-    @jax.jit
-    def total(variables: Any, masks: Any, batch: Batch) -> Means:
-        network = masked(subject, variables, masks)
-        return {"loss": network.task.metrics(network.variables, batch)["loss"]}
-
-    def loss(masks: Masks) -> float:
-        held = jax.tree.map(jnp.asarray, masks)
-        means = [total(subject.variables, held, batch) for batch in batches]
-        return float(functools.reduce(add, means)["loss"].value())
-
-    return loss

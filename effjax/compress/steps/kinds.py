@@ -10,6 +10,7 @@ from effjax.compress.steps.fake_quantise import FakeQuantise, Freeze
 from effjax.compress.steps.finequant import FineQuant
 from effjax.compress.steps.fusegpt import FuseGPT
 from effjax.compress.steps.inputs import CalibrateInputs
+from effjax.compress.steps.llama_nas import LlamaNas
 from effjax.compress.steps.modegpt import MoDeGPT
 from effjax.compress.steps.prune import Prune
 from effjax.compress.steps.recover import Recover
@@ -38,4 +39,5 @@ KINDS = {
     "fusegpt": FuseGPT,
     "compressed_experts": CompressedExperts,
     "axformer": AxFormer,
+    "llama_nas": LlamaNas,
 }

@@ -5,8 +5,9 @@ the network without the units (`units.keep`), or without the branches (`units.wi
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,11 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from effjax.compress.structure.layers import Layer, put_together, take_apart
 from effjax.compress.structure.units import Kind, silence, sizes
-from effjax.compress.subject import Subject
+from effjax.compress.subject import Batch, Subject
 from effjax.ffn.gated import Gated
 from effjax.ffn.mlp import MLP
 from effjax.mixers.attention import Attention
 from effjax.mixers.shifted_window import ShiftedWindow
+from effjax.train.tasks.mean import Means, add
 
 # What gives something by itself: a whole branch, or units of a kind.
 Part = Literal["mixer", "ffn", "heads", "value", "hidden"]
@@ -99,3 +101,26 @@ def quieter(params: Any, branch: str, factor: Float[Array, ""] | float) -> Any:
     last = _LAST[branch]
     quiet = jax.tree.map(lambda leaf: leaf * factor, params[branch][last])
     return {**params, branch: {**params[branch], last: quiet}}
+
+
+def masked_loss(
+    subject: Subject, batches: Sequence[Batch]
+) -> Callable[[Mapping[tuple[int, Part], Any]], float]:
+    """The task's loss in evaluation over all batches, as a function of masks.
+
+    Args:
+      subject: the whole network.
+      batches: as `evaluated` gives them.
+    """
+
+    @jax.jit
+    def total(variables: Any, masks: Any, batch: Batch) -> Means:
+        network = masked(subject, variables, masks)
+        return {"loss": network.task.metrics(network.variables, batch)["loss"]}
+
+    def loss(masks: Mapping[tuple[int, Part], Any]) -> float:
+        held = jax.tree.map(jnp.asarray, masks)
+        means = [total(subject.variables, held, batch) for batch in batches]
+        return float(functools.reduce(add, means)["loss"].value())
+
+    return loss
