@@ -11,8 +11,18 @@ recipe says and do not train.
 Prints what the run's evaluators say of both, the bytes that the weights hold on the device, and the time of a
 batch and, of a language model, of a token; and of every layout how a product with it compares with the same
 weights in bfloat16, in one row and in many: which bits bring time on this device, and which only memory.
-The report of the new run says the same.
+The report of the new run says the same, and table.json what experiments.compare reads.
+
+What every step leaves lies in OUT.steps until all are taken: after a stop, the same command goes on behind
+the last whole step. Exit codes as of experiments.train.
 """
+
+# ruff: noqa: E402  the order of the imports is the point
+from experiments.run.signals import StopFlag
+
+STOP = StopFlag()
+if __name__ == "__main__":
+    STOP.install()
 
 from absl import flags
 
@@ -43,6 +53,7 @@ def main(argv: list[str]) -> None:
         step=STEP.value,
         ema=EMA.value,
         rounds=ROUNDS.value,
+        stop=STOP,
     )
 
 

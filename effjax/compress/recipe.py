@@ -1,6 +1,7 @@
 """A recipe: steps that make a trained network smaller, one after the other."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -29,11 +30,30 @@ class Recipe:
 
     def apply(self, subject: Subject, calibration: Calibration) -> Subject:
         """Takes all steps."""
-        calibration = dataclasses.replace(calibration, original=subject)
-        for number, step in enumerate(self.steps):
+        *_, (_, subject) = self.each(subject, calibration)
+        return subject
+
+    def each(
+        self, original: Subject, calibration: Calibration, taken: tuple[int, Subject] | None = None
+    ) -> Iterator[tuple[int, Subject]]:
+        """Takes one step after the other.
+
+        Args:
+          original: the network before the first.
+          calibration: what the steps may look at.
+          taken: how many have been taken before, and what they left; None is none.
+
+        Yields:
+          How many are taken, and what they left.
+        """
+        before, subject = taken or (0, original)
+        calibration = dataclasses.replace(calibration, original=original)
+        for number, step in enumerate(self.steps[before:], before):
+            if len(self.steps) > 1:
+                calibration.report(f"{type(step).__name__}, step {number + 1} of {len(self.steps)}.")
             key = jax.random.fold_in(jax.random.fold_in(calibration.key, self.seed), number)
             subject = step.apply(subject, dataclasses.replace(calibration, key=key))
-        return subject
+            yield number + 1, subject
 
 
 def read(config: Any) -> Recipe:

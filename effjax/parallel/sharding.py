@@ -51,6 +51,13 @@ def activate(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def without_mesh() -> Iterator[None]:
+    """Inside of `activate`, undoes it."""
+    with jax.set_mesh(Mesh(np.empty((), dtype=object), ())), nn.logical_axis_rules(()):
+        yield
+
+
 def parameter_shardings(boxed: Any, mesh: Mesh, rules: AxisRules) -> Any:
     """Shardings of freshly initialised variables, read from their axis names.
 

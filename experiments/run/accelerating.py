@@ -377,14 +377,19 @@ def front(rows: Sequence[Measured], axis: str) -> bytes:
 
 def write(folder: Path, rows: Sequence[Measured], picture: bytes | None) -> None:
     """Leaves `table.json`, `accuracy_macs.png`, `accuracy_seconds.png` and `tokens.png` in the folder."""
-    write_atomic(folder / "table.json", to_json([dataclasses.asdict(row) for row in rows]))
+    write_table(folder, rows)
     for axis in ("macs", "seconds"):
         write_atomic(folder / f"{quality(rows[0].metrics)}_{axis}.png", front(rows, axis))
     if picture is not None:
         write_atomic(folder / "tokens.png", picture)
 
 
+def write_table(folder: Path, rows: Sequence[Measured]) -> None:
+    """Leaves `table.json`."""
+    write_atomic(folder / "table.json", to_json([dataclasses.asdict(row) for row in rows]))
+
+
 def read(folder: Path) -> list[Measured]:
-    """The rows that `write` left."""
+    """The rows that `write` or `write_table` left."""
     found = json.loads((folder / "table.json").read_text())
     return [Measured(**{**row, "tokens": tuple(row["tokens"])}) for row in found]

@@ -18,6 +18,7 @@ from experiments.run.accelerating import WHOLE, Measured, quality, read, text_ro
 from experiments.run.closing import print_table
 from experiments.run.files import naming, to_json, write_atomic
 from experiments.run.plots import pareto
+from experiments.run.recipe_spec import AskedRecipe
 from experiments.run.report import Code, Figure, Report, Section, Table, render
 from experiments.run.signals import StopFlag
 
@@ -30,11 +31,13 @@ class Request:
 
     Attributes:
       methods: as typed.
+      recipes: that make every run smaller.
       batch: examples a timed batch, or None.
       rounds: of the timings.
     """
 
     methods: tuple[str, ...]
+    recipes: tuple[AskedRecipe, ...]
     batch: int | None
     rounds: int
 
@@ -70,27 +73,55 @@ def _slug(loaded: LoadedConfig) -> str:
     """A folder's name: `vision_vit_digits`, with the overrides behind it."""
     said = [loaded.name.removeprefix("configs/").replace(".py", "")]
     said += [f"{key}={value}" for key, value in sorted(loaded.overrides.items())]
-    return re.sub(r"[^A-Za-z0-9.=-]+", "_", " ".join(said))
+    return _words(" ".join(said))
+
+
+def _words(said: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.=-]+", "_", said)
 
 
 def _measured(loaded: LoadedConfig, request: Request, folder: Path, stop: StopFlag) -> list[Measured]:
-    """Trains and measures one config, where that is not done."""
+    """Trains one config, measures it and makes it smaller, where that is not done."""
     workdir, results = folder / "run", folder / "compare"
-    asked = {**dataclasses.asdict(request), "workdir": str(workdir), "out": str(results)}
-    asked["methods"] = list(request.methods)
+    asked: dict[str, Any] = {
+        "batch": request.batch,
+        "rounds": request.rounds,
+        "methods": list(request.methods),
+    }
+    asked |= {"workdir": str(workdir), "out": str(results)}
     note = results / "request.json"
     if note.is_file() and (results / "table.json").is_file() and json.loads(note.read_text()) == asked:
         print("  complete", flush=True)
-        return read(results)
-    overrides = [f"--config.{key}={value}" for key, value in loaded.overrides.items()]
-    train = ("experiments.train", f"--config={loaded.name}", f"--workdir={workdir}", *overrides)
-    _child(folder / "train.log", stop, *train)
+    else:
+        overrides = [f"--config.{key}={value}" for key, value in loaded.overrides.items()]
+        train = ("experiments.train", f"--config={loaded.name}", f"--workdir={workdir}", *overrides)
+        _child(folder / "train.log", stop, *train)
+        _measure(note, asked, stop)
+    smaller = [_smaller(workdir, recipe, request.rounds, folder, stop) for recipe in request.recipes]
+    return [*read(results), *smaller]
+
+
+def _measure(note: Path, asked: dict[str, Any], stop: StopFlag) -> None:
+    """The run as it is, and with every method."""
+    results = note.parent
     with naming(results):
         results.mkdir(parents=True, exist_ok=True)
     (results / "table.json").unlink(missing_ok=True)
     write_atomic(note, to_json(asked))
-    _child(folder / "compare.log", stop, "experiments.run.compare_worker", str(note))
-    return read(results)
+    _child(results.parent / "compare.log", stop, "experiments.run.compare_worker", str(note))
+
+
+def _smaller(workdir: Path, recipe: AskedRecipe, rounds: int, folder: Path, stop: StopFlag) -> Measured:
+    """What a recipe leaves of the run, where that is not done."""
+    name = _words(recipe.label.removeprefix("configs/").replace(".py", ""))
+    out = folder / "smaller" / name
+    if (out / "table.json").is_file():
+        print(f"  {name} is complete", flush=True)
+    else:
+        flags = (f"--workdir={workdir}", f"--out={out}", f"--rounds={rounds}", *recipe.arguments)
+        _child(folder / f"{name}.log", stop, "experiments.compress", *flags)
+    *_, made = read(out)
+    return dataclasses.replace(made, label=recipe.label)
 
 
 def _child(log: Path, stop: StopFlag, module: str, *arguments: str) -> None:

@@ -3,45 +3,39 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from effjax import models
 from effjax.compress.recipe import read
-from effjax.compress.storage import kinds as storage
 from effjax.compress.storage.trees import held_bytes, stored_in, weights_in
 from effjax.compress.subject import Calibration, Subject
-from effjax.errors import UsageError
-from effjax.experiment import resolve
-from effjax.interop.converted import section
+from effjax.errors import Preempted
 from effjax.layers.stored import Stored
 from effjax.measure.latency import Comparison, compare
 from effjax.models.lm import LM
-from effjax.parallel.sharding import activate, to_global
-from effjax.train.checkpoint import Checkpoints
-from effjax.train.program import Program, build_program
-from effjax.train.state import TrainState, examples_seen
-from experiments import cli
+from effjax.parallel.sharding import activate, to_global, without_mesh
+from effjax.train.program import Program
 from experiments.run.accelerated_language import step_behind
+from experiments.run.accelerating import WHOLE, Measured, write_table
 from experiments.run.closing import print_table
+from experiments.run.compress_stages import Origin, Stages
 from experiments.run.config_file import LoadedConfig
 from experiments.run.cost import forward_cost
-from experiments.run.files import to_json
 from experiments.run.formatting import count, duration, measurement
 from experiments.run.metrics import MetricsWriter
 from experiments.run.report import Section, Table, Text, with_section
-from experiments.run.restore import load_config_of, load_run, load_state, read_weights
+from experiments.run.restore import load_run, load_state, read_weights
 from experiments.run.run_report import of_run, write_report
-from experiments.run.workdir import Workdir
+from experiments.run.signals import StopFlag
 
 # Rows of the product that is timed beside one row.
 MANY = 256
+SIDES = ("before", "after")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +52,22 @@ class Side:
 
 
 def run(
-    workdir: str, recipe: LoadedConfig, out: str, *, step: int | None, ema: bool | None, rounds: int
+    workdir: str,
+    recipe: LoadedConfig,
+    out: str,
+    *,
+    step: int | None,
+    ema: bool | None,
+    rounds: int,
+    stop: StopFlag | None = None,
 ) -> None:
     """Compresses a run, writes the new one, and says what it gained.
 
+    What a step left is kept beside `out` until all are taken: the same command goes on behind it.
+
     Raises:
-      UsageError: for a folder that is no run, a recipe that does not fit, or `out` that holds something.
+      UsageError: for a folder that is no run, a recipe that does not fit, or `out` that holds something else.
+      Preempted: where SIGTERM arrived.
     """
     steps = read(recipe.config)
     program, state = load_state(workdir, step)
@@ -71,23 +75,20 @@ def run(
     before = Side(program, program.variables(state, averaged))
     params = state.ema if averaged else state.params
     subject = Subject(program.task, {"params": params, **state.collections}, program.data.example_batch(1))
-    with activate(program.mesh, program.rules):
-        subject = steps.apply(subject, _calibration(program))
-    config = _config_of(workdir, program, subject)
-    experiment = resolve(config)
-    after = build_program(experiment, program.data)
-    with Workdir.create_or_resume(out, config, command=cli.command_line(), config_file=recipe.name) as folder:
-        if folder.resumed:
-            raise UsageError(f"--out='{out}' holds a run already. Name another folder.")
-        made = _state(after, state, subject)
-        with contextlib.closing(Checkpoints(folder.path / "checkpoints", keep=1)) as saved:
-            saved.save(int(made.step), made, {"examples": examples_seen(made)})
-        folder.write("recipe.json", to_json({"from": workdir, "recipe": recipe.config.to_dict()}, indent=2))
-        small = Side(after, after.variables(made, ema=False))
-        _report(folder.path, int(made.step), before, small, rounds)
+    origin = Origin(workdir, program, state, averaged)
+    stages = Stages(Path(out), origin, recipe)
+    if not stages.complete():
+        taken = stages.newest()
+        with activate(program.mesh, program.rules):
+            for number, left in steps.each(subject, _calibration(program, stop), taken):
+                with without_mesh():
+                    stages.keep(number, left)
+    after = Side(*load_run(out))
+    _report(Path(out), int(state.step), before, after, rounds, recipe.name)
+    stages.clear()
 
 
-def _calibration(program: Program) -> Calibration:
+def _calibration(program: Program, stop: StopFlag | None) -> Calibration:
     def batches() -> Iterator[Mapping[str, jax.Array]]:
         with contextlib.closing(program.data.train()) as rows:
             for row in rows:
@@ -95,63 +96,46 @@ def _calibration(program: Program) -> Calibration:
                 yield to_global({**there, **row}, program.batch_sharding)
 
     def other(folder: str) -> Subject:
-        found, variables = load_run(folder)
+        with without_mesh():  # a program is built outside of another's mesh
+            found, variables = load_run(folder)
         return Subject(found.task, variables, program.data.example_batch(1))
 
-    return Calibration(batches, jax.random.key(program.experiment.train.seed), open=other)
+    def report(line: str) -> None:
+        print(line, flush=True)
+        if stop is not None and stop.requested:
+            raise Preempted("told to stop. Run the same command again to go on behind the last whole step.")
+
+    return Calibration(batches, jax.random.key(program.experiment.train.seed), report, open=other)
 
 
-def _config_of(workdir: str, program: Program, subject: Subject) -> ConfigDict:
-    """The config of the new run."""
-    config = ConfigDict(load_config_of(workdir).to_dict())
-    if subject.model != program.task.model:
-        config.model = ConfigDict(section(subject.model, models.KINDS))
-    layouts = {path: leaf.layout for path, leaf in stored_in(subject.params).items()}  # type: ignore[attr-defined]
-    config.storage = {path: section(layout, storage.KINDS) for path, layout in layouts.items()}
-    if not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(subject.params)):
-        config.optimizer = ConfigDict(dict(kind="still"))  # what is stored in codes does not train
-    # There is no average beside what a recipe leaves.
-    config.train.start, config.train.ema = None, None
-    for evaluator in config.get("evaluators", {}).values():
-        evaluator.ema = False
-    return config
-
-
-def _state(program: Program, state: TrainState, subject: Subject) -> TrainState:
-    made = TrainState.create(
-        params=subject.params,
-        opt_state=program.optimizer.init(subject.params),
-        key=jax.random.key(0),
-        collections={name: value for name, value in subject.variables.items() if name != "params"},
-    )
-    made = dataclasses.replace(made, step=state.step, key=state.key, examples=state.examples)
-    return jax.device_put(made, program.shardings)
-
-
-def _report(path: Path, step: int, before: Side, after: Side, rounds: int) -> None:
+def _report(path: Path, step: int, before: Side, after: Side, rounds: int, recipe: str) -> None:
     rows: list[tuple[str, ...]] = []
-    bytes_ = [held_bytes(side.variables["params"]) for side in (before, after)]
+    sides = (before, after)
+    bytes_ = [held_bytes(side.variables["params"]) for side in sides]
     rows.append(("bytes of the weights", *(count(b) for b in bytes_)))
-    weights = [weights_in(side.variables["params"]) for side in (before, after)]
+    weights = [weights_in(side.variables["params"]) for side in sides]
     rows.append(("weights", *(count(w) for w in weights)))
     bits = [8 * b / w for b, w in zip(bytes_, weights, strict=True)]
     rows.append(("bits a parameter", *(f"{b:.2f}" for b in bits)))
-    rows.append(("MACs an example", *(count(forward_cost(side.program).macs) for side in (before, after))))
+    costs = {name: forward_cost(side.program) for name, side in zip(SIDES, sides, strict=True)}
+    rows.append(("MACs an example", *(count(cost.macs) for cost in costs.values())))
+    metrics: list[dict[str, float]] = []
     figures: dict[str, float] = {}
     for name, evaluator in after.program.experiment.evaluators.items():
-        told = [
-            evaluator.open(read_weights)(side.program, side.variables, lambda: None)
-            for side in (before, after)
-        ]
+        told = [evaluator.open(read_weights)(side.program, side.variables, lambda: None) for side in sides]
         rows += [(f"{name} {m}", *(measurement(t[m]) for t in told)) for m in told[0]]
         with MetricsWriter(path, restored_step=step) as writer:
             writer.write(step, name, told[1])
         figures |= {f"{name} {m}": v for m, v in told[1].items()}
-    for what, timed in _times(before, after, rounds).items():
+        metrics = metrics or told
+    times, batch = _times(before, after, rounds, costs)
+    for what, timed in times.items():
         rows.append((f"time of {what}", *(duration(t.median) for t in timed.timings.values())))
         rows.append((f"speed-up of {what}", "", f"{timed.speedup('after'):.2f}x"))
+    if metrics:
+        write_table(path, _measured(metrics, costs, times["a batch"], batch, recipe))
     products = _products(after, rounds)
-    headings = ("", "before", "after")
+    headings = ("", *SIDES)
     page = of_run(
         path,
         title=f"{type(after.program.experiment.model).__name__}, compressed",
@@ -166,10 +150,38 @@ def _report(path: Path, step: int, before: Side, after: Side, rounds: int) -> No
     print(f"report    {where}")
 
 
-def _times(before: Side, after: Side, rounds: int) -> dict[str, Comparison]:
-    """A batch of the first evaluator, and of a language model a token."""
+def _measured(
+    metrics: Sequence[Mapping[str, float]],
+    costs: Mapping[str, Any],
+    timed: Comparison,
+    batch: int,
+    recipe: str,
+) -> list[Measured]:
+    """The rows of a comparison: the run as it was, and what the recipe left."""
+    return [
+        Measured(
+            label=WHOLE if name == "before" else recipe,
+            settings="" if name == "before" else recipe,
+            metrics=told,
+            agreement=None,
+            macs=costs[name].macs,
+            tokens=(),
+            batch=batch,
+            seconds=timed.timings[name].median,
+            speedup=timed.speedup(name),
+            realised=timed.realised(name),
+        )
+        for name, told in zip(SIDES, metrics, strict=True)
+    ]
+
+
+def _times(
+    before: Side, after: Side, rounds: int, costs: Mapping[str, Any]
+) -> tuple[dict[str, Comparison], int]:
+    """A batch of the first evaluator and how many examples it holds, and of a language model a token."""
     evaluators = before.program.experiment.evaluators
     found: dict[str, Comparison] = {}
+    batch = 0
     if evaluators:
         data = next(iter(evaluators.values())).data.open()
         with contextlib.closing(data.evaluate()) as rows:
@@ -177,18 +189,19 @@ def _times(before: Side, after: Side, rounds: int) -> dict[str, Comparison]:
             batches = [to_global(batch, sharding) for batch in itertools.islice(rows, 2)]
         ways = {
             name: lambda batch, side=side: side.program.metrics(side.variables, batch)
-            for name, side in (("before", before), ("after", after))
+            for name, side in zip(SIDES, (before, after), strict=True)
         }
-        found["a batch"] = compare(ways, [(batch,) for batch in batches], repeats=rounds, costs={})
+        found["a batch"] = compare(ways, [(batch,) for batch in batches], repeats=rounds, costs=costs)
+        batch = len(next(iter(batches[0].values())))
     model = after.program.experiment.model
     if isinstance(model, LM) and before.program.experiment.model == model:
         prompt = jnp.zeros((1, min(64, (model.max_length or 65) - 1)), jnp.int32)
         steps = {
             name: step_behind(model, model.layers_apart(side.variables), prompt)
-            for name, side in (("before", before), ("after", after))
+            for name, side in zip(SIDES, (before, after), strict=True)
         }
         found["a token"] = compare(steps, [(prompt[:, :1],)], repeats=rounds, costs={})
-    return found
+    return found, batch
 
 
 PRODUCTS = (

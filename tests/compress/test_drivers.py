@@ -185,3 +185,14 @@ def test_a_pruned_run_is_a_run_as_any_other(compressed, tmp_path):
     small = tmp_path / "small"
     drive("compress", f"--workdir={tuned}", RECIPE[0], "--recipe.steps[0].layout.group=1", f"--out={small}")
     assert stored_in(load_run(small)[1]["params"])
+
+
+def test_two_runs_are_stitched(compressed, tmp_path):
+    run = compressed("vision").parent / "run"
+    both = tmp_path / "both"
+    recipe = ("--recipe=configs/compress/stitch.py:early", f"--recipe.steps[0].small={run}")
+    drive("compress", f"--workdir={run}", *recipe, "--recipe.steps[1].how.steps=2", f"--out={both}")
+    program, variables = load_run(both)
+    whole = load_run(run)[0].task.model
+    assert [block.width for block in program.task.model.layer_blocks] == [whole.dim, None]
+    assert weights_in(variables["params"]) > weights_in(load_run(run)[1]["params"])

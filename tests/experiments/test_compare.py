@@ -10,6 +10,7 @@ from tests.experiments.driver import drive, start
 
 CONFIGS = "--config=configs/vision/vit.py:smoke,configs/vision/swin.py:smoke"
 METHOD = "--method=tome:remove=2"
+PRUNE = "configs/compress/prune.py:taylor"
 
 
 @pytest.mark.slow
@@ -58,11 +59,28 @@ def test_a_stop_is_handed_on_and_the_same_command_goes_on(tmp_path):
     assert list(tmp_path.rglob("checkpoints/*/state"))
 
 
+@pytest.mark.slow
+def test_what_recipes_leave_stands_beside_the_run(tmp_path):
+    config = "--config=configs/vision/vit.py:smoke"
+    recipe = "configs/compress/prune.py:random-once steps[0].least.hidden_step=1 steps[0].left="
+    recipes = [f"--recipe={recipe}{left}" for left in (0.5, 0.75)]
+    _, _ = drive("compare", config, *recipes, "--rounds=1", f"--out={tmp_path}")
+    table = json.loads((tmp_path / "compare.json").read_text())
+    whole, half, more = table.values()
+    assert list(table)[1].endswith("steps[0].left=0.5")
+    assert half["macs"] <= 0.5 * whole["macs"] < more["macs"] <= 0.75 * whole["macs"]
+    again, _ = drive("compare", config, *recipes, "--rounds=1", f"--out={tmp_path}")
+    assert again.count("complete") == 3
+
+
 def test_wrong_requests_are_one_line(tmp_path):
     for arguments, message in (
         ((CONFIGS,), "--out is missing"),
         ((f"--out={tmp_path}",), "--config is missing"),
         ((CONFIGS, f"--out={tmp_path}", "--method=tome"), "either keep"),
+        ((CONFIGS, f"--out={tmp_path}", "--recipe=configs/compress/prun.py"), "Near: configs/compress/prune"),
+        ((CONFIGS, f"--out={tmp_path}", f"--recipe={PRUNE} left 0.5"), "cannot be read"),
+        ((CONFIGS, f"--out={tmp_path}", f"--recipe={PRUNE} steps[0].lft=0.5"), "'left'"),
     ):
         _, errors = drive("compare", *arguments, code=2)
         assert message in errors

@@ -1,12 +1,14 @@
 """`experiments.compress`: a run, a recipe, and the run that is left."""
 
 import json
+import signal
+import time
 
 import pytest
 
 from effjax.compress.storage.trees import held_bytes, stored_in
 from experiments.run.restore import load_run
-from tests.experiments.driver import drive
+from tests.experiments.driver import drive, manifest, start
 
 RECIPE = "--recipe=configs/compress/round.py:int4"
 GROUP = "--recipe.steps[0].layout.group=8"
@@ -64,3 +66,44 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(trained, tmp_pa
     )
     assert "--recipe is missing" in refused()
     assert not out.exists()
+
+
+@pytest.mark.slow
+def test_a_recipe_goes_on_behind_its_last_whole_step(trained, tmp_path):
+    file = tmp_path / "two.py"
+    file.write_text(
+        "from configs.compress.prune import ConfigDict, get_config as half\n"
+        "def get_config():\n"
+        "    first = dict(half('random-once').steps[0], least=dict(hidden=3, hidden_step=1))\n"
+        "    return ConfigDict(dict(steps=(first, dict(kind='recover', how=dict(steps=STEPS)))))\n"
+    )
+    text = file.read_text()
+    run = (f"--workdir={trained}", f"--recipe={file}", "--rounds=1")
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    file.write_text(text.replace("STEPS", "8"))
+    said, _ = drive("compress", *run, f"--out={whole}")
+    assert "Prune, step 1 of 2." in said
+    # Stopped in the second step.
+    file.write_text(text.replace("STEPS", "100000"))
+    running = start("compress", *run, f"--out={out}")
+    stage = tmp_path / "out.steps" / "1"
+    deadline = time.monotonic() + 120
+    while not list(stage.rglob("checkpoints/*/manifest")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGKILL)
+    running.communicate(timeout=120)
+    assert not out.exists()
+    # The same first step, of whichever second.
+    file.write_text(text.replace("STEPS", "8"))
+    said, _ = drive("compress", *run, f"--out={out}")
+    assert "going on behind step 1 of 2" in said
+    assert "Prune, step 1" not in said
+    assert not stage.parent.exists()
+    assert manifest(out) == manifest(whole)
+    # Again: nothing but the report.
+    said, _ = drive("compress", *run, f"--out={out}")
+    assert "step 1 of 2" not in said
+    assert "MACs an example" in said
+    file.write_text(text.replace("STEPS", "9"))
+    _, error = drive("compress", *run, f"--out={out}", code=2)
+    assert "holds a run already" in error

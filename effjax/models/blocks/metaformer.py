@@ -123,7 +123,7 @@ class Block(nn.Module):
         if self.stream_norm:
             stream.x = norms.norm(self.norm, self.epsilon, "stream_norm", train=train)(stream.x)
         if self.width is not None:
-            stream.x = Dense(self.width, ("embed", "embed"), name="stitch")(stream.x)  # [B, ..., width]
+            stream.x = Dense(self.width, ("embed", None), name="stitch")(stream.x)  # [B, ..., width]
         return stream.out(constrain(stream.x)), stream.record()
 
     @nn.nowrap
