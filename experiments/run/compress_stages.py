@@ -94,7 +94,13 @@ class Stages:
             with naming(folder):
                 shutil.rmtree(folder, ignore_errors=True)
         config = _config_of(self.origin, subject)
-        program = build_program(resolve(config), self.origin.program.data)
+        try:
+            program = build_program(resolve(config), self.origin.program.data)
+        except UsageError as error:
+            raise UsageError(
+                f"what step {number} left cannot be built as the run is: {error} Pruning keeps multiples of "
+                f"least.head_step heads and of least.hidden_step hidden units."
+            ) from None
         command = cli.command_line()
         with Workdir.create_or_resume(
             folder, config, command=command, config_file=self.recipe.name

@@ -3,13 +3,23 @@
 import contextlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from effjax.compress.recipe import read
 from effjax.compress.storage.trees import stored_in
+from effjax.compress.structure.layers import take_apart
+from effjax.compress.structure.units import sizes
+from effjax.compress.subject import Calibration, Subject
+from effjax.errors import UsageError
 from effjax.parallel.sharding import to_global
 from effjax.train.checkpoint import Checkpoints
-from tests.train.toy import program_of
+from experiments.run.compress_stages import Origin, Stages
+from experiments.run.config_file import LoadedConfig
+from experiments.run.workdir import Workdir
+from tests.train.toy import program_of, smoke
 
 LAYOUTS = {
     "blocks/ffn/expand/kernel": dict(kind="uniform", bits=4, group=8, symmetric=False),
@@ -54,3 +64,30 @@ def test_what_one_device_saved_is_restored_on_eight(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored.params, state.params)
     planes = stored_in(restored.params)["blocks/ffn/expand/kernel"].codes
     assert all(len(plane.sharding.device_set) == 8 for plane in planes)
+
+
+@pytest.mark.parametrize(("head_step", "fits"), [(1, False), (2, True)])
+def test_heads_that_no_longer_divide_the_mesh_are_refused(tmp_path, head_step, fits):
+    heads = {"model__block__mixer__heads": 4, "model__block__mixer__kv_heads": 4}
+    changes = {"mesh": {"data": 4, "tensor": 2}, "evaluators": {}, "data__batch_size": 16, **heads}
+    program = program_of("configs.language.lm", **changes)
+    state = program.init()
+    least = dict(heads=1, head_step=head_step)
+    step = dict(kind="prune", score=dict(kind="random"), kinds=("heads",), left=0.97, least=least)
+    recipe = LoadedConfig(ConfigDict(dict(steps=(step,))), "prune.py", None, {})
+    subject = Subject(
+        program.task, {"params": state.params}, jax.tree.map(jnp.asarray, program.data.example_batch(1))
+    )
+    left = read(recipe.config).apply(subject, Calibration(lambda: [], jax.random.key(0)))
+    assert {sizes(layer).heads for layer in take_apart(left)} == {4, 4 - head_step}
+    run = tmp_path / "run"
+    config = smoke("configs.language.lm", **changes)
+    Workdir.create_or_resume(run, config, command="", config_file="").close()
+    stages = Stages(tmp_path / "out", Origin(str(run), program, state, False), recipe)
+    if fits:
+        stages.keep(1, left)
+        assert stages.complete()
+    else:
+        with pytest.raises(UsageError, match=r"tensor=2 does not divide dimension 1 \(3\).*least.head_step"):
+            stages.keep(1, left)
+        assert not stages.out.exists()
