@@ -29,8 +29,9 @@ def rows(found: Mapping[str, Any], out: str) -> dict[str, str]:
     shown = {
         "mesh": f"{found['devices']} devices: {mesh}",
         "compiled": f"in {duration(found['compile_seconds'])} with {gib(found['compile_bytes'])} here",
-        "memory a device": f"{gib(found['needed'])} of {gib(found['capacity'])}: "
-        + ("fits" if found["fits"] else "does not fit"),
+        # A compiler may give up without saying how much it needed.
+        "memory a device": f"{gib(found['needed']) if found['needed'] else 'more than all'} of "
+        f"{gib(found['capacity'])}: " + ("fits" if found["fits"] else "does not fit"),
     }
     if memory := found["memory"]:
         shown |= {
@@ -125,7 +126,7 @@ def ranking(ranked: Sequence[layouts.Candidate], found: Mapping[layouts.Candidat
             " x ".join(str(size) for _, size in candidate.mesh),
             candidate.remat,
             str(candidate.batch_size),
-            f"{plan['needed'] / _GIB:.2f}",
+            f"{plan['needed'] / _GIB:.2f}" if plan["needed"] else "-",
             "yes" if plan["fits"] else "no",
             duration(floor["seconds"]) if floor else "-",
             floor["bound"] if floor else "-",
