@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax.core import meta
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from effjax.errors import UsageError
@@ -136,6 +137,51 @@ def batch_parts(mesh: Mesh, rules: AxisRules) -> int:
     axes = dict(rules)["batch"]
     names = (axes,) if isinstance(axes, str) else tuple(axes or ())
     return int(np.prod([mesh.shape[name] for name in names]))
+
+
+def readers(sharding: NamedSharding) -> dict[str, int]:
+    """Which part of every batch this process reads, and into how many they are cut: arguments of a data set.
+
+    Processes whose devices hold the same rows, because another axis of the mesh lies between them, read the
+    same part.
+
+    Raises:
+      UsageError: for a mesh whose batch axes are no multiple of the processes, nor cut by them evenly.
+    """
+    parts = int(np.prod([sharding.mesh.shape[name] for name in _names(sharding.spec)]))
+    held: dict[int, set[int]] = {}
+    places: Any = sharding.devices_indices_map((parts,))
+    for device, (rows,) in places.items():
+        held.setdefault(device.process_index, set()).update(range(*rows.indices(parts)))
+    mine = held[jax.process_index()]
+    each = len(mine)
+    whole = all(
+        len(some) == each and min(some) % each == 0 and max(some) - min(some) == each - 1
+        for some in held.values()
+    )
+    if not whole:
+        shape = ", ".join(f"{axis}={size}" for axis, size in sharding.mesh.shape.items() if size > 1)
+        raise UsageError(
+            f"config.mesh ({shape}) gives the {len(held)} processes unequal parts of a batch. Let data x "
+            f"fsdp be a multiple of the processes, or divide the devices of each."
+        )
+    return {"process_index": min(mine) // each, "process_count": parts // each}
+
+
+def _names(spec: PartitionSpec) -> tuple[str, ...]:
+    axes = spec[0] if spec else None
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays in NumPy, whole, on every process; all of them have to ask."""
+
+    def whole(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(whole, tree)
 
 
 def to_global(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:

@@ -21,7 +21,7 @@ from effjax import models
 from effjax.config import part
 from effjax.data import Data, OpenData
 from effjax.errors import UsageError
-from effjax.parallel.sharding import activate, to_global
+from effjax.parallel.sharding import activate, readers, to_global
 from effjax.train import optimizers
 from effjax.train.durations import Budget
 from effjax.train.evaluators.evaluation import ReadWeights
@@ -149,7 +149,7 @@ class Classifier:
         def improve(state: TrainState, batch: Any) -> TrainState:
             return step(state, {"image": self._seen(show(batch)), "label": batch["label"]})[0]
 
-        rows = data.train(process_index=jax.process_index(), process_count=jax.process_count())
+        rows = data.train(**readers(program.batch_sharding))
         state = first()
         with activate(program.mesh, program.rules):
             for batch in itertools.islice(rows, budget.total_steps):

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from effjax.errors import EffjaxError, Preempted, RunError
-from effjax.parallel.sharding import to_global
+from effjax.parallel.sharding import readers, to_global, to_host
 from effjax.train.evaluators.evaluation import ReadWeights
 from effjax.train.nonfinite import Diagnosis, diagnose
 from effjax.train.program import Program
@@ -174,11 +174,7 @@ class _Loop:
 
     def _batches(self, state: TrainState) -> Iterator[dict[str, jax.Array]]:
         """Global batches from the state's data position on."""
-        rows = self.program.data.train(
-            start=examples_seen(state),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        rows = self.program.data.train(start=examples_seen(state), **readers(self.program.batch_sharding))
         return (to_global(batch, self.program.batch_sharding) for batch in rows)
 
     def _due(self, step: int, every: int) -> bool:
@@ -212,7 +208,7 @@ class _Loop:
         diagnosis = diagnose(self.program, state, batch)
         self._save(state)
         self.checkpoints.wait()
-        command = self.observer.evidence(diagnosis, jax.tree.map(np.asarray, batch))
+        command = self.observer.evidence(diagnosis, to_host(batch))
         raise RunError(
             f"step {bad}: {diagnosis.leaf} is not finite ({diagnosis.detail}). The state before the step is "
             f"saved as checkpoint {bad - 1}; repeat the step with\n  {command}"

@@ -16,7 +16,7 @@ from effjax.experiment import resolve
 from effjax.measure.adaptive import macs_by_example
 from effjax.measure.latency import Comparison, compare
 from effjax.models.vit import ViT
-from effjax.parallel.sharding import activate, to_global
+from effjax.parallel.sharding import activate, readers, to_global
 from effjax.tokens.solve import solve
 from effjax.train.program import Program, build_program
 from experiments.run.closing import print_table
@@ -242,7 +242,7 @@ def _macs(program: Program, variables: Any, batch: Mapping[str, Any], bound: int
 
 
 def _batches(program: Program, data: Any) -> Iterator[Mapping[str, jax.Array]]:
-    for batch in data.evaluate(process_index=jax.process_index(), process_count=jax.process_count()):
+    for batch in data.evaluate(**readers(program.batch_sharding)):
         yield to_global(batch, program.batch_sharding)
 
 

@@ -9,19 +9,20 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
 
 from effjax.errors import Preempted, RunError, UsageError
 from effjax.experiment import resolve
 from effjax.matching import match
-from effjax.parallel.sharding import activate, to_global
+from effjax.parallel.sharding import activate, readers, to_global
 from effjax.train.checkpoint import Checkpoints
-from effjax.train.loop import Outcome, fit
+from effjax.train.loop import Observer, Outcome, fit
 from effjax.train.nonfinite import Diagnosis
 from effjax.train.program import Program, build_program, check_trainable
 from effjax.train.state import TrainState
 from effjax.train.tasks import served
 from experiments import cli
-from experiments.run import replay
+from experiments.run import processes, replay
 from experiments.run.closing import closing_table
 from experiments.run.cost import cost_of
 from experiments.run.formatting import count, duration, measurement
@@ -46,47 +47,62 @@ def run(loaded: cli.LoadedConfig, workdir: str, *, stop: StopFlag, profile_steps
       RunError: for a number that is not finite, a full disk, too many broken records.
     """
     config = stored_as_started(loaded.config)
+    processes.agree({"config": config.to_dict(), "workdir": workdir})
+    together = processes.Together(stop)
     experiment = resolve(config)
     data = experiment.data.open()
     program = build_program(experiment, data)
     check_trainable(program.shapes.params)
-    devices = [f"{d.platform}:{d.device_kind}" for d in program.mesh.devices.flat]
-    with Workdir.create_or_resume(
-        workdir,
-        config,
-        command=cli.command_line(),
-        config_file=loaded.name,
-        devices=devices,
-        allowed=RESUMABLE,
-    ) as folder:
+    with contextlib.ExitStack() as opened, processes.one_fails_all_fail():
+        path = Path(processes.by_first(lambda: str(_folder(opened, program, workdir, config, loaded.name))))
+        processes.shared(str(path))
         with (
-            contextlib.closing(Checkpoints(folder.path / "checkpoints", keep=experiment.train.keep)) as saved,
+            contextlib.closing(Checkpoints(path / "checkpoints", keep=experiment.train.keep)) as saved,
             contextlib.ExitStack() as stack,
         ):
-            state = _start(program, saved, stop)
-            writer = stack.enter_context(MetricsWriter(folder.path, restored_step=int(state.step)))
-            progress = stack.enter_context(_progress(program, state))
-            observer = RunObserver(folder.path, writer, progress)
-            stack.enter_context(_profile(folder.path, observer, profile_steps))
+            state = _start(program, saved, together)
+            observer: Observer = Silent()
+            if processes.first():
+                writer = stack.enter_context(MetricsWriter(path, restored_step=int(state.step)))
+                progress = stack.enter_context(_progress(program, state))
+                observer = RunObserver(path, writer, progress)
+                stack.enter_context(_profile(path, observer, profile_steps))
             outcome = fit(
                 program,
                 state,
                 checkpoints=saved,
                 observer=observer,
-                stop_requested=lambda: stop.requested,
+                stop_requested=together.requested,
                 read=read_weights,
             )
-        return _finish(folder.path, program, outcome, data.bad_records)
+        return _finish(path, program, outcome, data.bad_records)
 
 
-def _start(program: Program, checkpoints: Checkpoints, stop: StopFlag) -> TrainState:
+def _folder(
+    opened: contextlib.ExitStack, program: Program, workdir: str, config: ConfigDict, config_file: str
+) -> Path:
+    """The folder of the run, which is ours as long as the stack is open."""
+    devices = [f"{d.platform}:{d.device_kind}" for d in program.mesh.devices.flat]
+    folder = Workdir.create_or_resume(
+        workdir,
+        config,
+        command=cli.command_line(),
+        config_file=config_file,
+        devices=devices,
+        allowed=RESUMABLE,
+    )
+    return opened.enter_context(folder).path
+
+
+def _start(program: Program, checkpoints: Checkpoints, stop: processes.Together) -> TrainState:
     """The newest sound checkpoint, or the state before the first step."""
-    if stop.requested:
+    if stop.requested():
         raise Preempted("told to stop before the first step. Run the same command again to start.")
     if not checkpoints.steps():
         return first_state(program)
     restored = checkpoints.restore(program.shapes)
-    print(f"resuming at step {restored.step}", flush=True)
+    if processes.first():
+        print(f"resuming at step {restored.step}", flush=True)
     # A run that halted on a bad number tries the step again: the cause may have been mended meanwhile.
     return restored.state.replace(halted=jax.numpy.zeros_like(restored.state.halted))
 
@@ -124,7 +140,7 @@ def first_state(program: Program) -> TrainState:
 
 def _rows(program: Program) -> Iterator[Any]:
     """Batches of training data, from the first."""
-    rows = program.data.train(process_index=jax.process_index(), process_count=jax.process_count())
+    rows = program.data.train(**readers(program.batch_sharding))
     return (to_global(row, program.batch_sharding) for row in rows)
 
 
@@ -184,6 +200,27 @@ class RunObserver:
         return replay.keep(self.path, diagnosis, batch)
 
 
+class Silent:
+    """What the processes behind the first one tell: nothing, as it tells the same."""
+
+    def progress(self, step: int, total: int, values: Mapping[str, float]) -> None:
+        """Says nothing."""
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Writes nothing."""
+
+    def say(self, message: str) -> None:
+        """Says nothing."""
+
+    def pause(self, label: str) -> contextlib.AbstractContextManager[None]:
+        """Shows nothing."""
+        return contextlib.nullcontext()
+
+    def evidence(self, diagnosis: Diagnosis, batch: Mapping[str, np.ndarray]) -> str:
+        """Keeps nothing."""
+        return "see the first process"
+
+
 @contextlib.contextmanager
 def _profile(path: Path, observer: RunObserver, steps: int) -> Iterator[None]:
     """Traces some steps for TensorBoard's profiler, once the first ones have warmed up."""
@@ -213,6 +250,14 @@ def _profile(path: Path, observer: RunObserver, steps: int) -> Iterator[None]:
 
 def _finish(path: Path, program: Program, outcome: Outcome, bad_records: Mapping[int, str]) -> int:
     """Plots, report and closing table; 1 where an evaluator failed."""
+    if processes.first():
+        _write_report(path, program, outcome, bad_records)
+    if outcome.failures:
+        raise RunError(f"training is complete, but evaluators failed: {', '.join(outcome.failures)}.")
+    return 0
+
+
+def _write_report(path: Path, program: Program, outcome: Outcome, bad_records: Mapping[int, str]) -> None:
     cost = cost_of(program)
     summary = {"parameters": count(cost.parameters), "MACs": f"{count(cost.macs)} an example"}
     for name, values in outcome.evaluations.items():
@@ -238,6 +283,3 @@ def _finish(path: Path, program: Program, outcome: Outcome, bad_records: Mapping
     closing_table(title, summary | {"report": str(where)})
     for note in notes:
         print(note)
-    if outcome.failures:
-        raise RunError(f"training is complete, but evaluators failed: {', '.join(outcome.failures)}.")
-    return 0

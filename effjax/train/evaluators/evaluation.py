@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from effjax.data import OpenData
-from effjax.parallel.sharding import to_global
+from effjax.parallel.sharding import readers, to_global
 
 # (folder, shapes of the variables, what they belong to) -> variables on the host
 ReadWeights = Callable[[str, Any, str], Any]
@@ -32,6 +32,6 @@ class Evaluation(Protocol):
 
 def batches(data: OpenData, program: Any, check_stop: Callable[[], None]) -> Iterator[dict[str, jax.Array]]:
     """Every example once, in order, laid out on the devices of the run."""
-    for batch in data.evaluate(process_index=jax.process_index(), process_count=jax.process_count()):
+    for batch in data.evaluate(**readers(program.batch_sharding)):
         check_stop()
         yield to_global(batch, program.batch_sharding)
