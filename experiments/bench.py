@@ -49,6 +49,9 @@ class Silent:
         """Nothing."""
         return contextlib.nullcontext()
 
+    def spent(self, step: int, seconds: Any) -> None:
+        """Says nothing."""
+
     def evidence(self, diagnosis: Any, batch: Any) -> str:
         """Nothing."""
         return ""

@@ -20,6 +20,7 @@ import numpy as np
 from effjax.errors import EffjaxError, Preempted, RunError
 from effjax.parallel.sharding import readers, to_global, to_host
 from effjax.train.evaluators.evaluation import ReadWeights
+from effjax.train.goodput import WallTime
 from effjax.train.nonfinite import Diagnosis, diagnose
 from effjax.train.program import Program
 from effjax.train.state import TrainState, examples_seen
@@ -40,6 +41,9 @@ class Observer(Protocol):
 
     def pause(self, label: str) -> contextlib.AbstractContextManager[None]:
         """Entered while the loop does something else than steps."""
+
+    def spent(self, step: int, seconds: dict[str, float]) -> None:
+        """Called with what the loop has spent so far, by kind."""
 
     def evidence(self, diagnosis: Diagnosis, batch: Mapping[str, np.ndarray]) -> str:
         """Keeps what a replay of a bad step needs; returns the command that replays it."""
@@ -134,6 +138,7 @@ class _Loop:
         # Compiled: by itself each operation of a schedule would be a program.
         self.learning_rate = jax.jit(program.learning_rate)
         self.clock = _Clock()
+        self.wall = WallTime()
         self.evaluations: dict[str, dict[str, float]] = {}
         self.failures: dict[str, str] = {}
 
@@ -142,11 +147,14 @@ class _Loop:
         step, saved = int(state.step), int(state.step)
         in_flight: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         batches = self._batches(state)
-        train_step = self.program.step
+        with self.wall.spent("compile"):
+            train_step = self.program.step
         while step < total:
             if self.stop_requested():
                 self._preempt(state, saved)
-            state, metrics = train_step(state, next(batches))
+            with self.wall.spent("data"):
+                batch = next(batches)
+            state, metrics = train_step(state, batch)
             step += 1
             in_flight.append((step, metrics))
             # The host runs two steps ahead of the device, enough to hide its own work, and no more memory.
@@ -160,16 +168,20 @@ class _Loop:
                 self._log(step, metrics)
             if self._pause_due(step):
                 self.clock.pause()
-                with self.observer.pause("evaluating"):
+                with self.observer.pause("evaluating"), self.wall.spent("evaluation"):
                     self._evaluate(step, state, saved)
                 if self._due(step, self.save_every):
-                    with self.observer.pause("saving"):
+                    with self.observer.pause("saving"), self.wall.spent("checkpoint"):
                         self._save(state)
                     saved = step
+                self.observer.spent(step, self.wall.seconds)
         if not self.evaluations and not self.failures:
             # A run that was complete when it was resumed still reports its figures.
-            self._evaluate(step, state, saved)
-        self.checkpoints.wait()
+            with self.wall.spent("evaluation"):
+                self._evaluate(step, state, saved)
+        with self.wall.spent("checkpoint"):
+            self.checkpoints.wait()
+        self.observer.spent(step, self.wall.seconds)
         return Outcome(state, self.evaluations, self.failures, self.clock.median())
 
     def _batches(self, state: TrainState) -> Iterator[dict[str, jax.Array]]:
@@ -197,6 +209,7 @@ class _Loop:
             values["step_seconds"] = seconds
             values["examples_per_second"] = self.program.experiment.data.batch_size / seconds
         self.observer.write(step, "train", self.program.task.finish(values))
+        self.observer.spent(step, self.wall.seconds)
 
     def _check(self, state: TrainState, metrics: dict[str, jax.Array]) -> None:
         """Stops at a number that is not finite, with the evidence."""
@@ -244,7 +257,9 @@ class _Loop:
     def _preempt(self, state: TrainState, saved: int) -> None:
         """Saves and stops; a halted state is saved too, it is the good state before the bad step."""
         step = int(state.step)
-        if step != saved or step == 0:
-            self._save(state)
-        self.checkpoints.wait()
+        with self.wall.spent("checkpoint"):
+            if step != saved or step == 0:
+                self._save(state)
+            self.checkpoints.wait()
+        self.observer.spent(step, self.wall.seconds)
         raise Preempted(f"told to stop: saved at step {step}. Run the same command again to resume.")

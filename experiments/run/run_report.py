@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.run import metrics
+from experiments.run import goodput, metrics
 from experiments.run.files import naming, write_atomic
 from experiments.run.plots import curve, curve_names
 from experiments.run.report import Code, Figure, Report, Section, Table, Text, render
@@ -71,6 +71,9 @@ def of_run(
         columns = ("module", *cost_columns)
         cells = [(row.name, *row.cells) for row in cost]
         sections.append(Section("Cost", [Table(columns, cells, [row.depth for row in cost])]))
+    spent = goodput.read(workdir)
+    if spent is not None:
+        sections.append(goodput.section(spent))
     environment = _read_json(workdir / "environment.json")
     sections += [
         Section("To run it again", [Code(record["command"])]),

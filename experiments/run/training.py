@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from effjax.train.program import Program, build_program, check_trainable
 from effjax.train.state import TrainState
 from effjax.train.tasks import served
 from experiments import cli
-from experiments.run import processes, replay
+from experiments.run import goodput, processes, replay
 from experiments.run.closing import closing_table
 from experiments.run.cost import cost_of
 from experiments.run.formatting import count, duration, measurement
+from experiments.run.goodput import GoodputLog
 from experiments.run.metrics import MetricsWriter
 from experiments.run.progress import Progress
 from experiments.run.restore import read_weights, stored_as_started
@@ -46,6 +48,7 @@ def run(loaded: cli.LoadedConfig, workdir: str, *, stop: StopFlag, profile_steps
       Preempted: where SIGTERM arrived; the state is saved.
       RunError: for a number that is not finite, a full disk, too many broken records.
     """
+    began = time.monotonic()
     config = stored_as_started(loaded.config)
     processes.agree({"config": config.to_dict(), "workdir": workdir})
     together = processes.Together(stop)
@@ -65,7 +68,8 @@ def run(loaded: cli.LoadedConfig, workdir: str, *, stop: StopFlag, profile_steps
             if processes.first():
                 writer = stack.enter_context(MetricsWriter(path, restored_step=int(state.step)))
                 progress = stack.enter_context(_progress(program, state))
-                observer = RunObserver(path, writer, progress)
+                log = GoodputLog(path, int(state.step), time.monotonic() - began)
+                observer = RunObserver(path, writer, progress, log)
                 stack.enter_context(_profile(path, observer, profile_steps))
             outcome = fit(
                 program,
@@ -172,6 +176,7 @@ class RunObserver:
     path: Path
     writer: MetricsWriter
     progress_line: Progress
+    goodput: GoodputLog
     on_step: Any = None
 
     def progress(self, step: int, total: int, values: Mapping[str, float]) -> None:
@@ -195,6 +200,10 @@ class RunObserver:
         """Names what the loop does between steps."""
         return self.progress_line.pause(label)
 
+    def spent(self, step: int, seconds: dict[str, float]) -> None:
+        """Appends to the record of where the time went."""
+        self.goodput.write(step, seconds)
+
     def evidence(self, diagnosis: Diagnosis, batch: Mapping[str, np.ndarray]) -> str:
         """Keeps the bad step under `replay/`; returns the command that repeats it."""
         return replay.keep(self.path, diagnosis, batch)
@@ -215,6 +224,9 @@ class Silent:
     def pause(self, label: str) -> contextlib.AbstractContextManager[None]:
         """Shows nothing."""
         return contextlib.nullcontext()
+
+    def spent(self, step: int, seconds: dict[str, float]) -> None:
+        """Says nothing."""
 
     def evidence(self, diagnosis: Diagnosis, batch: Mapping[str, np.ndarray]) -> str:
         """Keeps nothing."""
@@ -264,6 +276,9 @@ def _write_report(path: Path, program: Program, outcome: Outcome, bad_records: M
         summary |= {f"{name} {metric}": measurement(value) for metric, value in values.items()}
     if np.isfinite(outcome.step_seconds):
         summary["step time"] = duration(outcome.step_seconds)
+    spent = goodput.read(path)
+    if spent is not None:
+        summary["goodput"] = f"{spent.share:.1%}"
     notes = [f"Evaluator {name!r} failed: {reason}" for name, reason in outcome.failures.items()]
     if bad_records:
         notes.append(f"unreadable records replaced by the next readable one: {len(bad_records)}")

@@ -39,12 +39,19 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_config_trains_and_leaves_what_a_run_leaves(config, trained):
     workdir, out = trained(config)
-    for name in ("config.json", "environment.json", "metrics.jsonl", "report.html", "plots/loss.png"):
+    for name in (
+        "config.json",
+        "environment.json",
+        "metrics.jsonl",
+        "goodput.jsonl",
+        "report.html",
+        "plots/loss.png",
+    ):
         assert (workdir / name).stat().st_size > 0, name
     assert list((workdir / "events").iterdir())
     assert list((workdir / "checkpoints" / "20").iterdir())
     assert "20/20" in out
-    for said in ("parameters", "MACs", "step time", str(workdir / "report.html")):
+    for said in ("parameters", "MACs", "step time", "goodput", str(workdir / "report.html")):
         assert said in out
     rows = metric_rows(workdir)
     losses = [row["loss"] for row in rows if row["split"] == "train"]

@@ -56,6 +56,9 @@ class Recorder:
     def pause(self, label):
         return contextlib.nullcontext()
 
+    def spent(self, step, seconds):
+        self.seconds = seconds
+
     def evidence(self, diagnosis, batch):
         self.kept.append((diagnosis, batch))
         return "replay it"
