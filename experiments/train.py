@@ -7,8 +7,8 @@
 On several hosts the same command is started on every one, see docs/pods.md.
 
 Leaves config.json, environment.json, metrics.jsonl, goodput.jsonl, events/, checkpoints/, plots/ and
-report.html in the workdir. Exit codes: 0 done, 1 failed (also where an evaluator failed), 2 asked wrongly, 75 stopped by SIGTERM
-and resumable.
+report.html in the workdir. Exit codes: 0 done, 1 failed (also where an evaluator failed), 2 asked wrongly, 75
+stopped by SIGTERM and resumable.
 """
 
 # ruff: noqa: E402  the order of the imports is the point

@@ -33,6 +33,7 @@ from experiments.run.progress import Progress
 from experiments.run.restore import read_weights, stored_as_started
 from experiments.run.run_report import curves_of, of_run, write_plots, write_report
 from experiments.run.signals import StopFlag
+from experiments.run.watchdog import Watchdog
 from experiments.run.workdir import Workdir
 
 # What may differ when a run goes on: none of these changes what is computed.
@@ -64,12 +65,13 @@ def run(loaded: cli.LoadedConfig, workdir: str, *, stop: StopFlag, profile_steps
             contextlib.ExitStack() as stack,
         ):
             state = _start(program, saved, together)
-            observer: Observer = Silent()
+            dog = stack.enter_context(Watchdog())
+            observer: Observer = Silent(dog)
             if processes.first():
                 writer = stack.enter_context(MetricsWriter(path, restored_step=int(state.step)))
                 progress = stack.enter_context(_progress(program, state))
                 log = GoodputLog(path, int(state.step), time.monotonic() - began)
-                observer = RunObserver(path, writer, progress, log)
+                observer = RunObserver(path, writer, progress, log, dog)
                 stack.enter_context(_profile(path, observer, profile_steps))
             outcome = fit(
                 program,
@@ -177,10 +179,12 @@ class RunObserver:
     writer: MetricsWriter
     progress_line: Progress
     goodput: GoodputLog
+    watchdog: Watchdog
     on_step: Any = None
 
     def progress(self, step: int, total: int, values: Mapping[str, float]) -> None:
         """Moves the progress line."""
+        self.watchdog.beat()
         self.progress_line.update(step, values)
         if self.on_step is not None:
             self.on_step(step)
@@ -196,9 +200,11 @@ class RunObserver:
         """Shows a line of its own."""
         self.progress_line.message(message)
 
-    def pause(self, label: str) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def pause(self, label: str) -> Iterator[None]:
         """Names what the loop does between steps."""
-        return self.progress_line.pause(label)
+        with self.watchdog.pause(), self.progress_line.pause(label):
+            yield
 
     def spent(self, step: int, seconds: dict[str, float]) -> None:
         """Appends to the record of where the time went."""
@@ -209,11 +215,15 @@ class RunObserver:
         return replay.keep(self.path, diagnosis, batch)
 
 
+@dataclasses.dataclass
 class Silent:
     """What the processes behind the first one tell: nothing, as it tells the same."""
 
+    watchdog: Watchdog
+
     def progress(self, step: int, total: int, values: Mapping[str, float]) -> None:
         """Says nothing."""
+        self.watchdog.beat()
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Writes nothing."""
@@ -223,7 +233,7 @@ class Silent:
 
     def pause(self, label: str) -> contextlib.AbstractContextManager[None]:
         """Shows nothing."""
-        return contextlib.nullcontext()
+        return self.watchdog.pause()
 
     def spent(self, step: int, seconds: dict[str, float]) -> None:
         """Says nothing."""
