@@ -105,6 +105,7 @@ def run(
         if debug:
             traceback.print_exception(error)
         code = _explain(error, debug)
+        _leave_others(error, code)
     sys.exit(code)
 
 
@@ -145,6 +146,21 @@ def _parse(flag_values: flags.FlagValues, takes_positional: bool, main: Callable
     if rest[1:] and not takes_positional:
         raise UsageError(f"'{rest[1]}' stands alone; this program takes flags only. {_all_flags(own)}")
     return rest
+
+
+def _leave_others(error: Exception, code: int) -> None:
+    """Ends a process of several at once, unless all of them end so.
+
+    In an orderly end it would wait for the others, and they for it. What is cut off tells them.
+    """
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized():
+        return
+    if isinstance(error, Preempted) or getattr(error, "everywhere", False):
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _explain(error: Exception, debug: bool) -> int:

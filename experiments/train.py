@@ -46,7 +46,8 @@ def main(argv: list[str]) -> int:
     if WORKDIR.value is None:
         raise UsageError("--workdir is missing. Say where the run shall live: --workdir=runs/NAME.")
     processes.join(DISTRIBUTED.value)
-    return training.run(cli.load_config(), WORKDIR.value, stop=STOP, profile_steps=PROFILE.value)
+    with processes.one_fails_all_fail():
+        return training.run(cli.load_config(), WORKDIR.value, stop=STOP, profile_steps=PROFILE.value)
 
 
 if __name__ == "__main__":

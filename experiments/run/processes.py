@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from effjax.errors import EffjaxError, Preempted, RunError, UsageError
+from effjax.errors import EffjaxError, RunError, UsageError
 from experiments.run.files import to_json
 from experiments.run.signals import StopFlag
 from experiments.run.workdir import differences, environment
@@ -112,7 +112,8 @@ def agree(said: dict[str, Any]) -> None:
             for path, (before, after) in differences(theirs[0], other, "run").items()
         ]
         if found:
-            raise UsageError(f"the processes do not agree. {'; '.join(found[:8])}. Start all with the same.")
+            told = f"the processes do not agree. {'; '.join(found[:8])}. Start all with the same."
+            raise _everywhere(UsageError(told))
 
 
 def by_first(action: Callable[[], str]) -> str:
@@ -132,9 +133,10 @@ def by_first(action: Callable[[], str]) -> str:
             error, said = raised, {"raised": type(raised).__name__, "message": str(raised)}
     told = json.loads(_from_all(to_json(said))[0])
     if error is not None:
-        raise error
+        raise _everywhere(error)
     if "raised" in told:
-        raise (UsageError if told["raised"] == "UsageError" else RunError)(told["message"])
+        kind = UsageError if told["raised"] == "UsageError" else RunError
+        raise _everywhere(kind(told["message"]))
     answer: str = told["said"]
     return answer
 
@@ -150,10 +152,14 @@ def shared(path: str) -> None:
     there = [json.loads(text) for text in _from_all(to_json([os.path.exists(path), socket.gethostname()]))]
     missing = [f"{number} ({host})" for number, (found, host) in enumerate(there) if not found]
     if missing:
-        raise UsageError(
-            f"'{path}', which process 0 made, is not there for process {', '.join(missing)}: the workdir has "
-            f"to lie on a disk that all hosts share."
-        )
+        told = f"'{path}', which process 0 made, is not there for process {', '.join(missing)}"
+        raise _everywhere(UsageError(f"{told}: the workdir has to lie on a disk that all hosts share."))
+
+
+def _everywhere(error: EffjaxError) -> EffjaxError:
+    """Marks an error that every process raises: they end together, see `cli.run`."""
+    error.everywhere = True  # type: ignore[attr-defined]
+    return error
 
 
 def _from_all(text: str) -> list[str]:
@@ -188,17 +194,23 @@ class Together:
         return bool(multihost_utils.reached_preemption_sync_point(self._asked))
 
 
+# What jax says where a process cannot be reached, by the library that noticed.
+_GONE = ("Gloo", "coordination service", "heartbeat", "NCCL", "DEADLINE_EXCEEDED", "UNAVAILABLE")
+
+
 @contextlib.contextmanager
 def one_fails_all_fail() -> Iterator[None]:
-    """Ends a process that failed without waiting for the others, and says what a lost one means."""
+    """Says what a process means that another one cannot reach.
+
+    Raises:
+      RunError: in the place of what jax raised.
+    """
     try:
         yield
-    except (Preempted, UsageError):
-        raise
-    except jax.errors.JaxRuntimeError as error:
-        if not several():
-            raise
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
+        if not several() or not any(word in reason for word in _GONE):
+            raise
         raise RunError(
             f"another process of the run is gone, or cannot be reached ({reason[:300]}). Start all of them "
             f"again with the same command: the run goes on behind its newest checkpoint."

@@ -57,7 +57,7 @@ def run(loaded: cli.LoadedConfig, workdir: str, *, stop: StopFlag, profile_steps
     data = experiment.data.open()
     program = build_program(experiment, data)
     check_trainable(program.shapes.params)
-    with contextlib.ExitStack() as opened, processes.one_fails_all_fail():
+    with contextlib.ExitStack() as opened:
         path = Path(processes.by_first(lambda: str(_folder(opened, program, workdir, config, loaded.name))))
         processes.shared(str(path))
         with (

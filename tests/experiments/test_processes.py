@@ -96,24 +96,45 @@ def test_where_one_dies_the_others_stop_and_say_why(tmp_path):
     assert "another" in output
 
 
-def test_processes_that_disagree_say_in_what(tmp_path):
+def pair(workdir, *own):
+    """Two processes that find each other; `own` are flags and environment of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-
-    def one(index):
+    started = []
+    for index, (flags, environment) in enumerate(own):
         said = {processes.COORDINATOR: address, processes.COUNT: "2", processes.INDEX: str(index)}
-        seed = f"--config.train.seed={index + 1}"
-        command = (sys.executable, "-m", "experiments.train", *CONFIG, seed, f"--workdir={tmp_path / 'run'}")
-        return subprocess.Popen(command, cwd=ROOT, env=os.environ | said, stderr=subprocess.PIPE, text=True)
+        command = (sys.executable, "-m", "experiments.train", *CONFIG, *flags, f"--workdir={workdir}")
+        started.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=os.environ | said | environment, stderr=subprocess.PIPE, text=True
+            )
+        )
+    return started
 
-    both = [one(0), one(1)]
+
+def test_processes_that_disagree_say_in_what(tmp_path):
+    both = pair(tmp_path / "run", (["--config.train.seed=1"], {}), (["--config.train.seed=2"], {}))
     for process in both:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 2
         assert "config.train.seed: 1 on process 0" in errors
         assert "2 on process 1" in errors
     assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_fails_by_itself_does_not_wait_for_the_others(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    well, wrong = pair(tmp_path / "run", ([], {}), ([], {"TFDS_DATA_DIR": str(file)}))
+    _, errors = wrong.communicate(timeout=60)
+    assert wrong.returncode in (1, 2)
+    assert str(file) in errors
+    began = time.monotonic()
+    _, errors = well.communicate(timeout=120)
+    assert time.monotonic() - began < 60
+    assert well.returncode != 0
+    assert "another" in errors
 
 
 @pytest.mark.parametrize(
