@@ -11,7 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from effjax.errors import UsageError
+from effjax.experiment import resolve
 from effjax.layers.stack import REMAT
+from effjax.measure.chips import CHIPS
+from effjax.plan.sends import Step
 from effjax.plan.topology import Topology
 
 # The axes that a search cuts; experts and sequences are cut where the config says so.
@@ -54,10 +57,10 @@ class Candidate:
 
 
 def meshes(devices: int, per_host: int) -> Iterator[tuple[tuple[str, int], ...]]:
-    """Every way to cut `devices` into data, fsdp and tensor, those that usually send least first.
+    """Every way to cut `devices` into data, fsdp and tensor.
 
     Tensor parallelism sends activations in every layer and wants the fastest links, so it stays within a host
-    and within 16 devices; fsdp gathers parameters; data only adds up gradients.
+    and within 16 devices.
     """
     sizes = [size for size in range(1, devices + 1) if devices % size == 0]
     tensors = [size for size in sizes if size <= min(16, per_host)]
@@ -66,13 +69,14 @@ def meshes(devices: int, per_host: int) -> Iterator[tuple[tuple[str, int], ...]]
         for fsdp, tensor in itertools.product(sizes, tensors)
         if devices % (fsdp * tensor) == 0
     ]
-    # Between extremes first: all data, all fsdp, then mixtures.
-    cut.sort(key=lambda one: (one[2], min(one[0], one[1]), one[1]))
     return (tuple(zip(AXES, one, strict=True)) for one in cut)
 
 
 def first_round(config: Any, topology: Topology) -> list[Candidate]:
-    """Meshes, with the policy and batch of the config."""
+    """Meshes, with the policy and batch of the config.
+
+    Those first that by arithmetic send least, and last those on which weights and moments alone do not fit.
+    """
     fixed = math.prod(
         (config.mesh if "mesh" in config else {}).get(axis, 1) for axis in ("expert", "sequence")
     )
@@ -82,7 +86,15 @@ def first_round(config: Any, topology: Topology) -> list[Candidate]:
         )
     remat, batch = config.model.get("remat", "none"), config.data.batch_size
     per_host = max(1, topology.per_host // fixed)
-    return [Candidate(mesh, remat, batch) for mesh in meshes(topology.devices // fixed, per_host)]
+    known = [Candidate(mesh, remat, batch) for mesh in meshes(topology.devices // fixed, per_host)]
+    step = Step.of(resolve(config))
+    capacity = CHIPS[topology.chip].memory if topology.chip in CHIPS else math.inf
+
+    def key(one: Candidate) -> tuple[bool, float]:
+        mesh = dict(one.mesh)
+        return step.held(mesh) > capacity, step.sent(mesh)
+
+    return sorted(known, key=key)
 
 
 def second_round(best: Sequence[Candidate]) -> list[Candidate]:

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from rich.console import Console
 
@@ -64,6 +65,8 @@ def search(request: Request, most: int, out: str) -> int:
         raise UsageError(f"--search lays training steps out, not --step={request.step}.")
     topology = Topology.parse(request.topology)
     topology.check_installed()
+    # Compilers for other chips run in processes of their own; here only shapes are counted.
+    jax.config.update("jax_platforms", "cpu")
     config = request.loaded.config
     tried: dict[layouts.Candidate, Mapping[str, Any]] = {}
     refused: dict[str, str] = {}
