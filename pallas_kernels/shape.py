@@ -1,0 +1,31 @@
+"""A shape that a kernel is measured and compiled at."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Arguments of a kernel's public function.
+
+    Attributes:
+      name: unique among those of the kernel.
+      config: the config that has it.
+      arrays: positional arguments.
+      options: keyword arguments.
+      trained: whether it is also differentiated there.
+    """
+
+    name: str
+    config: str
+    arrays: tuple[jax.ShapeDtypeStruct, ...]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    trained: bool = True
+
+
+def array(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    """Short for `jax.ShapeDtypeStruct`."""
+    return jax.ShapeDtypeStruct(shape, dtype)
