@@ -32,7 +32,7 @@ import jax
 import numpy as np
 
 from pallas_kernels import emulate
-from pallas_kernels.arithmetic import NUMPY
+from pallas_kernels.grids import by_hand, indices_of, programs_of, sides_of
 from pallas_kernels.launches import Launch, launch_of
 
 MOST_PROGRAMS = 2**20
@@ -133,7 +133,7 @@ def _pallas_call(equation: Any, operands: list[np.ndarray | None]) -> Iterator[s
     if programs > MOST_PROGRAMS:
         yield f"{name}: {programs} programs are too many to be checked: lint a smaller shape"
         return
-    places = np.indices(grid, dtype=np.int32).reshape(len(grid), -1) if grid else np.zeros((0, 1), np.int32)
+    places = programs_of(grid)
     parallel = _parallel(compiler, len(grid)) if on_tpu else [True] * len(grid)
     scalars = operands[: mapping.num_index_operands]
     for number, block in enumerate(mapping.block_mappings):
@@ -143,13 +143,13 @@ def _pallas_call(equation: Any, operands: list[np.ndarray | None]) -> Iterator[s
         say = f"{name}: {tag} {tuple(shape)}".format
         if math.prod(shape) >= 2**31:
             yield say() + " has more than 2^31 elements: offsets overflow 32 bits"
-        if _by_hand(block):
+        if by_hand(block):
             continue
-        sides, by_element = _sides(block)
+        sides, by_element = sides_of(block)
         ragged = any(side % part for side, part in zip(shape, sides, strict=True)) and not any(by_element)
         if ragged and tag not in masked:
             yield say() + f" is not divided by its block {sides}: a ragged edge that nobody says is masked"
-        indices = _index(block, places, scalars)
+        indices = indices_of(block, places, scalars)
         if indices is None:
             yield say() + ": its index map depends on values: lint with arrays in place of their shapes"
             continue
@@ -204,60 +204,3 @@ def _name(parameters: dict[str, Any]) -> str:
 def _parallel(compiler: Any, sides: int) -> list[bool]:
     said = getattr(compiler, "dimension_semantics", None) or [None] * sides
     return ["parallel" in str(getattr(one, "value", one)).lower() for one in said]
-
-
-def _by_hand(block: Any) -> bool:
-    """Whether the kernel is given a reference to memory that it copies from itself."""
-    aval = getattr(block, "transformed_block_aval", None) or getattr(block, "block_aval", None)
-    return any(word in str(getattr(aval, "memory_space", "")).lower() for word in ("any", "hbm"))
-
-
-def _sides(block: Any) -> tuple[tuple[int, ...], list[bool]]:
-    """The shape of a block, and along which axes its index counts elements and not blocks."""
-    sides, by_element = [], []
-    for part in block.block_shape:
-        size = getattr(part, "block_size", part)
-        sides.append(1 if size is None or not isinstance(size, int) else size)
-        by_element.append(type(part).__name__ in ("Element", "BoundedSlice"))
-    return tuple(sides), by_element
-
-
-def _index(block: Any, places: np.ndarray, scalars: list[np.ndarray | None]) -> np.ndarray | None:
-    """The index map at all programs at once, `[axes, programs]`; None where it asks for unknown values."""
-    closed = block.index_map_jaxpr
-    results = _evaluate(closed.jaxpr, closed.consts, [*places, *scalars])
-    if any(result is None for result in results):
-        return None
-    return np.stack([np.broadcast_to(result, places.shape[1]).astype(np.int64) for result in results])
-
-
-def _evaluate(jaxpr: Any, constants: Any, operands: list[Any]) -> list[Any]:
-    """Runs a jaxpr of scalars on arrays that hold them for every program; None is unknown."""
-    known = dict(zip(jaxpr.constvars, map(np.asarray, constants), strict=True))
-    known |= dict(zip(jaxpr.invars, operands, strict=True))
-
-    def read(atom: Any) -> Any:
-        return np.asarray(atom.val) if hasattr(atom, "val") else known[atom]
-
-    for equation in jaxpr.eqns:
-        values, parameters = [read(atom) for atom in equation.invars], equation.params
-        name = equation.primitive.name
-        inner = parameters.get("jaxpr", parameters.get("call_jaxpr"))
-        if inner is not None:
-            results = _evaluate(inner.jaxpr, inner.consts, values)
-        elif any(value is None for value in values):
-            results = [None] * len(equation.outvars)
-        elif name == "get":
-            (transforms,) = [jax.tree.unflatten(parameters["tree"], values[1:])]
-            at = tuple(
-                np.clip(i, 0, s - 1) for i, s in zip(transforms[0].indices, values[0].shape, strict=True)
-            )
-            results = [values[0][at]]
-        elif name in NUMPY:
-            with np.errstate(all="ignore"):
-                dtype = equation.outvars[0].aval.dtype
-                results = [np.asarray(NUMPY[name](*values, **parameters)).astype(dtype)]
-        else:
-            raise NotImplementedError(f"the linter does not know {name} in an index map.")
-        known.update(zip(equation.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]

@@ -1,6 +1,7 @@
 """A shape that a kernel is measured and compiled at."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,13 +17,17 @@ class Shape:
       config: the config that has it.
       arrays: positional arguments.
       options: keyword arguments.
+      part: the arguments of so many parts that are done alike, such as heads, as there are `parts` of in all.
+      parts: how many.
       trained: whether it is also differentiated there.
     """
 
     name: str
     config: str
     arrays: tuple[jax.ShapeDtypeStruct, ...]
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any]
+    part: Callable[[int], tuple[jax.ShapeDtypeStruct, ...]]
+    parts: int
     trained: bool = True
 
 

@@ -5,6 +5,7 @@
 0.12  `plgpu.kernel` takes a cost.
 """
 
+import importlib.metadata
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -101,3 +102,14 @@ def compute_capability(context: Any) -> tuple[int, int] | None:
 def version() -> str:
     """`0.12` of jax 0.12.0.1: what tables of measured blocks are keyed by."""
     return ".".join(jax.__version__.split(".")[:2])
+
+
+def compilers() -> dict[str, str]:
+    """Versions of the compilers for TPUs and GPUs that are installed."""
+    found = {}
+    for name in ("libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,26 +1,26 @@
 """Shapes that sigmoid attention is measured and compiled at, with the configs they come from."""
 
+import jax
+
 from pallas_kernels.shape import Shape, array
+
+
+def _shape(name: str, config: str, batch: int, length: int, heads: int, groups: int, size: int) -> Shape:
+    def arrays(batch: int, groups: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        keys = array((batch, length, groups, size))
+        return array((batch, length, groups * each, size)), keys, keys
+
+    each = heads // groups
+    causal = config.startswith("configs/language")
+    return Shape(
+        name, config, arrays(batch, groups), dict(causal=causal), lambda count: arrays(1, count), batch * groups
+    )
+
 
 SHAPES = (
     # ViT-B/16 at 224 pixels: 196 patches and a class token, which no block divides.
-    Shape(
-        "vit_b16",
-        "configs/vision/vit.py:b16",
-        tuple(array((16, 197, 12, 64)) for _ in "qkv"),
-        dict(causal=False),
-    ),
-    # Llama 3.2 1B and Llama 3 8B, at lengths that the paper trains language models at.
-    Shape(
-        "lm_1b",
-        "configs/language/lm.py:1b",
-        (array((2, 2048, 32, 64)), array((2, 2048, 8, 64)), array((2, 2048, 8, 64))),
-        dict(causal=True),
-    ),
-    Shape(
-        "lm_8b",
-        "configs/language/lm.py:8b",
-        (array((1, 4096, 32, 128)), array((1, 4096, 8, 128)), array((1, 4096, 8, 128))),
-        dict(causal=True),
-    ),
+    _shape("vit_b16", "configs/vision/vit.py:b16", 16, 197, 12, 12, 64),
+    # Llama 3.2 1B and Llama 3 8B, at the lengths at which the paper trains language models.
+    _shape("lm_1b", "configs/language/lm.py:1b", 2, 2048, 32, 8, 64),
+    _shape("lm_8b", "configs/language/lm.py:8b", 1, 4096, 32, 8, 128),
 )

@@ -30,7 +30,10 @@ DTYPES = ("bfloat16", "float32")
 LARGEST_HEAD = 256
 # Rows of a tile in registers are 8, of 16-bit numbers 16; keys stand along lanes, of which there are 128.
 ROWS, LANES = 16, 128
-VECTOR_MEMORY = 64 * 2**20
+# Of the 64 MiB of a v7x core or v5p some is taken; others have 128.
+VECTOR_MEMORY = 32 * 2**20
+# The logit of a key that a query does not see: its weight is 0.
+NEVER = -1e30
 
 
 def forward(
@@ -177,12 +180,12 @@ class _Tiles:
 
     def weights(self, logits: jax.Array, i: Any, j: Any, queries_axis: int) -> jax.Array:
         """Sigmoid of a tile of products of queries and keys, 0 where a key comes later than the query."""
-        p = jax.nn.sigmoid(logits * self.scale + self.bias)
-        if not self.causal:
-            return p
-        row = lax.broadcasted_iota(jnp.int32, p.shape, queries_axis) + (i * self.queries + self.offset)
-        column = lax.broadcasted_iota(jnp.int32, p.shape, 1 - queries_axis) + j * self.keys
-        return jnp.where(row >= column, p, 0.0)
+        x = logits * self.scale + self.bias
+        if self.causal:
+            row = lax.broadcasted_iota(jnp.int32, x.shape, queries_axis) + (i * self.queries + self.offset)
+            column = lax.broadcasted_iota(jnp.int32, x.shape, 1 - queries_axis) + j * self.keys
+            x = jnp.where(row >= column, x, NEVER)
+        return jax.nn.sigmoid(x)
 
     def dot(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """a b in float32."""
