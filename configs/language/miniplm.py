@@ -11,9 +11,9 @@
 `pydocs-reference`
     The small model, 0.10M parameters in 2 layers of width 64.
 `pydocs`
-    The student, 0.36M parameters in 3 layers of width 96, on half of the text.
+    The student, 0.32M parameters in 3 layers of width 96, on half of the text: 7 minutes, perplexity 4.365.
 `pydocs-drawn`, `pydocs-all`
-    The same on a half that is drawn, and on all of it.
+    The same on a half that is drawn, and on all of it: 4.431 and 4.500.
 
 `--config.data.source.scores=FILE` names other scores, `--config.data.source.share=0.3` keeps less.
 """

@@ -8,7 +8,7 @@
     20 steps of a toy: seconds.
 `digits`
     The ViT of `configs/vision/vit.py:digits` and all 12 with a quarter to all of its heads and hidden units
-    and half to all of its layers; two of them a step.
+    and half to all of its layers; two of them a step. 3 minutes; 98.33%, and 97.5 to 99.2% of slices.
 `digits-whole`
     The same ViT and as many steps, of which only the whole is trained: what slices of an ordinary network do.
 `b16`
