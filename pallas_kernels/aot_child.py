@@ -1,4 +1,4 @@
-"""The process that compiles one kernel for one chip: started by `pallas_kernels.aot`, prints a line of JSON."""
+"""The process that compiles a kernel for a chip: started by `pallas_kernels.aot`, prints a line of JSON."""
 
 import importlib
 import json
@@ -30,8 +30,12 @@ def main() -> None:
     package = importlib.import_module(f"pallas_kernels.{task['kernel']}")
     shapes = importlib.import_module(f"pallas_kernels.{task['kernel']}.shapes").SHAPES
     shape = next(shape for shape in shapes if shape.name == task["shape"])
-    make = dict(tpu=on_tpu, cycles=cycles_on_tpu, gpu=on_gpu)[task["figure"]]
-    print("FOUND " + json.dumps(make(getattr(package, task["kernel"]), shape, task["target"])))
+    function, figure = getattr(package, task["kernel"]), task["figure"]
+    if figure == "cycles":
+        found = cycles_on_tpu(function, shape, task["target"], task["of"])
+    else:
+        found = (on_tpu if figure == "tpu" else on_gpu)(function, shape, task["target"])
+    print("FOUND " + json.dumps(found))
 
 
 def call(
@@ -44,7 +48,7 @@ def call(
 
     def both(cotangent: Any, *given: Any) -> Any:
         y, pullback = jax.vjp(run, *given)
-        return y, pullback(cotangent)
+        return y, [one for one in pullback(cotangent) if one.dtype != jax.dtypes.float0]
 
     return (both, (jax.eval_shape(run, *arrays), *arrays)) if shape.trained else (run, arrays)
 
@@ -94,32 +98,25 @@ def on_tpu(function: Callable[..., Any], shape: Shape, target: str) -> dict[str,
     )
 
 
-def cycles_on_tpu(function: Callable[..., Any], shape: Shape, target: str) -> dict[str, Any]:
-    """Cycles of each kernel by libtpu's static profiler: of one and of two parts, and so of all."""
-    some = {}
+def cycles_on_tpu(function: Callable[..., Any], shape: Shape, target: str, name: str) -> dict[str, Any]:
+    """Cycles of one kernel by libtpu's static profiler: of one and of two parts, and so of all."""
+    some: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
-        run, arguments = call(function, shape, shape.part(1), "tpu")
-        names = [e.params["name"] for e in grids.pallas_calls(jax.make_jaxpr(run)(*arguments).jaxpr)]
         # libtpu reads its flags when it is loaded. The profiler aborts at much that is around a kernel, so it
-        # is told the kernels' names: as they are, and as differentiation writes them.
-        written = [form for name in names for form in (name, f"jvp_{name}_", f"transpose_jvp_{name}__")]
-        only = ";".join(f"{name}{end}=true" for name in written for end in ("", ".1", ".2", ".3"))
+        # is told the kernel's name: as it is, and as differentiation writes it.
+        written = (name, f"jvp_{name}_", f"transpose_jvp_{name}__")
+        only = ";".join(f"{form}{end}=true" for form in written for end in ("", ".1", ".2", ".3"))
         flags = f"--xla_jf_dump_static_llo_profile_to={folder} --xla_jf_dump_only_matching_hlo=false;{only}"
         os.environ["LIBTPU_INIT_ARGS"] = flags
         device = _tpu(target)
         for parts in (1, 2):
-            run, arguments = call(function, shape, shape.part(parts), "tpu")
-            compiled(run, arguments, device, "tpu")
+            compiled(*call(function, shape, shape.part(parts), "tpu"), device, "tpu")
             for file in Path(folder).iterdir():
-                said = re.search(r"estimated_cycles: (\d+)", file.read_text())
-                if said:
-                    name = max((name for name in names if name in file.name), key=len)
-                    some[name, parts] = int(said.group(1))
+                some += [int(number) for number in re.findall(r"estimated_cycles: (\d+)", file.read_text())]
                 file.unlink()
-    extra = shape.parts - 1
-    return {
-        name: some[name, 1] + extra * (some[name, 2] - some[name, 1]) for name in names if (name, 2) in some
-    }
+    if len(some) != 2:
+        raise RuntimeError(f"the profiler wrote {len(some)} figures")
+    return dict(cycles=some[0] + (shape.parts - 1) * (some[1] - some[0]))
 
 
 def _tpu(target: str) -> Any:
@@ -132,7 +129,9 @@ def _vector_memory(text: str, name: str) -> int:
     """Bytes of vector memory of one kernel, in the text of the compiled program."""
     for line in text.splitlines():
         if 'custom_call_target="tpu_custom_call"' in line and re.search(rf"%?(\w+_)?{name}[_.\d]* = ", line):
-            found = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"', line)
+            found = re.search(
+                r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"', line
+            )
             return int(found.group(1)) if found else 0
     return 0
 
@@ -161,26 +160,25 @@ def on_gpu(function: Callable[..., Any], shape: Shape, target: str) -> dict[str,
         file.seek(0)
         said = file.read().decode(errors="replace")
     reference = compiled(*call(function, shape, shape.arrays, "reference"), device, "cuda")
-    return dict(
-        kernels=ptxas(said), xla=dict(temporary=reference.memory_analysis().temp_size_in_bytes)
-    )
+    return dict(kernels=ptxas(said), xla=dict(temporary=reference.memory_analysis().temp_size_in_bytes))
 
 
 def ptxas(said: str) -> list[dict[str, Any]]:
     """Reads the compiler's report of each kernel, and the launch that follows it."""
     kernels = []
     for part in re.split(r"Compiling entry function '", said)[1:]:
-        number = lambda pattern, part=part: int(found.group(1)) if (found := re.search(pattern, part)) else 0
-        launch = re.search(r"call void @mosaic_gpu_(?:launch_kernel|build_kernel_spec)\(ptr [^,]*, ([^)]*)\)", part)
+        launch = re.search(
+            r"call void @mosaic_gpu_(?:launch_kernel|build_kernel_spec)\(ptr [^,]*, ([^)]*)\)", part
+        )
         sizes = [int(size) for size in re.findall(r"i32 (\d+)", launch.group(1))] if launch else [0] * 10
         threads, shared = math.prod(sizes[6:9]), sizes[9]
-        registers = number(r"Used (\d+) registers")
+        registers = _number(r"Used (\d+) registers", part)
         blocks = _blocks(registers, threads, shared)
         kernels.append(
             dict(
                 name=part.split("'")[0].removesuffix("_mosaic_gpu_kernel"),
                 registers=registers,
-                spilled=number(r"(\d+) bytes spill stores"),
+                spilled=_number(r"(\d+) bytes spill stores", part),
                 serialised="serialized" in part,
                 shared=shared,
                 threads=threads,
@@ -191,8 +189,13 @@ def ptxas(said: str) -> list[dict[str, Any]]:
     return kernels
 
 
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    return int(found.group(1)) if found else 0
+
+
 def _blocks(registers: int, threads: int, shared: int) -> int:
-    """Blocks of a Hopper multiprocessor: registers come in units of 256 a warp, each block takes 1 KiB more."""
+    """Blocks of a Hopper multiprocessor; registers come in units of 256 a warp, a block takes 1 KiB more."""
     warps = max(1, -(-threads // 32))
     by_registers = REGISTERS // (-(-max(registers, 1) * 32 // 256) * 256 * warps)
     return min(by_registers, SHARED // (shared + 1024), WARPS // warps, BLOCKS)

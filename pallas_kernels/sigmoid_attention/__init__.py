@@ -7,7 +7,7 @@ the start of training; without it (b = 0) to n/2, and training fails. No row is 
 
 - a tile of keys needs no other: its contribution is added, and there is no statistic to keep for backward;
 - a key without a value does not exist: keys are masked by zeros in v, and lengths filled up with zeros are
-  exact. Kernels know no mask but the causal one.
+  exact. Kernels know no masks but those of order and of segments.
 
 In a causal model b is of the length it is trained at, one number for all rows, and stays that in decoding:
 give `bias`, as the default would follow the length of each call.
@@ -41,6 +41,7 @@ def sigmoid_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    segments: jax.Array | None = None,
     *,
     valid: jax.Array | None = None,
     scale: float | None = None,
@@ -56,6 +57,7 @@ def sigmoid_attention(
       q: `[B, N, H, D]` queries.
       k: `[B, S, G, D]` keys; `H / G` query heads share one.
       v: `[B, S, G, E]` values.
+      segments: `[B, N]` int, where N = S: a query sees keys of its own segment; None means all.
       valid: `[B, S]` bool, the keys that exist; a query that sees none gets zeros.
       scale: factor of the products; None means `1 / sqrt(D)`.
       bias: added to the logits; None means `-log S`.
@@ -71,14 +73,14 @@ def sigmoid_attention(
       Unsupported: for shapes that do not fit together or types that no implementation takes, and for what the
         named implementation does not take.
     """
-    _check(q, k, v, valid)
+    _check(q, k, v, segments, valid)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     bias = -math.log(k.shape[1]) if bias is None else float(bias)
     if valid is not None:
         # Keys too: what they hold may not be a number.
         k, v = (jnp.where(valid[:, :, None, None], array, 0) for array in (k, v))
     return OP(
-        *(q, k, v),
+        *(q, k, v, segments),
         implementation=implementation,
         interpret=interpret,
         strict=strict,
@@ -88,7 +90,9 @@ def sigmoid_attention(
     )
 
 
-def _check(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None) -> None:
+def _check(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, valid: jax.Array | None
+) -> None:
     if not q.ndim == k.ndim == v.ndim == 4:
         raise Unsupported(
             f"sigmoid_attention takes q [B, N, H, D], k [B, S, G, D] and v [B, S, G, E], not {q.shape},"
@@ -113,4 +117,11 @@ def _check(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None) ->
     if valid is not None and (valid.shape != k.shape[:2] or valid.dtype != jnp.bool_):
         raise Unsupported(
             f"sigmoid_attention: valid {valid.dtype}{list(valid.shape)} must be bool{list(k.shape[:2])}."
+        )
+    if segments is None:
+        return
+    if not segments.shape == q.shape[:2] == k.shape[:2] or segments.dtype != jnp.int32:
+        raise Unsupported(
+            f"sigmoid_attention: segments {segments.dtype}{list(segments.shape)} must be int32, one for each"
+            f" query and the key beside it, of which there are {q.shape[1]} and {k.shape[1]}."
         )

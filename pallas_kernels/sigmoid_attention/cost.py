@@ -5,7 +5,7 @@ from typing import Any
 from jax.experimental import pallas as pl
 
 
-def forward(q: Any, k: Any, v: Any, mask: Any = None, *, causal: bool, **_: Any) -> pl.CostEstimate:
+def forward(q: Any, k: Any, v: Any, segments: Any = None, *, causal: bool, **_: Any) -> pl.CostEstimate:
     """Two products: the logits and the values."""
     return _estimate(
         q, k, v, causal, [q.shape[-1], v.shape[-1]], [q, k, v], q.size // q.shape[-1] * v.shape[-1]

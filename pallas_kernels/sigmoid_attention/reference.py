@@ -8,7 +8,7 @@ def sigmoid_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: jax.Array | None = None,
+    segments: jax.Array | None = None,
     *,
     scale: float,
     bias: float,
@@ -20,7 +20,7 @@ def sigmoid_attention(
       q: `[B, N, H, D]` queries.
       k: `[B, S, G, D]` keys; `H / G` query heads share one.
       v: `[B, S, G, E]` values.
-      mask: `[B, 1 or H, N, S]` bool, which keys a query may see; None means all.
+      segments: `[B, N]` int, where N = S: a query sees keys of its own segment; None means all.
       scale: factor of the products.
       bias: added to the logits.
       causal: whether a query sees no later key; the last query stands with the last key.
@@ -36,8 +36,9 @@ def sigmoid_attention(
     if causal:
         distance = keys - queries + jnp.arange(queries)[:, None] - jnp.arange(keys)[None, :]
         weights = jnp.where((distance >= 0)[None, None], weights, 0)
-    if mask is not None:
-        weights = jnp.where(mask, weights, 0)
+    if segments is not None:
+        same = segments[:, :, None] == segments[:, None, :]
+        weights = jnp.where(same[:, None], weights, 0)
     weights = weights.astype(v.dtype).reshape(batch, groups, heads // groups, queries, keys)
     y = jnp.einsum("bgrns,bsge->bngre", weights, v, preferred_element_type=jnp.float32)
     return y.astype(q.dtype).reshape(batch, queries, heads, v.shape[-1])  # [B, N, H, E]

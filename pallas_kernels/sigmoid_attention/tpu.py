@@ -11,6 +11,7 @@ before places, and lengths are multiples of the blocks: what is added has values
 """
 
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -37,15 +38,23 @@ NEVER = -1e30
 
 
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, bias: float, causal: bool, interpret: Interpret
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None = None,
+    *,
+    scale: float,
+    bias: float,
+    causal: bool,
+    interpret: Interpret,
 ) -> jax.Array:
-    """As the reference without a mask."""
-    tiles = _Tiles(q, k, v, causal, scale, bias)
+    """As the reference."""
+    tiles = _Tiles(q, k, v, segments, causal, scale, bias)
     (batch, heads, _, size), values = tiles.q.shape, v.shape[-1]
     out = pl.pallas_call(
         functools.partial(_forward, tiles=tiles),
         grid=(batch, heads, tiles.query_blocks, tiles.key_blocks),
-        in_specs=[tiles.of_queries(size), tiles.of_keys(size), tiles.of_keys(values)],
+        in_specs=[tiles.of_queries(size), tiles.of_keys(size), tiles.of_keys(values), *tiles.of_segments()],
         out_specs=tiles.of_queries(values),
         out_shape=jax.ShapeDtypeStruct((batch, heads, tiles.q.shape[2], values), q.dtype),
         scratch_shapes=[pltpu.VMEM((tiles.queries, values), jnp.float32)],
@@ -53,7 +62,7 @@ def forward(
         compiler_params=_compiler("parallel", "parallel", "parallel", "arbitrary"),
         cost_estimate=cost.forward(q, k, v, causal=causal),
         interpret=interpret,
-    )(tiles.q, tiles.k, tiles.v)
+    )(tiles.q, tiles.k, tiles.v, *tiles.segments)
     return tiles.restored(out, q.shape[1])
 
 
@@ -61,15 +70,16 @@ def backward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    segments: jax.Array | None,
     cotangent: jax.Array,
     *,
     scale: float,
     bias: float,
     causal: bool,
     interpret: Interpret,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     """Cotangents of queries, keys and values."""
-    tiles = _Tiles(q, k, v, causal, scale, bias)
+    tiles = _Tiles(q, k, v, segments, causal, scale, bias)
     (batch, heads, _queries, size), values = tiles.q.shape, v.shape[-1]
     groups, keys = tiles.k.shape[1:3]
     out = padded(cotangent.swapaxes(1, 2), 2, tiles.queries)  # [B, H, N', E]
@@ -77,7 +87,7 @@ def backward(
     d_q = pl.pallas_call(
         functools.partial(_backward_queries, tiles=tiles),
         grid=(batch, heads, tiles.query_blocks, tiles.key_blocks),
-        in_specs=[of_queries, of_keys, of_values, tiles.of_queries(values)],
+        in_specs=[of_queries, of_keys, of_values, tiles.of_queries(values), *tiles.of_segments()],
         out_specs=of_queries,
         out_shape=jax.ShapeDtypeStruct(tiles.q.shape, q.dtype),
         scratch_shapes=[pltpu.VMEM((tiles.queries, size), jnp.float32)],
@@ -85,7 +95,7 @@ def backward(
         compiler_params=_compiler("parallel", "parallel", "parallel", "arbitrary"),
         cost_estimate=cost.backward_queries(q, k, v, causal=causal),
         interpret=interpret,
-    )(tiles.q, tiles.k, tiles.v, out)
+    )(tiles.q, tiles.k, tiles.v, out, *tiles.segments)
     shapes = [jax.ShapeDtypeStruct((batch, groups, keys, last), k.dtype) for last in (size, values)]
     d_k, d_v = pl.pallas_call(
         functools.partial(_backward_keys, tiles=tiles),
@@ -95,6 +105,7 @@ def backward(
             tiles.of_keys_by_group(size),
             tiles.of_keys_by_group(values),
             tiles.of_queries_by_group(values),
+            *tiles.of_segments_by_group(),
         ],
         out_specs=[tiles.of_keys_by_group(size), tiles.of_keys_by_group(values)],
         out_shape=shapes,
@@ -103,11 +114,12 @@ def backward(
         compiler_params=_compiler("parallel", "parallel", "parallel", "arbitrary", "arbitrary"),
         cost_estimate=cost.backward_keys(q, k, v, causal=causal),
         interpret=interpret,
-    )(tiles.q, tiles.k, tiles.v, out)
+    )(tiles.q, tiles.k, tiles.v, out, *tiles.segments)
     return (
         tiles.restored(d_q, q.shape[1]),
         tiles.restored(d_k, k.shape[1]),
         tiles.restored(d_v, k.shape[1]),
+        None,
     )
 
 
@@ -118,11 +130,21 @@ class _Tiles:
       q: `[B, H, N', D]`.
       k: `[B, G, S', D]`.
       v: `[B, G, S', E]`.
+      segments: those of the rows of a tile `[B, N', 1]` and of its columns `[B, 1, N']`, where there are any.
       queries: of a tile.
       keys: of a tile.
     """
 
-    def __init__(self, q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, scale: float, bias: float):
+    def __init__(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        segments: jax.Array | None,
+        causal: bool,
+        scale: float,
+        bias: float,
+    ):
         if q.dtype.name not in DTYPES:
             raise Unsupported(f"sigmoid_attention on TPU takes {' or '.join(DTYPES)}, not {q.dtype}.")
         if max(q.shape[-1], v.shape[-1]) > LARGEST_HEAD:
@@ -139,6 +161,10 @@ class _Tiles:
         self.offset = k.shape[1] - q.shape[1]
         self.q = padded(q.swapaxes(1, 2), 2, self.queries)
         self.k, self.v = (padded(x.swapaxes(1, 2), 2, self.keys) for x in (k, v))
+        self.segments: list[jax.Array] = []
+        if segments is not None:
+            whole = padded(segments, 1, math.lcm(self.queries, self.keys))
+            self.segments = [whole[:, :, None], whole[:, None, :]]
         self.query_blocks = self.q.shape[2] // self.queries
         self.key_blocks = self.k.shape[2] // self.keys
         self.precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
@@ -148,21 +174,44 @@ class _Tiles:
 
     def of_keys(self, last: int) -> pl.BlockSpec:
         def index(b: Any, h: Any, i: Any, j: Any) -> tuple[Any, ...]:
-            # Of tiles that no query of the block sees the last one that some see is named again: it is there.
-            seen = jnp.minimum(j, self.last_keys(i)) if self.causal else j
-            return b, lax.div(h, self.group), seen, 0
+            return b, lax.div(h, self.group), self.seen(i, j), 0
 
         return pl.BlockSpec((None, None, self.keys, last), index)
 
     def of_queries_by_group(self, last: int) -> pl.BlockSpec:
         def index(b: Any, g: Any, j: Any, r: Any, i: Any) -> tuple[Any, ...]:
-            seeing = jnp.maximum(i, self.first_queries(j)) if self.causal else i
-            return b, g * self.group + r, seeing, 0
+            return b, g * self.group + r, self.seeing(i, j), 0
 
         return pl.BlockSpec((None, None, self.queries, last), index)
 
     def of_keys_by_group(self, last: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, self.keys, last), lambda b, g, j, r, i: (b, g, j, 0))
+
+    def of_segments(self) -> list[pl.BlockSpec]:
+        """Of tiles `[queries, keys]`."""
+        if not self.segments:
+            return []
+        return [
+            pl.BlockSpec((None, self.queries, 1), lambda b, h, i, j: (b, i, 0)),
+            pl.BlockSpec((None, 1, self.keys), lambda b, h, i, j: (b, 0, self.seen(i, j))),
+        ]
+
+    def of_segments_by_group(self) -> list[pl.BlockSpec]:
+        """Of tiles `[keys, queries]`."""
+        if not self.segments:
+            return []
+        return [
+            pl.BlockSpec((None, self.keys, 1), lambda b, g, j, r, i: (b, j, 0)),
+            pl.BlockSpec((None, 1, self.queries), lambda b, g, j, r, i: (b, 0, self.seeing(i, j))),
+        ]
+
+    def seen(self, i: Any, j: Any) -> Any:
+        """Block `j` of keys; where no query of block `i` sees any of it, the last one that some see."""
+        return jnp.minimum(j, self.last_keys(i)) if self.causal else j
+
+    def seeing(self, i: Any, j: Any) -> Any:
+        """Block `i` of queries, or where none of them sees a key of block `j` the first that does."""
+        return jnp.maximum(i, self.first_queries(j)) if self.causal else i
 
     def last_keys(self, i: Any) -> Any:
         """The last block of keys of which queries of block `i` see any, the first one where they see none."""
@@ -178,13 +227,16 @@ class _Tiles:
         """Whether some query of block `i` sees some key of block `j`."""
         return (i + 1) * self.queries - 1 + self.offset >= j * self.keys
 
-    def weights(self, logits: jax.Array, i: Any, j: Any, queries_axis: int) -> jax.Array:
-        """Sigmoid of a tile of products of queries and keys, 0 where a key comes later than the query."""
+    def weights(self, logits: jax.Array, i: Any, j: Any, segments: Any, queries_axis: int = 0) -> jax.Array:
+        """Sigmoid of a tile of products of queries and keys, 0 where a key is not seen."""
         x = logits * self.scale + self.bias
         if self.causal:
             row = lax.broadcasted_iota(jnp.int32, x.shape, queries_axis) + (i * self.queries + self.offset)
             column = lax.broadcasted_iota(jnp.int32, x.shape, 1 - queries_axis) + j * self.keys
             x = jnp.where(row >= column, x, NEVER)
+        if segments:
+            of_rows, of_columns = segments
+            x = jnp.where(of_rows[...] == of_columns[...], x, NEVER)
         return jax.nn.sigmoid(x)
 
     def dot(self, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -223,22 +275,24 @@ def _accumulate(
             out[...] = (total[...] * factor).astype(out.dtype)
 
 
-def _forward(q: Any, k: Any, v: Any, out: Any, total: Any, *, tiles: _Tiles) -> None:
+def _forward(q: Any, k: Any, v: Any, *others: Any, tiles: _Tiles) -> None:
+    *segments, out, total = others
     i, j = pl.program_id(2), pl.program_id(3)
 
     def tile() -> None:
-        p = tiles.weights(tiles.dot_t(q[...], k[...]), i, j, 0)  # [queries, keys]
+        p = tiles.weights(tiles.dot_t(q[...], k[...]), i, j, segments)  # [queries, keys]
         total[...] += tiles.dot(p.astype(v.dtype), v[...])  # [queries, E]
 
     seen = pl.when(tiles.sees(i, j)) if tiles.causal else _always
     _accumulate(j == 0, j == tiles.key_blocks - 1, lambda: seen(tile), [total], [out], [1.0])
 
 
-def _backward_queries(q: Any, k: Any, v: Any, do: Any, d_q: Any, total: Any, *, tiles: _Tiles) -> None:
+def _backward_queries(q: Any, k: Any, v: Any, do: Any, *others: Any, tiles: _Tiles) -> None:
+    *segments, d_q, total = others
     i, j = pl.program_id(2), pl.program_id(3)
 
     def tile() -> None:
-        p = tiles.weights(tiles.dot_t(q[...], k[...]), i, j, 0)  # [queries, keys]
+        p = tiles.weights(tiles.dot_t(q[...], k[...]), i, j, segments)  # [queries, keys]
         d_s = tiles.dot_t(do[...], v[...]) * p * (1 - p)
         total[...] += tiles.dot(d_s.astype(k.dtype), k[...])  # [queries, D]
 
@@ -246,13 +300,12 @@ def _backward_queries(q: Any, k: Any, v: Any, do: Any, d_q: Any, total: Any, *, 
     _accumulate(j == 0, j == tiles.key_blocks - 1, lambda: seen(tile), [total], [d_q], [tiles.scale])
 
 
-def _backward_keys(
-    q: Any, k: Any, v: Any, do: Any, d_k: Any, d_v: Any, sum_k: Any, sum_v: Any, *, tiles: _Tiles
-) -> None:
+def _backward_keys(q: Any, k: Any, v: Any, do: Any, *others: Any, tiles: _Tiles) -> None:
+    *segments, d_k, d_v, sum_k, sum_v = others
     j, r, i = pl.program_id(2), pl.program_id(3), pl.program_id(4)
 
     def tile() -> None:
-        p = tiles.weights(tiles.dot_t(k[...], q[...]), i, j, 1)  # [keys, queries]
+        p = tiles.weights(tiles.dot_t(k[...], q[...]), i, j, segments, 1)  # [keys, queries]
         sum_v[...] += tiles.dot(p.astype(do.dtype), do[...])  # [keys, E]
         d_s = tiles.dot_t(v[...], do[...]) * p * (1 - p)
         sum_k[...] += tiles.dot(d_s.astype(q.dtype), q[...])  # [keys, D]

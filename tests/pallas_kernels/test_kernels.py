@@ -31,7 +31,7 @@ def training(name, shape, **how):
 
     def both(cotangent, *arrays):
         y, pullback = jax.vjp(call, *arrays)
-        return y, pullback(cotangent)
+        return y, [one for one in pullback(cotangent) if one.dtype != jax.dtypes.float0]
 
     return both, (jax.eval_shape(call, *shape.arrays), *shape.arrays)
 

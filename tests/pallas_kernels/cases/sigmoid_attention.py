@@ -30,6 +30,13 @@ def fully_masked():
     return arrays, dict(causal=True, valid=valid)
 
 
+def packed():
+    """Three documents in a row, over the edges of blocks."""
+    arrays = numbers(150, 150, 2, 1, 16, 16)
+    segments = np.repeat([[3, 1, 2]], [70, 10, 70], axis=1).astype(np.int32)
+    return arrays, dict(causal=True, segments=segments)
+
+
 CASE = Case(
     function=sigmoid_attention,
     arguments=arguments(),
@@ -37,6 +44,7 @@ CASE = Case(
     differentiated=3,
     fixed=dict(
         fully_masked=fully_masked,
+        packed=packed,
         one_token=lambda: (numbers(1, 1, 2, 2, 8, 8), dict(causal=True)),
         many_blocks=lambda: (numbers(200, 300, 2, 1, 16, 8), dict(causal=True)),
         own_bias=lambda: (numbers(3, 129, 1, 1, 8, 8), dict(bias=0.5, scale=0.3)),
