@@ -18,7 +18,9 @@ from typing import Any
 # Primitives whose one jaxpr runs once, on the equation's own operands.
 _CALLS = ("checkpoint", "closed_call", "composite", "core_call", "jit", "named_call", "pjit", "remat2")
 _CALLS_WITH_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vmap_call")
-_INLINED = frozenset(_CALLS + _CALLS_WITH_RULES)
+# Of a kernel that is chosen at lowering the reference, whose arithmetic it does.
+_KERNELS = ("kernel_or_reference",)
+_INLINED = frozenset(_CALLS + _CALLS_WITH_RULES + _KERNELS)
 
 
 @dataclasses.dataclass(frozen=True)

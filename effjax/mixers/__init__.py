@@ -20,6 +20,7 @@ from effjax.mixers.pooling import Pooling
 from effjax.mixers.reparam_depthwise import ReparamDepthwise
 from effjax.mixers.shifted_volume import ShiftedVolume
 from effjax.mixers.shifted_window import ShiftedWindow
+from effjax.mixers.sigmoid_attention import SigmoidAttention
 from effjax.mixers.simplified_linear import SimplifiedLinear
 from effjax.mixers.sliding_window import SlidingWindow
 from effjax.mixers.spark_attention import SparkAttention
@@ -51,6 +52,7 @@ KINDS = {
     "reparam_depthwise": ReparamDepthwise,
     "shifted_volume": ShiftedVolume,
     "shifted_window": ShiftedWindow,
+    "sigmoid_attention": SigmoidAttention,
     "simplified_linear": SimplifiedLinear,
     "sliding_window": SlidingWindow,
     "spark_attention": SparkAttention,
