@@ -60,8 +60,9 @@ class UnifiedSoftmax(Range):
 
     Attributes:
       splits: parts into which the keys are cut; kernels choose theirs themselves.
-      implementation: `parts` is what stands here, on every platform. `kernel` is the kernel of the platform,
-        and the softmax of all keys at once where it has none; `reference` is that everywhere.
+      implementation: `parts` is what stands here, on every platform. `kernel` is the kernel of the platform;
+        where it has none, or with a warning none for these shapes, the softmax of all keys at once, which
+        `reference` is everywhere.
     """
 
     splits: int = 8
