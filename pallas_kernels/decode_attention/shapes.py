@@ -21,10 +21,10 @@ def _pages(batch: int, each: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(batch * each).reshape(batch, each).astype(np.int32)
 
 
-def _rows(batch: int, slots: int, size: int, tokens: int = 1) -> tuple[Any, ...]:
-    """Llama 3's heads: 32 of queries, 8 of keys."""
-    cached = array((batch, slots, 8, size))
-    return array((batch, tokens, 32, size)), cached, cached, _lengths(batch, slots)
+def _rows(batch: int, slots: int) -> tuple[Any, ...]:
+    """Llama 3 8B's heads: 32 of queries, 8 of keys."""
+    cached = array((batch, slots, 8, 128))
+    return array((batch, 1, 32, 128)), cached, cached, _lengths(batch, slots)
 
 
 def _paged(batch: int) -> tuple[Any, ...]:
@@ -33,10 +33,10 @@ def _paged(batch: int) -> tuple[Any, ...]:
     return array((batch, 4, 32, 128)), cached, cached, _lengths(batch, 8192), _pages(batch, 128)
 
 
-def _shape(name: str, variant: str, part: Any, batch: int, **options: Any) -> Shape:
+def _shape(name: str, part: Any, batch: int, **options: Any) -> Shape:
     return Shape(
         name=name,
-        config=f"configs/language/lm.py:{variant}",
+        config="configs/language/lm.py:8b",
         arrays=part(batch),
         options=options,
         part=part,
@@ -46,10 +46,9 @@ def _shape(name: str, variant: str, part: Any, batch: int, **options: Any) -> Sh
 
 
 SHAPES = (
-    # Llama 3.2 1B, 32 sequences.
-    _shape("lm_1b", "1b", lambda batch: _rows(batch, 4096, 64), 32),
-    # Llama 3 8B: one long sequence, and 16 of them.
-    _shape("lm_8b_alone", "8b", lambda batch: _rows(batch, 8192, 128), 1),
-    _shape("lm_8b_unified", "8b", lambda batch: _rows(batch, 8192, 128), 16, within=Within()),
-    _shape("lm_8b_paged", "8b", _paged, 16),
+    # One long sequence, many shorter ones, and by a unified maximum.
+    _shape("lm_8b_alone", lambda batch: _rows(batch, 8192), 1),
+    _shape("lm_8b_many", lambda batch: _rows(batch, 4096), 32),
+    _shape("lm_8b_unified", lambda batch: _rows(batch, 8192), 16, within=Within()),
+    _shape("lm_8b_paged", _paged, 16),
 )

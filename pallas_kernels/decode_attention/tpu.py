@@ -35,7 +35,8 @@ from pallas_kernels.padding import padded, rounded
 # Rows of a block of the cache: slots times heads. 4096 of 128 channels are 1 MB of keys and 1 MB of values.
 BLOCKS = {"columns": 4096}
 DTYPES = ("bfloat16", "float32")
-LARGEST_HEAD = 256
+# Channels lie along the lanes, and a cache of fewer is read with what fills them up.
+HEADS = (128, 256)
 # Slots are a multiple of the lanes, and of so many rows of 16-bit numbers registers are made.
 ROWS, LANES = 16, 128
 MOST_PAGES = 16
@@ -59,10 +60,10 @@ def forward(
     """As the reference."""
     if q.dtype.name not in DTYPES:
         raise Unsupported(f"decode_attention on TPU takes {' or '.join(DTYPES)}, not {q.dtype}.")
-    if max(q.shape[-1], v.shape[-1]) > LARGEST_HEAD:
+    if not interpret and any(size not in HEADS for size in (q.shape[-1], v.shape[-1])):
         raise Unsupported(
-            f"decode_attention on TPU takes heads of up to {LARGEST_HEAD} channels, not"
-            f" {max(q.shape[-1], v.shape[-1])}."
+            f"decode_attention on TPU takes heads of {' or '.join(map(str, HEADS))} channels, not"
+            f" {q.shape[-1]} and {v.shape[-1]}: others would be filled up, and more be read than XLA reads."
         )
     batch, tokens, heads, size = q.shape
     groups, values = k.shape[2], v.shape[-1]

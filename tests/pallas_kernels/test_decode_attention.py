@@ -168,7 +168,11 @@ def test_bad_arguments(change, message):
         jax.eval_shape(functools.partial(decode_attention, **static), *arrays, **change)
 
 
-def test_heads_that_would_have_to_be_copied():
+@pytest.mark.parametrize(
+    ("implementation", "message"),
+    [("gpu", "64 or 128 channels, not 80"), ("tpu", "128 or 256 channels, not 80")],
+)
+def test_heads_that_would_have_to_be_filled_up(implementation, message):
     arrays = [jax.ShapeDtypeStruct((1, 64, 2, 80), jnp.bfloat16)] * 3
-    with pytest.raises(Unsupported, match="heads of 64 or 128 channels, not 80 and 80"):
-        jax.eval_shape(functools.partial(decode_attention, implementation="gpu"), *arrays)
+    with pytest.raises(Unsupported, match=message):
+        jax.eval_shape(functools.partial(decode_attention, implementation=implementation), *arrays)
