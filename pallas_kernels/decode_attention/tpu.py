@@ -205,31 +205,37 @@ class _Step:
             summed[...] = jnp.zeros_like(summed)
             off[0] = 0
 
+        def seen() -> jax.Array:
+            there = places[...] < length - start  # [R, columns]
+            return there if valid is None else there & (valid[...] > 0)
+
+        def values() -> jax.Array:
+            loaded = _joined(v)  # [columns, E]
+            if not self.blocked.ragged:
+                return loaded
+            # What stands over the end of the array may not be a number.
+            row = lax.broadcasted_iota(jnp.int32, loaded.shape, 0) + start * self.blocked.groups
+            return jnp.where(row < self.blocked.slots * self.blocked.groups, loaded, 0)
+
         @pl.when(start < length)
         def _() -> None:
             x = self.dot(q[...], _joined(k), 1) * self.scale  # [R, columns]
             x = x if self.cap is None else self.cap * jnp.tanh(x / self.cap)
-            seen = places[...] < length - start
-            seen = seen if valid is None else seen & (valid[...] > 0)
-            values = _joined(v)  # [columns, E]
-            if self.blocked.ragged:
-                # What stands over the end of the array may not be a number.
-                row = lax.broadcasted_iota(jnp.int32, values.shape, 0) + start * self.blocked.groups
-                values = jnp.where(row < self.blocked.slots * self.blocked.groups, values, 0)
             if not self.unify:
-                self.running(x, seen, values, top, total, summed)
+                self.running(x, seen(), values(), top, total, summed)
                 return
-            away = jnp.max(jnp.where(seen, jnp.abs(x - self.within.middle), 0.0))
+            away = jnp.max(jnp.where(seen(), jnp.abs(x - self.within.middle), 0.0))
             off[0] = jnp.where(away < self.within.half, off[0], 1)  # also where it is no number
 
+            # Loaded where they are used: what is alive over a branch is kept in memory, and x is enough.
             @pl.when(off[0] == 0)
             def _() -> None:
-                powers = jnp.where(seen, jnp.exp(x - self.within.phi), 0.0)
-                self.add(powers, values, total, summed)
+                powers = jnp.where(seen(), jnp.exp(x - self.within.phi), 0.0)
+                self.add(powers, values(), total, summed)
 
             @pl.when(off[0] != 0)
             def _() -> None:
-                self.running(x, seen, values, top, total, summed)
+                self.running(x, seen(), values(), top, total, summed)
 
         @pl.when(j == self.blocked.blocks - 1)
         def _() -> None:
