@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # Where this is set, every worker and every driver of the tests compiles all files of the library again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test parity check durations lint types fast catalog newest clean
+.PHONY: demo test parity check durations lint types fast catalog newest aot clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml .ci/constraints.txt
@@ -50,6 +50,9 @@ catalog: $(STAMP)  ## writes CATALOG.md from effjax/catalog
 newest: $(STAMP)  ## the shorter leg on another interpreter: make VENV=.venv-newest PYTHON=python3.12 newest
 	$(BIN)/python -m pytest -n 2 -m 'not slow'
 	$(BIN)/python -m pytest -n 2 tests/eight -k families
+
+aot: $(STAMP)  ## compiles every kernel for TPUs and GPUs that are not here, and writes pallas_kernels/RESULTS.md
+	$(BIN)/python -m pallas_kernels.aot --write
 
 clean:
 	rm -rf .venv .venv-newest runs build dist *.egg-info

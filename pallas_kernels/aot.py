@@ -9,8 +9,9 @@ TPU (libtpu)
     cycles      libtpu's own interpretation of the scheduled instructions, with a model of copies. Of a part
                 of the heads, and times the others: programs of other heads do the same. It ranks kernels;
                 it has agreed with hardware to 5% for matrix products alone, and is blind to HBM's bandwidth.
+                Not told where the profiler gives up, or finds more operations a second than the chip does.
     bytes       from and to HBM, by the index maps: a block moves when its index changes. Exact.
-    memory      vector memory that a kernel takes. Exact.
+    memory      vector memory that libtpu notes for a kernel.
     time        the larger of cycles / clock and bytes / bandwidth, which is a lower bound.
     XLA         the reference: bytes as its cost analysis counts them, and time from the larger of those over
                 the bandwidth and floating-point operations over the peak rate. A lower bound too.
@@ -116,6 +117,9 @@ def compiled(kernel: str, shape: str, target: Target) -> Row:
             part["cycles"] = _child(kernel, shape, target, "cycles", of=part["name"]).get("cycles")
             moving = part["bytes"] / found["bandwidth"]
             computing = None if part["cycles"] is None else part["cycles"] / found["clock"]
+            if computing is not None and part["flops"] / computing > found["rate"]:
+                # Faster than the chip is: the profiler has left something out.
+                part["cycles"] = computing = None
             part["microseconds"] = 1e6 * max(moving, computing or 0)
             part["bound"] = "HBM" if computing is None or moving > computing else "cycles"
         xla = found["xla"]
@@ -232,8 +236,10 @@ def _page(text: str, faults: list[str]) -> str:
     return f"""# What compilers say of the kernels
 
 Written by `python -m pallas_kernels.aot --write`. **Static figures: nothing here was run on hardware.**
-jax {jax.__version__}, {tools}. What each figure is, and what it is worth, stands in `pallas_kernels/aot.py`.
-Cycles that are not told: libtpu's profiler does not know an instruction of that kernel, and gives up.
+jax {jax.__version__}, {tools}.
+What each figure is, and what it is worth, stands in `pallas_kernels/aot.py`.
+Cycles that are not told: libtpu's profiler does not know an instruction of that kernel and gives up, or its
+figure is of more operations a second than the chip does.
 
 {text}
 ## What must hold

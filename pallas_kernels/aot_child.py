@@ -19,6 +19,8 @@ from pallas_kernels.shape import Shape
 
 # The smallest topologies that libtpu has, and the clock: peak rate over operations a cycle.
 TOPOLOGIES = {"v5e": ("v5e:2x2", 1.5e9), "v5p": ("v5p:2x2x1", 1.75e9), "v6e": ("v6e:2x2", 1.75e9)}
+# Those that share the parallel sides of a grid.
+CORES = {"v5e": 1, "v5p": 2, "v6e": 1}
 # Name and bandwidth; both are compiled for compute capability 9.0a.
 GPUS = {"h100": ("NVIDIA H100 80GB HBM3", 3_350_000_000_000), "h200": ("NVIDIA H200", 4_800_000_000_000)}
 REGISTERS, SHARED, WARPS, BLOCKS = 65_536, 233_472, 64, 32
@@ -76,6 +78,7 @@ def on_tpu(function: Callable[..., Any], shape: Shape, target: str) -> dict[str,
         dict(
             name=equation.params["name"],
             bytes=grids.traffic(equation, operands),
+            flops=equation.params["cost_estimate"].flops,
             vector_memory=_vector_memory(text, equation.params["name"]),
         )
         for equation, operands in grids.pallas_calls(jax.make_jaxpr(run)(*arguments).jaxpr, arguments)
@@ -99,7 +102,11 @@ def on_tpu(function: Callable[..., Any], shape: Shape, target: str) -> dict[str,
 
 
 def cycles_on_tpu(function: Callable[..., Any], shape: Shape, target: str, name: str) -> dict[str, Any]:
-    """Cycles of one kernel by libtpu's static profiler: of one and of two parts, and so of all."""
+    """Cycles of one kernel by libtpu's static profiler: of some parts and of more, and so of all.
+
+    Two cores that share a grid take a part each, so that there are as many more parts as there are cores.
+    """
+    cores = CORES[target]
     some: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
         # libtpu reads its flags when it is loaded. The profiler aborts at much that is around a kernel, so it
@@ -109,14 +116,14 @@ def cycles_on_tpu(function: Callable[..., Any], shape: Shape, target: str, name:
         flags = f"--xla_jf_dump_static_llo_profile_to={folder} --xla_jf_dump_only_matching_hlo=false;{only}"
         os.environ["LIBTPU_INIT_ARGS"] = flags
         device = _tpu(target)
-        for parts in (1, 2):
+        for parts in (cores, 2 * cores):
             compiled(*call(function, shape, shape.part(parts), "tpu"), device, "tpu")
             for file in Path(folder).iterdir():
                 some += [int(number) for number in re.findall(r"estimated_cycles: (\d+)", file.read_text())]
                 file.unlink()
     if len(some) != 2:
         raise RuntimeError(f"the profiler wrote {len(some)} figures")
-    return dict(cycles=some[0] + (shape.parts - 1) * (some[1] - some[0]))
+    return dict(cycles=some[0] + (shape.parts - cores) * (some[1] - some[0]) // cores)
 
 
 def _tpu(target: str) -> Any:

@@ -40,7 +40,9 @@ HEADS = (128, 256)
 # Slots are a multiple of the lanes, and of so many rows of 16-bit numbers registers are made.
 ROWS, LANES = 16, 128
 MOST_PAGES = 16
-VECTOR_MEMORY = 64 * 2**20
+VECTOR_MEMORY = 32 * 2**20
+# Scores of a block, so that several arrays of them fit.
+MOST_SCORES = 2**19
 NEVER = 2**30
 
 
@@ -67,7 +69,9 @@ def forward(
         )
     batch, tokens, heads, size = q.shape
     groups, values = k.shape[2], v.shape[-1]
-    blocked = _Unpaged(k) if pages is None else _Paged(k, pages)
+    columns = blocks("decode_attention", f"d{size}", BLOCKS)["columns"]
+    columns = min(columns, MOST_SCORES // rounded(tokens * heads, ROWS))
+    blocked = _Unpaged(k, columns) if pages is None else _Paged(k, pages, columns)
     k, v = (array.reshape(array.shape[0], -1, array.shape[-1]) for array in (k, v))  # [B, S G, D]
     rows = padded(q.reshape(batch, tokens * heads, size), 1, ROWS)  # [B, R, D]
     places = _places(tokens, heads, groups, blocked.keys, rows.shape[1])  # [R, columns]
@@ -124,10 +128,9 @@ def _places(tokens: int, heads: int, groups: int, keys: int, rows: int) -> np.nd
 class _Unpaged:
     """A cache of a row after the other, cut into blocks of slots; the last one may stand over the end."""
 
-    def __init__(self, k: jax.Array):
+    def __init__(self, k: jax.Array, columns: int):
         self.shape, self.each = k.shape[:3], 1
         _, self.slots, self.groups, _ = k.shape
-        columns = blocks("decode_attention", f"d{k.shape[-1]}", BLOCKS)["columns"]
         self.keys = min(max(columns // self.groups // LANES, 1) * LANES, rounded(self.slots, ROWS))
         self.blocks = -(-self.slots // self.keys)
         self.ragged = bool(self.slots % self.keys)
@@ -146,7 +149,7 @@ class _Paged:
 
     ragged = False
 
-    def __init__(self, k: jax.Array, pages: jax.Array):
+    def __init__(self, k: jax.Array, pages: jax.Array, columns: int):
         self.shape, self.page, self.groups = k.shape[:3], k.shape[1], k.shape[2]
         if self.page * self.groups % ROWS:
             raise Unsupported(
@@ -155,7 +158,6 @@ class _Paged:
             )
         self.of_a_row = pages.shape[1]
         self.slots = self.page * self.of_a_row
-        columns = blocks("decode_attention", f"d{k.shape[-1]}", BLOCKS)["columns"]
         self.each = min(max(columns // (self.page * self.groups), 1), MOST_PAGES, self.of_a_row)
         self.keys = self.each * self.page
         self.blocks = -(-self.of_a_row // self.each)
@@ -222,7 +224,7 @@ class _Step:
             x = self.dot(q[...], _joined(k), 1) * self.scale  # [R, columns]
             x = x if self.cap is None else self.cap * jnp.tanh(x / self.cap)
             if not self.unify:
-                self.running(x, seen(), values(), top, total, summed)
+                self.running(jnp.where(seen(), x, -math.inf), values(), top, total, summed)
                 return
             away = jnp.max(jnp.where(seen(), jnp.abs(x - self.within.middle), 0.0))
             off[0] = jnp.where(away < self.within.half, off[0], 1)  # also where it is no number
@@ -230,29 +232,29 @@ class _Step:
             # Loaded where they are used: what is alive over a branch is kept in memory, and x is enough.
             @pl.when(off[0] == 0)
             def _() -> None:
-                powers = jnp.where(seen(), jnp.exp(x - self.within.phi), 0.0)
-                self.add(powers, values(), total, summed)
+                masked = jnp.where(seen(), x, -math.inf)
+                self.add(jnp.exp(masked - self.within.phi), values(), total, summed)
 
             @pl.when(off[0] != 0)
             def _() -> None:
-                self.running(x, seen(), values(), top, total, summed)
+                self.running(jnp.where(seen(), x, -math.inf), values(), top, total, summed)
 
         @pl.when(j == self.blocked.blocks - 1)
         def _() -> None:
             y = summed[...] / jnp.where(total[...] > 0, total[...], 1.0)
             out[...] = y.astype(out.dtype)
 
-    def running(self, x: Any, seen: Any, values: Any, top: Any, total: Any, summed: Any) -> None:
-        """Adds a block after what came before is scaled by the new maximum."""
+    def running(self, x: Any, values: Any, top: Any, total: Any, summed: Any) -> None:
+        """Adds a block after what came before is scaled by the new maximum; scores not seen are -inf."""
         # Until something is seen phi is no maximum.
         old = jnp.where(total[...] > 0, top[...], -math.inf)  # [R, 1]
-        new = jnp.maximum(old, jnp.max(jnp.where(seen, x, -math.inf), axis=1, keepdims=True))
+        new = jnp.maximum(old, jnp.max(x, axis=1, keepdims=True))
         new = jnp.where(new > -math.inf, new, 0.0)
         scaled = jnp.exp(old - new)
         top[...] = new
         total[...] *= scaled
         summed[...] *= scaled
-        self.add(jnp.where(seen, jnp.exp(x - new), 0.0), values, total, summed)
+        self.add(jnp.exp(x - new), values, total, summed)
 
     def add(self, powers: Any, values: Any, total: Any, summed: Any) -> None:
         total[...] += jnp.sum(powers, axis=1, keepdims=True)

@@ -12,6 +12,7 @@ before places, and lengths are multiples of the blocks: what is added has values
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -227,10 +228,22 @@ class _Tiles:
         """Whether some query of block `i` sees some key of block `j`."""
         return (i + 1) * self.queries - 1 + self.offset >= j * self.keys
 
-    def weights(self, logits: jax.Array, i: Any, j: Any, segments: Any, queries_axis: int = 0) -> jax.Array:
+    def run(self, tile: Callable[[bool], None], i: Any, j: Any) -> None:
+        """Runs what is done for a tile, where it is seen; it is told whether a key may come too late."""
+        if not self.causal:
+            tile(False)
+            return
+        first, last = i * self.queries + self.offset, (j + 1) * self.keys - 1
+        all_of_it = first >= last
+        pl.when(all_of_it)(lambda: tile(False))
+        pl.when(self.sees(i, j) & jnp.logical_not(all_of_it))(lambda: tile(True))
+
+    def weights(
+        self, logits: jax.Array, i: Any, j: Any, causal: bool, segments: Any, queries_axis: int = 0
+    ) -> jax.Array:
         """Sigmoid of a tile of products of queries and keys, 0 where a key is not seen."""
         x = logits * self.scale + self.bias
-        if self.causal:
+        if causal:
             row = lax.broadcasted_iota(jnp.int32, x.shape, queries_axis) + (i * self.queries + self.offset)
             column = lax.broadcasted_iota(jnp.int32, x.shape, 1 - queries_axis) + j * self.keys
             x = jnp.where(row >= column, x, NEVER)
@@ -279,42 +292,37 @@ def _forward(q: Any, k: Any, v: Any, *others: Any, tiles: _Tiles) -> None:
     *segments, out, total = others
     i, j = pl.program_id(2), pl.program_id(3)
 
-    def tile() -> None:
-        p = tiles.weights(tiles.dot_t(q[...], k[...]), i, j, segments)  # [queries, keys]
+    def tile(causal: bool) -> None:
+        p = tiles.weights(tiles.dot_t(q[...], k[...]), i, j, causal, segments)  # [queries, keys]
         total[...] += tiles.dot(p.astype(v.dtype), v[...])  # [queries, E]
 
-    seen = pl.when(tiles.sees(i, j)) if tiles.causal else _always
-    _accumulate(j == 0, j == tiles.key_blocks - 1, lambda: seen(tile), [total], [out], [1.0])
+    _accumulate(j == 0, j == tiles.key_blocks - 1, lambda: tiles.run(tile, i, j), [total], [out], [1.0])
 
 
 def _backward_queries(q: Any, k: Any, v: Any, do: Any, *others: Any, tiles: _Tiles) -> None:
     *segments, d_q, total = others
     i, j = pl.program_id(2), pl.program_id(3)
 
-    def tile() -> None:
-        p = tiles.weights(tiles.dot_t(q[...], k[...]), i, j, segments)  # [queries, keys]
+    def tile(causal: bool) -> None:
+        p = tiles.weights(tiles.dot_t(q[...], k[...]), i, j, causal, segments)  # [queries, keys]
         d_s = tiles.dot_t(do[...], v[...]) * p * (1 - p)
         total[...] += tiles.dot(d_s.astype(k.dtype), k[...])  # [queries, D]
 
-    seen = pl.when(tiles.sees(i, j)) if tiles.causal else _always
-    _accumulate(j == 0, j == tiles.key_blocks - 1, lambda: seen(tile), [total], [d_q], [tiles.scale])
+    _accumulate(
+        j == 0, j == tiles.key_blocks - 1, lambda: tiles.run(tile, i, j), [total], [d_q], [tiles.scale]
+    )
 
 
 def _backward_keys(q: Any, k: Any, v: Any, do: Any, *others: Any, tiles: _Tiles) -> None:
     *segments, d_k, d_v, sum_k, sum_v = others
     j, r, i = pl.program_id(2), pl.program_id(3), pl.program_id(4)
 
-    def tile() -> None:
-        p = tiles.weights(tiles.dot_t(k[...], q[...]), i, j, segments, 1)  # [keys, queries]
+    def tile(causal: bool) -> None:
+        p = tiles.weights(tiles.dot_t(k[...], q[...]), i, j, causal, segments, 1)  # [keys, queries]
         sum_v[...] += tiles.dot(p.astype(do.dtype), do[...])  # [keys, E]
         d_s = tiles.dot_t(v[...], do[...]) * p * (1 - p)
         sum_k[...] += tiles.dot(d_s.astype(q.dtype), q[...])  # [keys, D]
 
-    seen = pl.when(tiles.sees(i, j)) if tiles.causal else _always
     first = (r == 0) & (i == 0)
     last = (r == tiles.group - 1) & (i == tiles.query_blocks - 1)
-    _accumulate(first, last, lambda: seen(tile), [sum_k, sum_v], [d_k, d_v], [tiles.scale, 1.0])
-
-
-def _always(tile: Any) -> None:
-    tile()
+    _accumulate(first, last, lambda: tiles.run(tile, i, j), [sum_k, sum_v], [d_k, d_v], [tiles.scale, 1.0])
