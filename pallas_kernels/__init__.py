@@ -4,4 +4,4 @@ A folder has `reference.py`, `gpu.py`, `tpu.py`, `shapes.py`, and in `__init__.p
 the folder's name and its `OP`. Nothing but jax, NumPy and the standard library is imported here.
 """
 
-KERNELS = ("sigmoid_attention",)
+KERNELS = ("decode_attention", "sigmoid_attention")

@@ -77,11 +77,11 @@ def on_tpu(function: Callable[..., Any], shape: Shape, target: str) -> dict[str,
     kernels = [
         dict(
             name=equation.params["name"],
-            bytes=grids.traffic(equation),
+            bytes=grids.traffic(equation, operands),
             flops=equation.params["cost_estimate"].flops,
             vector_memory=_vector_memory(text, equation.params["name"]),
         )
-        for equation in grids.pallas_calls(jax.make_jaxpr(run)(*arguments).jaxpr)
+        for equation, operands in grids.pallas_calls(jax.make_jaxpr(run)(*arguments).jaxpr, arguments)
     ]
     reference, arguments = call(function, shape, shape.arrays, "reference")
     executable = compiled(reference, arguments, device, "tpu")

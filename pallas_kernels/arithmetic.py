@@ -31,6 +31,10 @@ def _broadcast(a: Any, *, shape: tuple[int, ...], broadcast_dimensions: tuple[in
     return np.broadcast_to(a.reshape(sides), shape)
 
 
+def _slice(a: Any, *, start_indices: Any, limit_indices: Any, strides: Any, **_: Any) -> Any:
+    return a[tuple(map(slice, start_indices, limit_indices, strides or [None] * a.ndim))]
+
+
 def _select(chosen: Any, *cases: Any, **_: Any) -> Any:
     if len(cases) != 2:
         raise NotImplementedError("select_n of other than two cases")
@@ -92,6 +96,7 @@ NUMPY: dict[str, Callable[..., Any]] = {
     "broadcast_in_dim": _broadcast,
     "iota": _iota,
     "reshape": lambda a, new_sizes, **_: a.reshape(new_sizes),
+    "slice": _slice,
     "squeeze": lambda a, dimensions, **_: a.squeeze(dimensions),
     "transpose": lambda a, permutation, **_: a.transpose(permutation),
     "reduce_sum": lambda a, axes, **_: a.sum(axis=axes),

@@ -199,9 +199,14 @@ class _Emulator:
         chosen, *others = operands
         branches = equation.params["branches"]
         if chosen is UNKNOWN:
-            raise NotImplementedError(
-                f"{self.launch.name}: a branch depends on values: give the linter arrays that hold them."
-            )
+            if self.values or equation.outvars:
+                raise NotImplementedError(
+                    f"{self.launch.name}: a branch depends on values: give the linter arrays that hold them."
+                )
+            # Each is complete in itself, and what it leaves is in memory.
+            for branch in branches:
+                self.closed(branch, others)
+            return []
         return self.closed(branches[min(max(int(chosen), 0), len(branches) - 1)], others)
 
     def _while(self, equation: Any, operands: list[Any]) -> list[Any]:
@@ -401,7 +406,8 @@ class _Emulator:
         if self.values:
             left, right = (np.asarray(factor, np.float32) for factor in factors)
             total: Any = self.view(accumulator, into)
-            total += left @ right
+            with np.errstate(all="ignore"):
+                total += left @ right
         return []
 
     def _wgmma_wait(self, equation: Any, operands: list[Any]) -> list[Any]:

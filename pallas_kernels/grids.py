@@ -15,30 +15,69 @@ def programs_of(grid: tuple[int, ...]) -> np.ndarray:
     return np.indices(grid, dtype=np.int32).reshape(len(grid), -1) if grid else np.zeros((0, 1), np.int32)
 
 
-def pallas_calls(jaxpr: Any) -> Iterator[Any]:
-    """The equations of a jaxpr, and of those in it, that call a kernel with index maps."""
+def pallas_calls(jaxpr: Any, arguments: Any) -> Iterator[tuple[Any, list[np.ndarray | None]]]:
+    """The equations of a jaxpr, and of those in it, that call a kernel with index maps.
+
+    Args:
+      jaxpr: of a traced function.
+      arguments: of that function, of which arrays are known and shapes are not.
+
+    Yields:
+      Each with what is known of its operands.
+    """
+    yield from _calls(jaxpr, known_of(jaxpr, arguments))
+
+
+def _calls(jaxpr: Any, known: dict[Any, np.ndarray]) -> Iterator[tuple[Any, list[np.ndarray | None]]]:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
-            yield equation
+            yield equation, [known.get(atom) for atom in atoms(equation)]
             continue
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
-                    yield from pallas_calls(inner)
+                    yield from _calls(inner, handed(equation, inner, known))
 
 
-def traffic(equation: Any) -> int:
+def known_of(jaxpr: Any, arguments: Any) -> dict[Any, np.ndarray]:
+    """Arrays among the arguments of a jaxpr, by its variables."""
+    return {
+        variable: np.asarray(leaf)
+        for variable, leaf in zip(jaxpr.invars, jax.tree.leaves(arguments), strict=True)
+        if not isinstance(leaf, jax.ShapeDtypeStruct)
+    }
+
+
+def atoms(equation: Any) -> list[Any]:
+    """Operands, with None for constants, which are nobody's variables."""
+    return [None if hasattr(atom, "val") else atom for atom in equation.invars]
+
+
+def handed(equation: Any, inner: Any, known: dict[Any, np.ndarray]) -> dict[Any, np.ndarray]:
+    """What is known of the variables of an inner jaxpr, where operands stand for them one to one."""
+    given = atoms(equation)
+    if len(given) != len(inner.invars):
+        return {}
+    pairs = zip(inner.invars, given, strict=True)
+    return {variable: known[atom] for variable, atom in pairs if atom in known}
+
+
+def traffic(equation: Any, operands: list[np.ndarray | None]) -> int:
     """Bytes that the pipeline of a kernel moves: a block comes, or goes, when its index changes.
 
+    Args:
+      equation: that calls the kernel.
+      operands: what is known of them; index maps may read the first ones.
+
     Raises:
-      ValueError: where an index map depends on values.
+      ValueError: where an index map depends on values that are not known.
     """
     mapping, total = equation.params["grid_mapping"], 0
     places = programs_of(tuple(int(side) for side in mapping.grid))
     for block in mapping.block_mappings:
         array = getattr(block, "array_aval", None) or block.array_shape_dtype
-        indices = indices_of(block, places, [None] * mapping.num_index_operands)
+        indices = indices_of(block, places, operands[: mapping.num_index_operands])
         if indices is None:
             raise ValueError("an index map depends on values")
         moves = 1 + int((np.diff(indices, axis=1) != 0).any(0).sum()) if indices.size else 1

@@ -32,7 +32,7 @@ import jax
 import numpy as np
 
 from pallas_kernels import emulate
-from pallas_kernels.grids import by_hand, indices_of, programs_of, sides_of
+from pallas_kernels.grids import atoms, by_hand, handed, indices_of, known_of, programs_of, sides_of
 from pallas_kernels.launches import Launch, launch_of
 
 MOST_PROGRAMS = 2**20
@@ -60,11 +60,7 @@ def lint(fn: Callable[..., Any], *arguments: Any) -> list[str]:
       A line for each fault; none for a clean program.
     """
     jaxpr = jax.make_jaxpr(fn)(*arguments).jaxpr
-    known = {
-        variable: np.asarray(leaf)
-        for variable, leaf in zip(jaxpr.invars, jax.tree.leaves(arguments), strict=True)
-        if not isinstance(leaf, jax.ShapeDtypeStruct)
-    }
+    known = known_of(jaxpr, arguments)
     return list(dict.fromkeys(_walk(jaxpr, known)))
 
 
@@ -73,7 +69,7 @@ def _walk(jaxpr: Any, known: dict[Any, np.ndarray], outputs: int = 0) -> Iterato
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if name == "pallas_call":
-            yield from _pallas_call(equation, [known.get(atom) for atom in _atoms(equation)])
+            yield from _pallas_call(equation, [known.get(atom) for atom in atoms(equation)])
             continue
         launch = launch_of(equation, jaxpr, outputs)
         if launch is not None:
@@ -85,21 +81,7 @@ def _walk(jaxpr: Any, known: dict[Any, np.ndarray], outputs: int = 0) -> Iterato
             for inner in value if isinstance(value, tuple | list) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
-                    yield from _walk(inner, _handed(equation, inner, known), inside)
-
-
-def _atoms(equation: Any) -> list[Any]:
-    """Operands, with None for constants, which are nobody's variables."""
-    return [None if hasattr(atom, "val") else atom for atom in equation.invars]
-
-
-def _handed(equation: Any, inner: Any, known: dict[Any, np.ndarray]) -> dict[Any, np.ndarray]:
-    """What is known of the variables of an inner jaxpr, where operands stand for them one to one."""
-    atoms = _atoms(equation)
-    if len(atoms) != len(inner.invars):
-        return {}
-    pairs = zip(inner.invars, atoms, strict=True)
-    return {variable: known[atom] for variable, atom in pairs if atom in known}
+                    yield from _walk(inner, handed(equation, inner, known), inside)
 
 
 def _mosaic_gpu(launch: Launch, inputs: list[np.ndarray | None]) -> Iterator[str]:

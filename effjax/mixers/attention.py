@@ -35,7 +35,7 @@ from effjax.mixers.cached import KeyValue
 from effjax.mixers.context import Context
 from effjax.mixers.dot_product import attention_weights, band, softmax_attention, weighted_sum
 from effjax.mixers.stats import Stats, Watch
-from effjax.mixers.unified_softmax import UnifiedSoftmax, unified_attention
+from effjax.mixers.unified_softmax import UnifiedSoftmax, kernel_attention, unified_attention
 
 
 class Attention(KeyValue):
@@ -183,11 +183,18 @@ class Attention(KeyValue):
         bias: Float[Array, "b h 1 s"] | None,
         options: dict[str, Any],
     ) -> Float[Array, "b n h e"]:
-        """What queries take from cached values; of a prompt all scores are there at once in any case."""
+        """What queries take from cached values; of a prompt all scores are there at once in any case.
+
+        Kernels know no slots that stand for several tokens, and none that only some heads keep.
+        """
         whole = options["share"] is None and options["top"] is None
         if self.unified is None or q.shape[1] > 1 or not whole:
             return softmax_attention(q, k, v, mask=allowed, bias=bias, **options)
-        said: dict[str, Any] = dict(scale=self.scale, cap=self.logit_cap, splits=self.unified.splits)
+        said: dict[str, Any] = dict(scale=self.scale, cap=self.logit_cap)
+        alike = bias is None and allowed.shape[1] == 1 and q.dtype == k.dtype == v.dtype
+        if self.unified.implementation != "parts" and alike:
+            return kernel_attention(q, k, v, self.unified, mask=allowed, **said)
+        said |= dict(splits=self.unified.splits)
         return unified_attention(q, k, v, self.unified, mask=allowed, bias=bias, **said)
 
     @nn.nowrap

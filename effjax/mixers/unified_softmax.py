@@ -11,12 +11,13 @@ batches once: `calibrated`.
 Hong et al., "FlashDecoding++: Faster Large Language Model Inference with Asynchronization, Flat GEMM
 Optimization, and Heuristics", MLSys 2024, arXiv:2311.01282, section 3. The intervals that are printed there
 could not be checked: by default it is as wide as float32 allows. Models of a wide range keep the running
-maximum. These are the plain forms; `Attention.unified` lets a model decode by them.
+maximum. These are the plain forms; `Attention.unified` lets a model decode by them, or by the kernels of
+`pallas_kernels.decode_attention`, which compute again only the rows that leave the interval.
 """
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -58,10 +59,14 @@ class UnifiedSoftmax(Range):
     """How attention sums over cached keys when it decodes a token, with the fields of `Range` and this.
 
     Attributes:
-      splits: parts into which the keys are cut.
+      splits: parts into which the keys are cut; kernels choose theirs themselves.
+      implementation: `parts` is what stands here, on every platform. `kernel` is the kernel of the platform;
+        where it has none, or with a warning none for these shapes, the softmax of all keys at once, which
+        `reference` is everywhere.
     """
 
     splits: int = 8
+    implementation: Literal["parts", "kernel", "reference"] = "parts"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,6 +155,31 @@ def unified_attention(
     again = lambda: _with_maximum(q, parts, scale, cap)  # noqa: E731
     y = jax.lax.cond(jnp.any(far), again, plain)  # [B, H, N, E]
     return jnp.moveaxis(y, 1, 2).astype(v.dtype)  # [B, N, H, E]
+
+
+def kernel_attention(
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b s g d"],
+    v: Float[Array, "b s g e"],
+    within: UnifiedSoftmax,
+    *,
+    mask: Bool[Array, "#b 1 1 s"],
+    scale: float | None = None,
+    cap: float | None = None,
+) -> Float[Array, "b n h e"]:
+    """Softmax attention of one token by `pallas_kernels.decode_attention`; what lies behind is not read."""
+    # Pallas is slow to import, and most programs have no use for it.
+    from pallas_kernels.decode_attention import Within, decode_attention
+
+    valid = jnp.broadcast_to(mask[:, 0, 0], (k.shape[0], k.shape[1]))  # [B, S]
+    lengths = jnp.max(jnp.where(valid, jnp.arange(1, k.shape[1] + 1)[None], 0), axis=1)  # [B]
+    return decode_attention(
+        *(q, k, v, lengths.astype(jnp.int32), None, valid),
+        scale=scale,
+        cap=cap,
+        within=Within(within.phi, within.low, within.high),
+        implementation="reference" if within.implementation == "reference" else None,
+    )
 
 
 def synchronised_attention(

@@ -1,11 +1,13 @@
 """A language model that decodes by a softmax in parts says what it says without."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from effjax.config import build
 from effjax.decoding.generate import generate, left_pad
@@ -19,8 +21,10 @@ from effjax.decoding.storage.quantised import Quantised
 from effjax.errors import UsageError
 from effjax.interop import load_variables
 from effjax.mixers import unified_softmax
+from effjax.mixers.attention import Attention
 from effjax.mixers.unified_softmax import UnifiedSoftmax
 from effjax.models.lm import LM
+from pallas_kernels import decode_attention
 from tests.decoding.policies.common import BLOCK, stepwise, toy, variables
 from tests.interop.test_fixtures import FIXTURES, read
 
@@ -138,3 +142,58 @@ def test_a_model_without_attention_is_refused():
         UnifiedSoftmax().applied(model)
     with pytest.raises(UsageError, match="Mamba sums no softmax"):
         UnifiedSoftmax().applied(model.block.mixer)
+
+
+def padded_prompts(draw):
+    return left_pad([draw.integers(0, 17, size).tolist() for size in (9, 3, 12)])
+
+
+@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize("implementation", ["kernel", "reference", "interpreted"])
+def test_kernels_write_the_same(draw, monkeypatch, case, implementation):
+    """With padding in front of the rows; the TPU's kernel is interpreted."""
+    model, unified = MODELS[case]
+    by_kernel = dataclasses.replace(unified, implementation="kernel")
+    if implementation == "reference":
+        by_kernel = dataclasses.replace(unified, implementation="reference")
+    called = []
+    if implementation == "interpreted":
+        kernel = decode_attention.OP
+
+        def interpreted(*arrays, implementation, interpret, **options):
+            called.append(options["within"])
+            return kernel(*arrays, implementation="tpu", interpret=pltpu.InterpretParams(), **options)
+
+        monkeypatch.setattr(decode_attention, "OP", interpreted)
+        # Of another number of parts, which is nothing to kernels: what was compiled is not found again.
+        by_kernel = dataclasses.replace(by_kernel, splits=3)
+    rows, lengths = padded_prompts(draw)
+    texts = [
+        generate(way, variables(), rows, lengths, 12, jax.random.key(1), Sampling(temperature=0.0))
+        for way in (model, by_kernel.applied(model))
+    ]
+    np.testing.assert_array_equal(*texts)
+    assert len(np.unique(texts[0])) > 3
+    assert bool(called) == (implementation == "interpreted")
+
+
+@pytest.mark.parametrize("lengths", [(SIZE,) * 3, (21, 9, 14)], ids=["full", "padded"])
+def test_logits_of_kernels_are_those_of_the_softmax(tokens, lengths):
+    plain, _, _ = stepwise(gentle(), tokens, 6, lengths)
+    unified = dataclasses.replace(WIDE, implementation="kernel")
+    logits, _, _ = stepwise(unified.applied(gentle()), tokens, 6, lengths)
+    tokens_there = np.arange(5, SIZE) >= SIZE - np.asarray(lengths)[:, None]
+    np.testing.assert_allclose(logits[tokens_there], plain[tokens_there], atol=1e-5)
+
+
+def test_a_token_is_lowered_with_the_kernel_of_the_platform():
+    """And a prompt without one."""
+    q = jax.ShapeDtypeStruct((2, 1, 4, 128), jnp.bfloat16)
+    cached = jax.ShapeDtypeStruct((2, 256, 2, 128), jnp.bfloat16)
+    allowed = jax.ShapeDtypeStruct((2, 1, 1, 256), jnp.bool_)
+    options = dict(share=None, top=None, causal=False, scale=None, cap=None)
+    for implementation, expected in (("kernel", True), ("reference", False), ("parts", False)):
+        layer = Attention(heads=4, kv_heads=2, unified=UnifiedSoftmax(implementation=implementation))
+        taken = jax.jit(lambda *x, layer=layer: layer.taken(*x, None, options))
+        text = taken.trace(q, cached, cached, allowed).lower(lowering_platforms=("tpu",)).as_text()
+        assert ("tpu_custom_call" in text) == expected

@@ -63,10 +63,10 @@ def test_blocks_move_where_their_index_changes():
     """Causal attention of four blocks: ten tiles of keys are fetched, and each tile of queries once."""
     q = jax.ShapeDtypeStruct((1, 2048, 1, 64), "bfloat16")
     traced = jax.make_jaxpr(lambda q: sigmoid_attention(q, q, q, causal=True, implementation="tpu"))(q)
-    (equation,) = grids.pallas_calls(traced.jaxpr)
+    ((equation, operands),) = grids.pallas_calls(traced.jaxpr, q)
     tile = 512 * 64 * 2
     # Queries and results: 4 each. Keys and values: 1 + 2 + 3 + 4 less the first of row 1, where row 0 ended.
-    assert grids.traffic(equation) == tile * (4 + 4 + 2 * (10 - 1))
+    assert grids.traffic(equation, operands) == tile * (4 + 4 + 2 * (10 - 1))
 
 
 @pytest.mark.slow

@@ -219,3 +219,29 @@ def test_too_many_threads_on_a_gpu():
     )
     (found,) = lint(kernel, jax.ShapeDtypeStruct((64,), jnp.float32))
     assert found == "wide: 1152 threads a block, 1024 at most"
+
+
+def test_branches_that_depend_on_values_are_all_followed_on_a_gpu():
+    plgpu = versions.mosaic_gpu()
+
+    def body(x, out, tile, arrived):
+        i = lax.axis_index("rows")
+        plgpu.copy_gmem_to_smem(x.at[pl.ds(i * 64, 64)], tile, arrived)
+        plgpu.barrier_wait(arrived)
+        for shift, chosen in ((0, tile[0, 0] > 0), (1, tile[0, 0] <= 0)):
+
+            @pl.when(chosen)
+            def _(shift=shift):
+                plgpu.copy_smem_to_gmem(tile, out.at[pl.ds((i + shift) * 64, 64)])
+                plgpu.wait_smem_to_gmem(0)
+
+    kernel = versions.mosaic_gpu_kernel(
+        body,
+        out=jax.ShapeDtypeStruct((64, 64), jnp.float32),
+        scratch=[plgpu.SMEM((64, 64), jnp.float32), plgpu.Barrier()],
+        grid=(1,),
+        grid_names=("rows",),
+        name="choosing",
+    )
+    (found,) = linted(kernel, 64, 64)
+    assert "out[0]: indices 64 to 127 leave an axis of 64" in found
