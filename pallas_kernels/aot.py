@@ -10,7 +10,8 @@ TPU (libtpu)
                 of the heads, and times the others: programs of other heads do the same. It ranks kernels;
                 it has agreed with hardware to 5% for matrix products alone, and is blind to HBM's bandwidth.
                 Not told where the profiler gives up, or finds more operations a second than the chip does.
-    bytes       from and to HBM, by the index maps: a block moves when its index changes. Exact.
+    bytes       from and to HBM, by the index maps: a block moves when its index changes. Exact, and of the
+                kernels alone: what XLA does around them, to turn and fill up arrays, is not in it.
     memory      vector memory that libtpu notes for a kernel.
     time        the larger of cycles / clock and bytes / bandwidth, which is a lower bound.
     XLA         the reference: bytes as its cost analysis counts them, and time from the larger of those over

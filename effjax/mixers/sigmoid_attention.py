@@ -28,6 +28,7 @@ from effjax.mixers.attention import Attention
 from effjax.mixers.context import Context
 from effjax.mixers.dot_product import dot_products
 from effjax.mixers.stats import Watch
+from effjax.parallel.each_device import on_each_device
 from pallas_kernels.sigmoid_attention import sigmoid_attention
 
 
@@ -64,17 +65,36 @@ class SigmoidAttention(Attention):
             positions = jnp.broadcast_to(following[None], x.shape[:2])
         q, k, v = self.project(x, positions, context)
         if cache is None:
-            y = sigmoid_attention(
-                *(q, k, v, context.segments),
-                valid=context.valid,
-                scale=self.scale,
-                bias=self._bias(x.shape[1]),
-                causal=self.causal,
-                implementation=self.implementation,
-            )  # [B, N, H, E]
+            y = self._whole(q, k, v, context, self._bias(x.shape[1]))  # [B, N, H, E]
         else:
             y, cache = self.remember(q, k, v, positions, cache, context, self.weights, self.causal)
         return self.output(y, x.shape[-1], context), cache
+
+    @nn.nowrap
+    def _whole(
+        self,
+        q: Float[Array, "b n h d"],
+        k: Float[Array, "b n g d"],
+        v: Float[Array, "b n g e"],
+        context: Context,
+        bias: float,
+    ) -> Float[Array, "b n h e"]:
+        """What the tokens of whole sequences take; each device attends for its own rows and heads."""
+
+        def attention(q: Any, k: Any, v: Any, segments: Any, valid: Any) -> Any:
+            return sigmoid_attention(
+                *(q, k, v, segments),
+                valid=valid,
+                scale=self.scale,
+                bias=bias,
+                causal=self.causal,
+                implementation=self.implementation,
+            )
+
+        # Query heads are cut as the key heads they share: a device has both.
+        heads, row = ("batch", None, "kv_heads", None), ("batch", None)
+        cut = on_each_device(attention, (heads, heads, heads, row, row), heads)
+        return cut(q, k, v, context.segments, context.valid)
 
     @nn.nowrap
     def weights(

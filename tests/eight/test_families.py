@@ -40,6 +40,14 @@ PARTS = {
         {"model__block__ffn": {"kind": "mixture", "experts": 4, "chosen": 2, "hidden": 32}},
         {"data": 2, "tensor": 2, "expert": 2},
     ),
+    "sigmoid": (
+        {
+            "model__block__mixer": dict(
+                kind="sigmoid_attention", heads=4, kv_heads=2, causal=True, rotary_base=1e4, length=64
+            )
+        },
+        {"data": 2, "fsdp": 2, "tensor": 2},
+    ),
     "mamba": ({"model__block__mixer": {"kind": "mamba", "state": 4}}, {"data": 2, "fsdp": 2, "tensor": 2}),
 }
 

@@ -2,11 +2,13 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from effjax.errors import UsageError
 from effjax.measure import count
@@ -93,6 +95,22 @@ def test_the_bias_keeps_rows_as_large_as_softmax_does():
     with_bias, without = (jnp.mean(weights(logit_bias=b).sum(-1)) for b in (-np.log(512), 0.0))
     np.testing.assert_allclose(with_bias, np.exp(0.5), rtol=0.05)
     np.testing.assert_allclose(without, 256, rtol=0.05)
+
+
+def test_a_program_for_several_devices_has_the_kernel():
+    """Cut by rows and heads; nothing else would be lowered without a warning, which is an error here."""
+    mesh = AbstractMesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    rules = (("batch", "data"), ("heads", "tensor"), ("kv_heads", "tensor"))
+    mixer = SigmoidAttention(**FIELDS)
+    shapes = jax.eval_shape(params)
+    run = lambda p, x: mixer.apply(p, x, Context(valid=jnp.ones(x.shape[:2], bool)))
+    with jax.sharding.use_abstract_mesh(mesh), nn.logical_axis_rules(rules):
+        cut = NamedSharding(mesh, PartitionSpec("data"))
+        traced = jax.jit(run, in_shardings=(NamedSharding(mesh, PartitionSpec()), cut)).trace(
+            shapes, jax.eval_shape(tokens)
+        )
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 1
 
 
 def test_work_is_that_of_softmax_attention():

@@ -9,6 +9,8 @@ import jax
 import pytest
 
 import pallas_kernels
+from effjax.measure import count
+from effjax.measure.bits import bytes_of
 from pallas_kernels import KERNELS, blocks, versions
 from pallas_kernels.lint import lint
 
@@ -51,6 +53,17 @@ def test_lowers_where_there_is_no_such_device(name, shape, implementation):
 def test_passes_the_linter(name, shape, implementation):
     both, arguments = training(name, shape, implementation=implementation)
     assert lint(both, *arguments) == []
+
+
+@pytest.mark.parametrize(("name", "shape"), SHAPES, ids=IDS)
+def test_declares_no_more_work_than_the_reference_does(name, shape):
+    package = importlib.import_module(f"pallas_kernels.{name}")
+    reference = lambda *arrays: getattr(package, name)(*arrays, **shape.options, implementation="reference")
+    declared = package.OP.cost(*shape.arrays, **shape.options)
+    moved = [*shape.arrays, jax.eval_shape(reference, *shape.arrays)]
+    assert 0.4 * 2 * count(reference, *shape.arrays).macs <= declared.flops
+    assert declared.flops <= 2 * count(reference, *shape.arrays).macs
+    assert 0.9 * sum(map(bytes_of, moved)) <= declared.bytes_accessed <= sum(map(bytes_of, moved))
 
 
 @pytest.mark.parametrize(("name", "shape"), SHAPES, ids=IDS)
