@@ -136,10 +136,7 @@ class Attention(KeyValue):
 
         The second thing returned is the cache, or what is watched.
         """
-        positions = context.positions
-        if positions is None:
-            following = jnp.arange(x.shape[1]) + (0 if cache is None else cache.written)
-            positions = jnp.broadcast_to(following[None], x.shape[:2])
+        positions = self.positions(x, context, cache)
         q, k, v = self.project(x, positions, context)
         if self.top is not None and self.top < 1:
             raise UsageError(f"top={self.top}: a query sums over at least one key.")

@@ -64,6 +64,16 @@ class KeyValue(nn.Module):
         """Channels of a head's values; None where they are those of its keys."""
         return None
 
+    @nn.nowrap
+    def positions(
+        self, x: Float[Array, "b n c"], context: Context, cache: Cache | None
+    ) -> Int[Array, "#b n"]:
+        """Those of the tokens: the context's, or else one after the other behind what the cache has seen."""
+        if context.positions is not None:
+            return context.positions
+        following = jnp.arange(x.shape[1]) + (0 if cache is None else cache.written)
+        return jnp.broadcast_to(following[None], x.shape[:2])
+
     def step(
         self, x: Float[Array, "b n c"], cache: Cache, context: Context
     ) -> tuple[Float[Array, "b n c"], Cache]:

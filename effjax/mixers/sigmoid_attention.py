@@ -59,10 +59,7 @@ class SigmoidAttention(Attention):
           UsageError: for what is of softmax attention alone, and for a cache without a length.
         """
         self._check(context, watch)
-        positions = context.positions
-        if positions is None:
-            following = jnp.arange(x.shape[1]) + (0 if cache is None else cache.written)
-            positions = jnp.broadcast_to(following[None], x.shape[:2])
+        positions = self.positions(x, context, cache)
         q, k, v = self.project(x, positions, context)
         if cache is None:
             y = self._whole(q, k, v, context, self._bias(x.shape[1]))  # [B, N, H, E]

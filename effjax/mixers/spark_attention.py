@@ -80,10 +80,7 @@ class SparkAttention(KeyValue):
         """Attends among the tokens of `x` (no cache), or from them to the cache they are added to."""
         if context.rotary is not None:
             raise UsageError("Spark attention has one rotary base for all layers: set its rotary_base.")
-        positions = context.positions
-        if positions is None:
-            following = jnp.arange(x.shape[1]) + (0 if cache is None else cache.written)
-            positions = jnp.broadcast_to(following[None], x.shape[:2])
+        positions = self.positions(x, context, cache)
         q, k, v = self.project(x, positions)
         if cache is None:
             order = jnp.arange(x.shape[1])
