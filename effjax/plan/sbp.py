@@ -21,11 +21,10 @@ Where what is made has another layout than what is needed, it is boxed, at so ma
 
 `cheapest` chooses a signature for every operation so that the boxing of a graph costs least.
 
-Yuan et al. 2021, arXiv:2110.15032 (OneFlow), section 3 and tables 1 and 2.
+Yuan et al. 2021, arXiv:2110.15032 (OneFlow).
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -266,9 +265,3 @@ def cheapest(graph: Sequence[Operation], devices: int, ends: Mapping[str, Layout
 
 def _end(name: str, layout: Layout) -> Operation:
     return Operation(f"end of {name}", (name,), (Signature((layout,), layout),), 0)
-
-
-def every(graph: Sequence[Operation]) -> list[dict[str, Signature]]:
-    """All plans of a graph: for small ones, to hold `cheapest` against."""
-    ways = itertools.product(*(one.signatures for one in graph))
-    return [dict(zip([one.name for one in graph], way, strict=True)) for way in ways]

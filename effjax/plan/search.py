@@ -14,11 +14,8 @@ from effjax.errors import UsageError
 from effjax.experiment import resolve
 from effjax.layers.stack import REMAT
 from effjax.measure.chips import CHIPS
-from effjax.plan.sends import Step
+from effjax.plan.sends import AXES, Step
 from effjax.plan.topology import Topology
-
-# The axes that a search cuts; experts and sequences are cut where the config says so.
-AXES = ("data", "fsdp", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ from effjax.matching import named_leaves
 from effjax.parallel.sharding import AxisRules, merge_rules
 from effjax.plan.sbp import B, Layout, P, Split, boxing, boxing_on
 
+# The axes that a search cuts; experts and sequences are cut where the config says so.
 AXES = ("data", "fsdp", "tensor")
 
 

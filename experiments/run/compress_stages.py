@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from effjax.errors import UsageError
 from effjax.experiment import resolve
 from effjax.interop.converted import section
 from effjax.train.checkpoint import Checkpoints
+from effjax.train.fingerprint import fingerprints
 from effjax.train.program import Program, build_program
 from effjax.train.state import TrainState, examples_seen
 from experiments import cli
@@ -39,12 +41,14 @@ class Origin:
       program: of it.
       state: of the checkpoint that was taken.
       averaged: whether its averaged weights were.
+      digest: of the weights: a folder may hold another run by the time that a recipe goes on.
     """
 
     workdir: str
     program: Program
     state: TrainState
     averaged: bool
+    digest: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +95,7 @@ class Stages:
         """
         folder = self._folder(number)
         if folder != self.out:
-            with naming(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         config = _config_of(self.origin, subject)
         try:
             program = build_program(resolve(config), self.origin.program.data)
@@ -114,8 +117,11 @@ class Stages:
                 saved.save(int(made.step), made, {"examples": examples_seen(made)})
 
     def clear(self) -> None:
-        """Removes the folders of the steps."""
-        shutil.rmtree(self._steps, ignore_errors=True)
+        """Removes the folders of the steps, and nothing that is not one."""
+        for number in range(1, self._number):
+            _remove(self._folder(number))
+        if self._steps.is_dir() and not any(self._steps.iterdir()):
+            self._steps.rmdir()
 
     @property
     def _number(self) -> int:
@@ -136,9 +142,22 @@ class Stages:
             "from": self.origin.workdir,
             "step": int(self.origin.state.step),
             "averaged": self.origin.averaged,
+            "digest": self.origin.digest,
         }
         asked: dict[str, Any] = json.loads(to_json({**origin, "recipe": recipe}))
         return asked
+
+
+def digest_of(params: Any) -> str:
+    """A text that weights have alone, however they lie."""
+    return hashlib.sha256(json.dumps(fingerprints(params), sort_keys=True).encode()).hexdigest()
+
+
+def _remove(folder: Path) -> None:
+    """Removes what an earlier start left of a step; what is no step stays, and is refused by who writes."""
+    if (folder / RECORD).is_file():
+        with naming(folder):
+            shutil.rmtree(folder)
 
 
 def _record(folder: Path) -> Any:

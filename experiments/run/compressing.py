@@ -23,7 +23,7 @@ from effjax.train.program import Program
 from experiments.run.accelerated_language import step_behind
 from experiments.run.accelerating import WHOLE, Measured, write_table
 from experiments.run.closing import print_table
-from experiments.run.compress_stages import Origin, Stages
+from experiments.run.compress_stages import Origin, Stages, digest_of
 from experiments.run.config_file import LoadedConfig
 from experiments.run.cost import forward_cost
 from experiments.run.formatting import count, duration, measurement
@@ -75,7 +75,7 @@ def run(
     before = Side(program, program.variables(state, averaged))
     params = state.ema if averaged else state.params
     subject = Subject(program.task, {"params": params, **state.collections}, program.data.example_batch(1))
-    origin = Origin(workdir, program, state, averaged)
+    origin = Origin(workdir, program, state, averaged, digest_of(params))
     stages = Stages(Path(out), origin, recipe)
     if not stages.complete():
         taken = stages.newest()

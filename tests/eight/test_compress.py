@@ -16,7 +16,7 @@ from effjax.compress.subject import Calibration, Subject
 from effjax.errors import UsageError
 from effjax.parallel.sharding import to_global
 from effjax.train.checkpoint import Checkpoints
-from experiments.run.compress_stages import Origin, Stages
+from experiments.run.compress_stages import Origin, Stages, digest_of
 from experiments.run.config_file import LoadedConfig
 from experiments.run.workdir import Workdir
 from tests.train.toy import program_of, smoke
@@ -83,7 +83,9 @@ def test_heads_that_no_longer_divide_the_mesh_are_refused(tmp_path, head_step, f
     run = tmp_path / "run"
     config = smoke("configs.language.lm", **changes)
     Workdir.create_or_resume(run, config, command="", config_file="").close()
-    stages = Stages(tmp_path / "out", Origin(str(run), program, state, False), recipe)
+    stages = Stages(
+        tmp_path / "out", Origin(str(run), program, state, False, digest_of(state.params)), recipe
+    )
     if fits:
         stages.keep(1, left)
         assert stages.complete()

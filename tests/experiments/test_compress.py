@@ -100,10 +100,15 @@ def test_a_recipe_goes_on_behind_its_last_whole_step(trained, tmp_path):
     assert "Prune, step 1" not in said
     assert not stage.parent.exists()
     assert manifest(out) == manifest(whole)
+    # What somebody else keeps under that name stays.
+    theirs = tmp_path / "out.steps" / "mine.txt"
+    theirs.parent.mkdir()
+    theirs.write_text("notes")
     # Again: nothing but the report.
     said, _ = drive("compress", *run, f"--out={out}")
     assert "step 1 of 2" not in said
     assert "MACs an example" in said
+    assert theirs.read_text() == "notes"
     file.write_text(text.replace("STEPS", "9"))
     _, error = drive("compress", *run, f"--out={out}", code=2)
     assert "holds a run already" in error

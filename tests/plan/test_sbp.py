@@ -1,5 +1,7 @@
 """The algebra of split, broadcast and partial, and its planner against all plans."""
 
+import itertools
+
 import pytest
 
 from effjax.errors import UsageError
@@ -14,7 +16,6 @@ from effjax.plan.sbp import (
     cheapest,
     contraction,
     cost,
-    every,
     given,
     pointwise,
 )
@@ -63,6 +64,12 @@ def test_axes_of_a_mesh_are_boxed_one_after_the_other():
     # Along the second axis only quarters are added up; then the first gathers whole ones, twice.
     assert boxing_on((S0, P), (B, B), (4, 2), 1000) == 4 * 2 * 250 + 2 * 3000
     assert boxing_on((S0,), (S1,), (4,), 1000) == boxing(S0, S1, 4, 1000)
+
+
+def every(graph):
+    """All plans of a small graph."""
+    ways = itertools.product(*(one.signatures for one in graph))
+    return [dict(zip([one.name for one in graph], way, strict=True)) for way in ways]
 
 
 def mlp(batch, width, hidden, layers=1):
