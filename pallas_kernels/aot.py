@@ -1,7 +1,8 @@
 """Compiles every kernel ahead of time for chips that are not here, and reads back what the compilers say.
 
-    python -m pallas_kernels.aot [--kernel=NAME] [--target=v5e] [--write]
+    python -m pallas_kernels.aot [--kernel=NAME] [--target=v5e] [--all] [--write]
 
+What was compiled before and has not changed is not compiled again: figures are kept in `results.json`.
 Nothing is run on hardware: the figures are static. Each compile is a process of its own, as libtpu and ptxas
 end the process at some mistakes. What is read, and what it is worth:
 
@@ -29,13 +30,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from pallas_kernels import KERNELS, versions
+from pallas_kernels import KERNELS, results, versions
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 SECONDS = 420
@@ -111,13 +113,16 @@ def better(found: dict[str, Any]) -> bool:
     return quicker or sum(part["bytes"] for part in parts) + around < xla["bytes"]
 
 
-def compiled(kernel: str, shape: str, target: Target) -> Row:
+def compiled(place: results.Place) -> Row:
     """Compiles in processes of their own: a TPU's kernels in one, the cycles of each in another."""
+    kernel, shape, name = place
+    target = next(target for target in TARGETS if target.name == name)
     found = _child(kernel, shape, target, target.implementation)
     if target.implementation == "tpu" and "failed" not in found:
         for part in found["kernels"]:
             # The profiler knows not every instruction, and ends its process at one that it does not.
-            part["cycles"] = _child(kernel, shape, target, "cycles", of=part["name"]).get("cycles")
+            told = _child(kernel, shape, target, "cycles", of=part["name"], called=part["called"])
+            part["cycles"] = told.get("cycles")
             moving = part["bytes"] / found["bandwidth"]
             computing = None if part["cycles"] is None else part["cycles"] / found["clock"]
             if computing is not None and part["flops"] / computing > found["rate"]:
@@ -130,8 +135,8 @@ def compiled(kernel: str, shape: str, target: Target) -> Row:
     return Row(kernel, shape, target, found)
 
 
-def _child(kernel: str, shape: str, target: Target, figure: str, of: str = "") -> dict[str, Any]:
-    task = json.dumps(dict(kernel=kernel, shape=shape, target=target.name, figure=figure, of=of))
+def _child(kernel: str, shape: str, target: Target, figure: str, **of: str) -> dict[str, Any]:
+    task = json.dumps(dict(kernel=kernel, shape=shape, target=target.name, figure=figure, **of))
     command = [sys.executable, "-m", "pallas_kernels.aot_child", task]
     root = str(Path(__file__).resolve().parents[1])
     paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
@@ -214,30 +219,65 @@ def main() -> int:
     )
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="one kernel; repeat for more")
     parser.add_argument("--target", choices=[target.name for target in TARGETS], action="append")
-    parser.add_argument("--write", action="store_true", help=f"writes {RESULTS.name}")
+    parser.add_argument("--all", action="store_true", help="compiles what is known too")
+    parser.add_argument("--jobs", type=int, default=2, help="compiles at a time, of 3 GB each")
+    parser.add_argument("--write", action="store_true", help=f"keeps the figures and writes {RESULTS.name}")
     arguments = parser.parse_args()
-    rows = []
-    for kernel in arguments.kernel or KERNELS:
-        for shape in importlib.import_module(f"pallas_kernels.{kernel}.shapes").SHAPES:
-            for target in TARGETS:
-                if target.name in (arguments.target or [target.name]):
-                    rows.append(compiled(kernel, shape.name, target))
-                    print(
-                        f"{kernel} {shape.name} {target.name}: {rows[-1].found.get('failed', 'compiled')}",
-                        flush=True,
-                    )
-    text = tables(rows)
-    print(text)
+    entries = results.read()
+    wanted = [
+        place
+        for place in places()
+        if place[0] in (arguments.kernel or KERNELS) and place[2] in (arguments.target or [place[2]])
+    ]
+    missing = [place for place in wanted if arguments.all or not known(entries, place)]
+    print(
+        f"{len(wanted) - len(missing)} of {len(wanted)} are known, {len(missing)} are compiled.", flush=True
+    )
+    with ThreadPoolExecutor(arguments.jobs) as jobs:
+        for place, row in zip(missing, jobs.map(compiled, missing), strict=True):
+            print(f"{' '.join(place)}: {row.found.get('failed', 'compiled')}", flush=True)
+            entries[place] = dict(digest=results.digest(place[0]), found=row.found)
+            if arguments.write:
+                results.kept(entries, place, row.found)
+    rows = [row_of(entries, place) for place in wanted]
     faults = [fault for row in rows for fault in row.faults()]
+    print(tables(rows))
     print("\n".join(faults) or "Everything holds.")
     if arguments.write:
-        RESULTS.write_text(_page(text, faults))
+        RESULTS.write_text(_page(entries))
     return 1 if faults else 0
 
 
-def _page(text: str, faults: list[str]) -> str:
+def places() -> list[results.Place]:
+    """Every kernel, at every shape that it is measured at, on every chip that it has code for."""
+    found = []
+    for kernel in KERNELS:
+        op = importlib.import_module(f"pallas_kernels.{kernel}").OP
+        for shape in importlib.import_module(f"pallas_kernels.{kernel}.shapes").SHAPES:
+            own = [target for target in TARGETS if getattr(op, target.implementation) is not None]
+            found += [(kernel, shape.name, target.name) for target in own]
+    return found
+
+
+def known(entries: Mapping[results.Place, dict[str, Any]], place: results.Place) -> bool:
+    """Whether figures are of the kernel as it is, by the compilers that are installed."""
+    return place in entries and entries[place]["digest"] == results.digest(place[0])
+
+
+def row_of(entries: Mapping[results.Place, dict[str, Any]], place: results.Place) -> Row:
+    """What was found of a place."""
+    kernel, shape, name = place
+    target = next(target for target in TARGETS if target.name == name)
+    return Row(kernel, shape, target, entries[place]["found"])
+
+
+def _page(entries: Mapping[results.Place, dict[str, Any]]) -> str:
     tools = ", ".join(f"{name} {version}" for name, version in versions.compilers().items())
+    rows = [row_of(entries, place) for place in places() if known(entries, place)]
+    faults = [fault for row in rows for fault in row.faults()]
+    old = [place for place in places() if not known(entries, place)]
     held = "\n".join(f"- {fault}" for fault in faults) or "Everything holds."
+    missing = "\n".join(f"- {' '.join(place)}" for place in old) or "Nothing."
     return f"""# What compilers say of the kernels
 
 Written by `python -m pallas_kernels.aot --write`. **Static figures: nothing here was run on hardware.**
@@ -246,12 +286,16 @@ What each figure is, and what it is worth, stands in `pallas_kernels/aot.py`.
 Cycles that are not told: libtpu's profiler does not know an instruction of that kernel and gives up, or its
 figure is of more operations a second than the chip does.
 
-{text}
+{tables(rows)}
 ## What must hold
 
 No spills and no serialised `wgmma`; on TPUs fewer bytes, or less time, than XLA's own code.
 
 {held}
+
+## Not compiled since it changed
+
+{missing}
 """
 
 

@@ -1,5 +1,7 @@
 """The process that compiles a kernel for a chip: started by `pallas_kernels.aot`, prints a line of JSON."""
 
+import contextlib
+import functools
 import importlib
 import json
 import math
@@ -7,12 +9,13 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 
 from pallas_kernels import grids
 from pallas_kernels.shape import Shape
@@ -34,7 +37,7 @@ def main() -> None:
     shape = next(shape for shape in shapes if shape.name == task["shape"])
     function, figure = getattr(package, task["kernel"]), task["figure"]
     if figure == "cycles":
-        found = cycles_on_tpu(function, shape, task["target"], task["of"])
+        found = cycles_on_tpu(function, shape, task["target"], task["of"], task["called"])
     else:
         found = (on_tpu if figure == "tpu" else on_gpu)(function, shape, task["target"])
     print("FOUND " + json.dumps(found))
@@ -85,11 +88,13 @@ def on_tpu(function: Callable[..., Any], shape: Shape, target: str) -> dict[str,
             bytes=grids.traffic(equation, operands),
             flops=equation.params["cost_estimate"].flops,
             vector_memory=_vector_memory(text, equation.params["name"]),
+            called=_line_of(text, equation.params["name"]).partition(" = ")[0].strip().removeprefix("%"),
         )
         for equation, operands in equations
     ]
     reference, arguments = call(function, shape, shape.arrays, "reference")
-    executable = compiled(reference, arguments, device, "tpu")
+    with _unrolled():
+        executable = compiled(reference, arguments, device, "tpu")
     costs = executable.cost_analysis()
     with jax.set_mesh(Mesh(np.array([device]), ("device",))):
         chip = pltpu.get_tpu_info()
@@ -107,7 +112,20 @@ def on_tpu(function: Callable[..., Any], shape: Shape, target: str) -> dict[str,
     )
 
 
-def cycles_on_tpu(function: Callable[..., Any], shape: Shape, target: str, name: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def _unrolled() -> Iterator[None]:
+    """Writes loops of references out: what is inside of one XLA's cost analysis counts once."""
+    scan = lax.scan
+    lax.scan = functools.partial(scan, unroll=True)
+    try:
+        yield
+    finally:
+        lax.scan = scan
+
+
+def cycles_on_tpu(
+    function: Callable[..., Any], shape: Shape, target: str, name: str, called: str
+) -> dict[str, Any]:
     """Cycles of one kernel by libtpu's static profiler: of some parts and of more, and so of all.
 
     Two cores that share a grid take a part each, so that there are as many more parts as there are cores.
@@ -119,6 +137,7 @@ def cycles_on_tpu(function: Callable[..., Any], shape: Shape, target: str, name:
         # is told the kernel's name: as it is, and as differentiation writes it.
         written = (name, f"jvp_{name}_", f"transpose_jvp_{name}__")
         only = ";".join(f"{form}{end}=true" for form in written for end in ("", ".1", ".2", ".3"))
+        only += f";{called}=true"
         flags = f"--xla_jf_dump_static_llo_profile_to={folder} --xla_jf_dump_only_matching_hlo=false;{only}"
         os.environ["LIBTPU_INIT_ARGS"] = flags
         device = _tpu(target)
@@ -140,13 +159,20 @@ def _tpu(target: str) -> Any:
 
 def _vector_memory(text: str, name: str) -> int:
     """Bytes of vector memory of one kernel, in the text of the compiled program."""
+    place = r'_memory_configs":\[\{"memory_space":"1","offset":"(\d+)","size":"(\d+)"'
+    line = _line_of(text, name)
+    used, given = re.search('"used_scoped' + place, line), re.search('"scoped' + place, line)
+    # Before what is given to the kernel XLA may keep arrays there, which count in what is used.
+    return int(used.group(2)) - (int(given.group(1)) if given else 0) if used else 0
+
+
+def _line_of(text: str, name: str) -> str:
+    """The call of a kernel, which may be named for its only result too."""
     for line in text.splitlines():
-        if 'custom_call_target="tpu_custom_call"' in line and re.search(rf"%?(\w+_)?{name}[_.\d]* = ", line):
-            found = re.search(
-                r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"', line
-            )
-            return int(found.group(1)) if found else 0
-    return 0
+        called = re.search(rf"%?(\w+_)?{name}_*(\.\d+)*(\.\w+)? = ", line)
+        if called and 'custom_call_target="tpu_custom_call"' in line:
+            return line
+    return ""
 
 
 def on_gpu(function: Callable[..., Any], shape: Shape, target: str) -> dict[str, Any]:

@@ -228,7 +228,8 @@ class _Emulator:
         parameters = equation.params
         carries = len(equation.outvars)
         constants = len(operands) - carries
-        if [out.aval for out in equation.outvars] != [atom.aval for atom in equation.invars[constants:]]:
+        given = [(atom.aval.shape, atom.aval.dtype) for atom in equation.invars[constants:]]
+        if given != [(out.aval.shape, out.aval.dtype) for out in equation.outvars]:
             raise NotImplementedError(f"{self.launch.name}: the emulator knows loops with carries alone.")
         carry = operands[constants:]
         for _ in range(parameters["length"]):
@@ -354,10 +355,16 @@ class _Emulator:
 
     def _copy_smem_to_gmem(self, equation: Any, operands: list[Any]) -> list[Any]:
         parameters = equation.params
-        if parameters.get("has_user_predicate") or parameters.get("reduction_op"):
-            raise NotImplementedError(
-                f"{self.launch.name}: reductions and predicates of copies are not emulated."
-            )
+        if parameters.get("reduction_op"):
+            raise NotImplementedError(f"{self.launch.name}: copies that add are not emulated.")
+        if parameters.get("has_user_predicate"):
+            *operands, wanted = operands
+            if wanted is UNKNOWN:
+                raise NotImplementedError(
+                    f"{self.launch.name}: a copy depends on values: give the linter arrays that hold them."
+                )
+            if not wanted:
+                return []
         source, target, *leaves = operands
         trees = [parameters[f"{which}_transforms_treedef"] for which in ("src", "dst")]
         of_source, of_target = _unflatten(trees, leaves)
@@ -373,6 +380,10 @@ class _Emulator:
         self.stores[-1].append(land)
         if parameters.get("commit_group", True):
             self.stores.append([])
+        return []
+
+    def _commit_group(self, *_: Any) -> list[Any]:
+        self.stores.append([])
         return []
 
     def _commit_smem(self, *_: Any) -> list[Any]:
@@ -448,7 +459,6 @@ _IGNORED = {
     "layout_cast",
     "optimization_barrier",
     "set_max_registers",
-    "commit_group",
     "async_prefetch",
     "stop_gradient",
 }

@@ -4,12 +4,12 @@
 
 with stride s, dilation d and padding p. One sum, two ways to write it, chosen when it is lowered for a
 platform: XLA's convolution, and on CPUs, where that one is a scalar loop, shifted multiply-adds, which fuse
-into one pass over the map.
+into one pass over the map. `pallas_kernels.depthwise_conv` has a kernel for TPUs that can be asked for.
 """
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -20,11 +20,13 @@ from effjax.errors import UsageError
 from effjax.layers.dense import named, truncated_normal, zeros
 from effjax.layers.padding import Padding, pad_same
 from effjax.layers.stored import Stored, kernel_of, parameter
+from effjax.parallel.each_device import on_each_device
 
 Edges = tuple[tuple[int, int], tuple[int, int]]
 Map = Float[Array, "b h w c"]
 Coarse = Float[Array, "b h2 w2 c"]
 Kernel = Float[Array, "u v c"]
+Implementation = Literal["plain", "kernel", "reference", "tpu"]
 
 
 def depthwise_conv(
@@ -33,6 +35,9 @@ def depthwise_conv(
     stride: int = 1,
     dilation: int = 1,
     padding: int | None = None,
+    *,
+    bias: Float[Array, "c"] | None = None,
+    implementation: Implementation = "plain",
 ) -> Float[Array, "b h2 w2 c"]:
     """Convolves each channel with its own kernel; zeros lie beyond the edges.
 
@@ -42,9 +47,13 @@ def depthwise_conv(
       stride: of the output places on the input.
       dilation: distance of the kernel's taps.
       padding: zeros on each side; None is half of the kernel's extent, which keeps the size at stride 1.
+      bias: added to each channel.
+      implementation: `plain` is what stands here, on every platform. `kernel` is the same on CPUs, and
+        elsewhere the kernel of the platform, or XLA's convolution where it has none; `reference` and `tpu`
+        name one of these.
 
     Raises:
-      UsageError: where the kernel is larger than the padded map.
+      UsageError: where the kernel is larger than the padded map, and for what no kernel does.
     """
     extents = [dilation * (size - 1) + 1 for size in kernel.shape[:2]]
     sides = [extent // 2 if padding is None else padding for extent in extents]
@@ -54,8 +63,42 @@ def depthwise_conv(
             f"{x.shape[1]} x {x.shape[2]} with a padding of {sides[0]}."
         )
     x, kernel = nn.dtypes.promote_dtype(x, kernel)
+    bias = None if bias is None else bias.astype(x.dtype)
     top, left = sides
-    return _depthwise_of_size(x, kernel, stride, dilation, ((top, top), (left, left)))
+
+    def plain(x: Map, kernel: Kernel, bias: Any) -> Coarse:
+        y = _depthwise_of_size(x, kernel, stride, dilation, ((top, top), (left, left)))
+        return y if bias is None else y + bias[None, None, None]
+
+    if implementation == "plain":
+        return plain(x, kernel, bias)
+    if (stride, dilation) != (1, 1) or any(2 * side + 1 != n for side, n in zip(sides, extents, strict=True)):
+        raise UsageError(
+            f"implementation={implementation!r} keeps the size of a map: it takes odd kernels without stride,"
+            f" dilation and a padding of their own, not {extents[0]} x {extents[1]} places with"
+            f" stride={stride}, dilation={dilation}, padding={padding}. implementation='plain' takes all."
+        )
+    return _by_kernel(x, kernel, bias, plain, implementation)
+
+
+def _by_kernel(
+    x: Map,
+    kernel: Kernel,
+    bias: Any,
+    plain: Callable[..., Map],
+    implementation: Literal["kernel", "reference", "tpu"],
+) -> Map:
+    """Each device convolves its own maps."""
+    # Pallas is slow to import, and most programs have no use for it.
+    from pallas_kernels.depthwise_conv import depthwise_conv as op
+
+    def convolve(x: Any, kernel: Any, bias: Any) -> Any:
+        if implementation == "kernel":
+            return _by_platform(plain, op)(x, kernel, bias)
+        return op(x, kernel, bias, implementation=implementation)
+
+    maps = ("batch", None, None, None)
+    return on_each_device(convolve, (maps, (None, None, None), (None,)), maps)(x, kernel, bias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -193,6 +236,7 @@ class DepthwiseConv(nn.Module):
       padding: zeros on each side; None keeps the size at stride 1; "same" is TensorFlow's, see
         `effjax.layers.padding`, and takes a square kernel without dilation.
       use_bias: whether to add a bias a channel.
+      implementation: as `depthwise_conv` has it.
     """
 
     kernel: int | tuple[int, int]
@@ -200,6 +244,7 @@ class DepthwiseConv(nn.Module):
     dilation: int = 1
     padding: Padding = None
     use_bias: bool = True
+    implementation: Implementation = "plain"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
@@ -213,8 +258,8 @@ class DepthwiseConv(nn.Module):
         padding = self.padding
         if padding == "same":
             x, padding = pad_same(x, size[0], self.stride), 0
-        y = depthwise_conv(x, jnp.asarray(kernel), self.stride, self.dilation, padding)
+        bias = None
         if self.use_bias:
-            bias = self.param("bias", named(zeros, ("embed",)), (channels,), jnp.float32)
-            y = y + bias.astype(y.dtype)[None, None, None]
-        return y
+            bias = jnp.asarray(self.param("bias", named(zeros, ("embed",)), (channels,), jnp.float32))
+        options: dict[str, Any] = dict(bias=bias, implementation=self.implementation)
+        return depthwise_conv(x, jnp.asarray(kernel), self.stride, self.dilation, padding, **options)

@@ -9,7 +9,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from effjax.errors import UsageError
-from effjax.layers.depthwise import DepthwiseConv
+from effjax.layers.depthwise import DepthwiseConv, Implementation
 from effjax.mixers.context import Context
 
 
@@ -19,10 +19,12 @@ class Depthwise(nn.Module):
     Attributes:
       kernel: side k of the kernel.
       use_bias: whether to add a bias a channel.
+      implementation: of the convolution, as `effjax.layers.depthwise` has it.
     """
 
     kernel: int = 7
     use_bias: bool = True
+    implementation: Implementation = "plain"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,4 +36,7 @@ class Depthwise(nn.Module):
         self, x: Float[Array, "b h w c"], context: Context, train: bool = False
     ) -> Float[Array, "b h w c"]:
         """Mixes every place with its neighbours."""
-        return DepthwiseConv(self.kernel, use_bias=self.use_bias, name="conv")(x)
+        conv = DepthwiseConv(
+            self.kernel, use_bias=self.use_bias, implementation=self.implementation, name="conv"
+        )
+        return conv(x)  # [B, H, W, C]

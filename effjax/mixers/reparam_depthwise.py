@@ -12,6 +12,8 @@ al. 2024, section 3.2, for dilated kernels beside a large one. Branches of kerne
 UniRepLKNet's published code.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -19,7 +21,7 @@ from jaxtyping import Array, Float
 from effjax.compress import fold
 from effjax.compress.merge import Fold, Variables, unchanged
 from effjax.errors import UsageError
-from effjax.layers.depthwise import DepthwiseConv
+from effjax.layers.depthwise import DepthwiseConv, Implementation
 from effjax.layers.norms import norm
 from effjax.mixers.context import Context
 
@@ -45,6 +47,7 @@ class ReparamDepthwise(nn.Module):
       identity: whether the map itself is added.
       epsilon: of the norms.
       merged: whether this is the form for use, one convolution with a bias.
+      implementation: of convolutions without dilation, as `effjax.layers.depthwise` has it; others are plain.
     """
 
     kernel: int = 13
@@ -52,6 +55,7 @@ class ReparamDepthwise(nn.Module):
     identity: bool = False
     epsilon: float = 1e-5
     merged: bool = False
+    implementation: Implementation = "plain"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,10 +76,12 @@ class ReparamDepthwise(nn.Module):
     ) -> Float[Array, "b h w c"]:
         """Mixes every place with its neighbours."""
         if self.merged or not self._parallel():
-            return DepthwiseConv(self.kernel, use_bias=self.merged, name="conv")(x)  # [B, H, W, C]
+            options: dict[str, Any] = dict(use_bias=self.merged, implementation=self.implementation)
+            return DepthwiseConv(self.kernel, name="conv", **options)(x)  # [B, H, W, C]
         total = x if self.identity else jnp.zeros_like(x)
         for end, side, dilation in self._named():
-            y = DepthwiseConv(side, dilation=dilation, use_bias=False, name=f"conv{end}")(x)  # [B, H, W, C]
+            options = dict(use_bias=False, implementation=self.implementation if dilation == 1 else "plain")
+            y = DepthwiseConv(side, dilation=dilation, name=f"conv{end}", **options)(x)  # [B, H, W, C]
             total = total + norm("batch", self.epsilon, f"norm{end}", train=train)(y)
         return total
 

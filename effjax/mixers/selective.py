@@ -10,11 +10,12 @@ Every one of `I` channels has a state of `S` numbers; the convolution is depthwi
 
 A whole sequence is cut into chunks: an associative scan inside a chunk (on CPUs token after token, which is
 faster there), a sequential scan over chunks that carries the state and computes each chunk again in the
-backward pass, so that memory grows with the chunk and not with the sequence.
+backward pass, so that memory grows with the chunk and not with the sequence. Or it goes through the kernels
+of `pallas_kernels.selective_scan`, for TPUs and Hopper GPUs, whose states stay where they are computed.
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -23,7 +24,9 @@ from flax.core import meta
 from flax.linen.initializers import Initializer
 from jaxtyping import Array, Bool, Float, Int
 
+from effjax.errors import UsageError
 from effjax.layers.dense import Dense, named, zeros
+from effjax.parallel.each_device import on_each_device
 
 
 class Selective(nn.Module):
@@ -38,6 +41,8 @@ class Selective(nn.Module):
       smallest: initial step sizes are drawn between this
       largest: and this, evenly in their logarithm.
       chunk: tokens that one associative scan covers; it changes time and memory and not the result.
+      implementation: `chunks` is what stands here, on every platform. `kernel` is the kernel of the platform;
+        where it has none, or with a warning none for these shapes, what `reference` is everywhere.
     """
 
     state: int = 16
@@ -48,6 +53,7 @@ class Selective(nn.Module):
     smallest: float = 1e-3
     largest: float = 1e-1
     chunk: int = 64
+    implementation: Literal["chunks", "kernel", "reference"] = "chunks"
 
     @nn.nowrap
     def recur(
@@ -58,43 +64,75 @@ class Selective(nn.Module):
         segments: Int[Array, "b n"] | None = None,
         exists: Bool[Array, "b n"] | None = None,
         gaps: Int[Array, "b n"] | None = None,
+        reverse: bool = False,
     ) -> tuple[Float[Array, "b n i"], Float[Array, "b i s"]]:
         """Returns the outputs y and the state after the last token, in float32.
 
         Args:
-          taps: inputs u, behind the `width - 1` before them.
+          taps: inputs u, behind the `width - 1` before them; where the last is read first, before these.
           rank: channels that the step size is made of.
           hidden: state before the first token; None is an empty one.
           segments: documents of a packed row, which do not see each other.
           exists: tokens that are no padding.
           gaps: how many tokens are missing before each. The state decays over them too, by the step that a
             token without content has, softplus(b_dt).
+          reverse: whether the last token is read first. Kernels do that in place, where no segments are.
         """
-        u = kept(jax.nn.silu(self.convolve(taps, segments)), exists)  # [B, N, I]
+        u = kept(jax.nn.silu(self.convolve(taps, segments, reverse)), exists)  # [B, N, I]
         u = nn.with_logical_constraint(u, ("batch", "length", "mlp"))
         inner = u.shape[-1]
         dt, B, C = self.select(u, rank)  # [B, N, I], [B, N, S], [B, N, S], float32
         A = -jnp.exp(self.param("A_log", named(_log_range, ("mlp", None)), (inner, self.state)))
         D = self.param("D", named(nn.initializers.ones_init(), ("mlp",)), (inner,), jnp.float32)
-        if hidden is None:
-            hidden = jnp.zeros((u.shape[0], inner, self.state), dt.dtype)
         first = None if segments is None else first_of_each(segments)  # [B, N]
-        u, decay = u.astype(dt.dtype), None
+        decay = None
         if gaps is not None:
             bias: Array = meta.unbox(self.get_variable("params", "step_size"))["bias"].astype(dt.dtype)
             decay = dt + gaps[:, :, None].astype(dt.dtype) * jax.nn.softplus(bias)[None, None]
-        y, hidden = selective_scan(u, dt, A.astype(dt.dtype), B, C, hidden, first, self.chunk, decay)
-        return y + u * D.astype(dt.dtype)[None, None, :], hidden
+        scan = self._by_chunks if self.implementation == "chunks" else self._by_kernel
+        y, hidden = scan((u, dt, A.astype(dt.dtype), B, C, hidden, decay, first), reverse)
+        return y + u.astype(dt.dtype) * D.astype(dt.dtype)[None, None, :], hidden
+
+    @nn.nowrap
+    def _by_chunks(self, arrays: tuple[Any, ...], reverse: bool) -> tuple[Array, Array]:
+        if reverse:
+            raise UsageError(
+                "chunks are read from their first token: reverse the tokens, or take the kernel."
+            )
+        u, dt, A, B, C, hidden, decay, first = arrays
+        if hidden is None:
+            hidden = jnp.zeros((u.shape[0], *A.shape), dt.dtype)
+        return selective_scan(u.astype(dt.dtype), dt, A, B, C, hidden, first, self.chunk, decay)
+
+    @nn.nowrap
+    def _by_kernel(self, arrays: tuple[Any, ...], reverse: bool) -> tuple[Array, Array]:
+        # Pallas is slow to import, and most programs have no use for it.
+        from pallas_kernels import selective_scan as kernels
+
+        chosen: Any = "reference" if self.implementation == "reference" else None
+
+        def scan(*arrays: Any) -> Any:
+            return kernels.selective_scan(*arrays, reverse=reverse, implementation=chosen)
+
+        # Each device has its own rows and channels.
+        whole, state, selected = ("batch", None, "mlp"), ("batch", "mlp", None), ("batch", None, None)
+        inputs = (whole, whole, ("mlp", None), selected, selected, state, whole, ("batch", None))
+        y, hidden = on_each_device(scan, inputs, whole, state)(*arrays)
+        return y.astype(arrays[1].dtype), hidden
 
     @nn.nowrap
     def convolve(
-        self, taps: Float[Array, "b m i"], segments: Int[Array, "b n"] | None
+        self, taps: Float[Array, "b m i"], segments: Int[Array, "b n"] | None, reverse: bool = False
     ) -> Float[Array, "b n i"]:
-        """The causal depthwise convolution: output `t` reads inputs `t - width + 1` to `t` of a document."""
+        """The causal depthwise convolution: output `t` reads inputs `t - width + 1` to `t` of a document.
+
+        In reverse it reads inputs `t` to `t + width - 1`, by the same weights in the other order.
+        """
         inner, scale = taps.shape[2], self.width**-0.5
         init = named(uniform(scale), (None, "mlp"))
         kernel = self.param("conv_kernel", init, (self.width, inner), jnp.float32)
-        y = causal_convolution(taps, jnp.asarray(kernel), segments)
+        kernel = jnp.asarray(kernel)
+        y = causal_convolution(taps, kernel[::-1] if reverse else kernel, segments)
         if self.conv_bias:
             bias = self.param("conv_bias", named(zeros, ("mlp",)), (inner,), jnp.float32)
             y = y + bias.astype(y.dtype)[None, None, :]

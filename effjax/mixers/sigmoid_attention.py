@@ -29,7 +29,6 @@ from effjax.mixers.context import Context
 from effjax.mixers.dot_product import dot_products
 from effjax.mixers.stats import Watch
 from effjax.parallel.each_device import on_each_device
-from pallas_kernels.sigmoid_attention import sigmoid_attention
 
 
 class SigmoidAttention(Attention):
@@ -77,6 +76,8 @@ class SigmoidAttention(Attention):
         bias: float,
     ) -> Float[Array, "b n h e"]:
         """What the tokens of whole sequences take; each device attends for its own rows and heads."""
+        # Pallas is slow to import, and most programs have no use for it.
+        from pallas_kernels.sigmoid_attention import sigmoid_attention
 
         def attention(q: Any, k: Any, v: Any, segments: Any, valid: Any) -> Any:
             return sigmoid_attention(

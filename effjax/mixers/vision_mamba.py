@@ -12,6 +12,7 @@ Source: Vision Mamba, Zhu et al. 2024, algorithm 1; the published code halves th
 """
 
 import math
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -30,11 +31,12 @@ class Direction(Selective):
 
     @nn.compact
     def __call__(
-        self, u: Float[Array, "b n i"], rank: int, gaps: Int[Array, "b n"] | None
+        self, u: Float[Array, "b n i"], rank: int, gaps: Int[Array, "b n"] | None, reverse: bool = False
     ) -> Float[Array, "b n i"]:
-        """Runs from the first token to the last; `gaps` are the tokens missing before each."""
-        taps = jnp.pad(u, ((0, 0), (self.width - 1, 0), (0, 0)))  # [B, width - 1 + N, I]
-        return self.recur(taps, rank, gaps=gaps)[0]
+        """Runs from the first token to the last or back; before each it reads `gaps` tokens are missing."""
+        around = (0, self.width - 1) if reverse else (self.width - 1, 0)
+        taps = jnp.pad(u, ((0, 0), around, (0, 0)))  # [B, width - 1 + N, I]
+        return self.recur(taps, rank, gaps=gaps, reverse=reverse)[0]
 
 
 class VisionMamba(nn.Module):
@@ -48,6 +50,7 @@ class VisionMamba(nn.Module):
       chunk: tokens that one associative scan covers; it changes time and memory and not the result.
       aligned: whether the state decays over tokens that were left out; False runs over those that are left as
         if they were neighbours, which Zhan et al. 2024 find to be worse.
+      implementation: as `Selective` has it; kernels read back in place, the others a reversed copy.
     """
 
     expand: float = 2.0
@@ -56,6 +59,7 @@ class VisionMamba(nn.Module):
     rank: int | None = None
     chunk: int = 64
     aligned: bool = True
+    implementation: Literal["chunks", "kernel", "reference"] = "chunks"
 
     def __call__(
         self, x: Float[Array, "b n c"], context: Context, train: bool = False
@@ -103,9 +107,14 @@ class VisionMamba(nn.Module):
         if context.positions is not None and self.aligned:
             missing = jnp.diff(context.positions, axis=1) - 1  # [B, N - 1], between neighbours
             before = jnp.pad(missing, ((0, 0), (1, 0)))  # [B, N]
-            behind = jnp.pad(missing[:, ::-1], ((0, 0), (1, 0)))  # [B, N]
-        ahead = Direction(self.state, self.width, chunk=self.chunk, name="forward")(u, rank, before)
-        back = Direction(self.state, self.width, chunk=self.chunk, name="backward")(u[:, ::-1], rank, behind)
-        y = (ahead + back[:, ::-1]) / 2  # [B, N, I]
+            behind = jnp.pad(missing, ((0, 0), (0, 1)))  # [B, N]
+        fields: dict[str, Any] = dict(chunk=self.chunk, implementation=self.implementation)
+        ahead = Direction(self.state, self.width, **fields, name="forward")(u, rank, before)
+        backward = Direction(self.state, self.width, **fields, name="backward")
+        if self.implementation == "chunks":
+            back = backward(u[:, ::-1], rank, None if behind is None else behind[:, ::-1])[:, ::-1]
+        else:
+            back = backward(u, rank, behind, reverse=True)
+        y = (ahead + back) / 2  # [B, N, I]
         y = y.astype(x.dtype) * jax.nn.silu(z)  # [B, N, I]
         return Dense(channels, ("mlp", "embed"), use_bias=False, name="output")(y), y  # [B, N, C]

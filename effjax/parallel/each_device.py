@@ -16,14 +16,14 @@ Names = tuple[str | None, ...]
 
 
 def on_each_device(
-    function: Callable[..., Any], inputs: tuple[Names, ...], output: Names
+    function: Callable[..., Any], inputs: tuple[Names, ...], *outputs: Names
 ) -> Callable[..., Any]:
     """Cuts a function's arrays along named axes, of which it computes each part by itself.
 
     Args:
       function: of arrays; None may stand for one.
       inputs: names of the axes of each array, None for an axis that is not cut.
-      output: of the result.
+      outputs: of the result, or of each of several results.
 
     Returns:
       The function itself where there is no mesh of several devices, or where its axes do not divide an array.
@@ -34,7 +34,9 @@ def on_each_device(
         if mesh.empty or mesh.size == 1 or mesh.manual_axes:
             return function(*arrays)
         present = [(array, names) for array, names in zip(arrays, inputs, strict=True) if array is not None]
-        cuts = {name: _axes(name, mesh) for names in (*inputs, output) for name in names if name is not None}
+        cuts = {
+            name: _axes(name, mesh) for names in (*inputs, *outputs) for name in names if name is not None
+        }
         for array, names in present:
             for side, name in zip(array.shape, names, strict=True):
                 if name is not None and side % math.prod(mesh.shape[axis] for axis in cuts[name]):
@@ -51,7 +53,7 @@ def on_each_device(
             given,
             mesh=mesh,
             in_specs=tuple(spec(names) for _, names in present),
-            out_specs=spec(output),
+            out_specs=spec(outputs[0]) if len(outputs) == 1 else tuple(map(spec, outputs)),
             check_vma=False,
         )
         return parts(*(array for array, _ in present))

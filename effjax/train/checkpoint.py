@@ -293,6 +293,17 @@ class _PatientLoop(asyncio.SelectorEventLoop):
             self.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
         super().close()
 
+    def call_soon_threadsafe(  # type: ignore[override]
+        self, callback: Any, *args: Any, context: Any = None
+    ) -> asyncio.Handle:
+        """What a thread still had in flight when the loop was closed has nobody left to tell."""
+        try:
+            return super().call_soon_threadsafe(callback, *args, context=context)
+        except RuntimeError:
+            if not self.is_closed():
+                raise
+            return asyncio.Handle(callback, args, self, context)
+
 
 @contextlib.contextmanager
 def _patient_event_loops() -> Iterator[None]:

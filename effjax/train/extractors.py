@@ -21,6 +21,7 @@ from effjax import models
 from effjax.config import part
 from effjax.data import Data, OpenData
 from effjax.errors import UsageError
+from effjax.parallel.pace import Pace
 from effjax.parallel.sharding import activate, readers, to_global
 from effjax.train import optimizers
 from effjax.train.durations import Budget
@@ -150,11 +151,12 @@ class Classifier:
             return step(state, {"image": self._seen(show(batch)), "label": batch["label"]})[0]
 
         rows = data.train(**readers(program.batch_sharding))
-        state = first()
+        state, pace = first(), Pace()
         with activate(program.mesh, program.rules):
             for batch in itertools.islice(rows, budget.total_steps):
                 check_stop()
                 state = improve(state, to_global(batch, program.batch_sharding))
+                pace(state.step)
         if bool(state.halted):
             raise UsageError(
                 "the extractor's training met a number that is not finite: take a smaller learning rate in "

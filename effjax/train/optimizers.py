@@ -6,9 +6,11 @@
 Each kind is a small dataclass with its own numbers; what they share stands in `Optimizer`, which chains, for
 the parameters that are not frozen,
 
-    clip by global norm -> direction of the kind -> + weight_decay m_decay w -> * m_rate -> * -schedule(step)
+    clip spikes -> clip by global norm -> direction of the kind -> + weight_decay m_decay w
+                -> * m_rate -> * -schedule(step)
 
 so the decay is decoupled from the direction and scaled by the learning rate, as in AdamW (arXiv:1711.05101).
+Around it all stands what leaves steps out at spikes of the loss, see `effjax.train.stability`.
 Rules are ordered `(regexp, value)` pairs matched against whole paths, see `effjax.matching`. No rule looks at
 `ndim`: the parameters of scanned blocks carry a leading `layers` axis, so a stacked bias is no matrix.
 """
@@ -28,6 +30,7 @@ from effjax.matching import explain, match, named_leaves, path_of
 from effjax.train.durations import Budget
 from effjax.train.schedules import KINDS as SCHEDULES
 from effjax.train.schedules import Constant
+from effjax.train.stability import Spikes, clip_spikes, skip_spikes
 
 Multipliers = tuple[tuple[str, float], ...]
 
@@ -52,6 +55,8 @@ class Optimizer:
       lr: the peak learning rate, which `schedule` scales.
       schedule: one of `effjax.train.schedules.KINDS`.
       clip: largest global norm of the gradient of the trained parameters; None for no clipping.
+      clip_spikes: clips by the norms of the steps before, see `effjax.train.stability`; None does not.
+      skip_spikes: leaves steps out whose loss is a spike; None takes all.
       weight_decay: strength of the decoupled decay.
       decay: rules that multiply `weight_decay`, read before `DECAY`: kernels yes, all else no.
       learning_rate: rules that multiply the learning rate (decay included); 1 where none matches.
@@ -61,6 +66,8 @@ class Optimizer:
     lr: float
     schedule: Any = part(SCHEDULES, default=Constant())
     clip: float | None = None
+    clip_spikes: Spikes | None = None
+    skip_spikes: Spikes | None = None
     weight_decay: float = 0.0
     decay: Multipliers = ()
     learning_rate: Multipliers = ()
@@ -97,7 +104,8 @@ class Optimizer:
         frozen, decay, rate = self._rules(params)
         if all(jax.tree.leaves(frozen)):
             raise UsageError("freeze matches every parameter, so there is nothing to train.")
-        steps = [optax.clip_by_global_norm(self.clip)] if self.clip is not None else []
+        steps = [clip_spikes(self.clip_spikes)] if self.clip_spikes is not None else []
+        steps += [optax.clip_by_global_norm(self.clip)] if self.clip is not None else []
         steps.append(self.direction(params))
         if self.weight_decay:
             steps += [
@@ -106,12 +114,12 @@ class Optimizer:
             ]
         steps += [optax.masked(optax.scale(value), mask) for value, mask in _groups(rate, neutral=1.0)]
         steps.append(optax.scale_by_learning_rate(self.learning_rates(budget)))
-        trained = optax.chain(*steps)
-        if not any(jax.tree.leaves(frozen)):
-            return trained
-        # `partition` hides the frozen leaves from the chain: no state, no share in the global norm.
-        labels = jax.tree.map(lambda f: "frozen" if f else "trained", frozen)
-        return optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, labels)
+        trained: optax.GradientTransformation = optax.chain(*steps)
+        if any(jax.tree.leaves(frozen)):
+            # `partition` hides the frozen leaves from the chain: no state, no share in the global norm.
+            labels = jax.tree.map(lambda f: "frozen" if f else "trained", frozen)
+            trained = optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, labels)
+        return trained if self.skip_spikes is None else skip_spikes(trained, self.skip_spikes)
 
     def _rules(self, params: Any) -> tuple[Any, Any, Any]:
         frozen = match([(p, True) for p in self.freeze], params, default=False, where="freeze")

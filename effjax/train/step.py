@@ -23,6 +23,7 @@ from jaxtyping import Array
 
 from effjax.errors import UsageError
 from effjax.train.ema import Ema
+from effjax.train.stability import counts
 from effjax.train.state import TrainState, add_examples, advance
 from effjax.train.tasks.mean import Means, add, values
 
@@ -102,19 +103,22 @@ def make_step(
 ) -> Step:
     """Makes the pure function `(state, batch) -> (state, metrics)` that the loop compiles.
 
-    Metrics are scalars: the task's averages, `gradient_norm`, `update_norm`, `parameter_norm` and `halted`.
+    Metrics are scalars: the task's averages, `gradient_norm`, `update_norm`, `parameter_norm`, what
+    `effjax.train.stability` counts, and `halted`.
     """
     if accumulate < 1:
         raise UsageError(f"config.train.accumulate is {accumulate}: it must be at least 1.")
+    update = optax.with_extra_args_support(optimizer).update  # some look at the loss
 
     def step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, dict[str, Array]]:
         means, grads, collections = loss_and_gradient(task, state, batch, precision, accumulate)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = update(grads, state.opt_state, state.params, value=means["loss"].value())
         params = optax.apply_updates(state.params, updates)
         metrics = values(means) | {
             "gradient_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(updates),
             "parameter_norm": optax.tree.norm(params),
+            **counts(opt_state),
         }
         new = TrainState(
             step=state.step + 1,

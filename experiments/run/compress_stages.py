@@ -19,6 +19,7 @@ from effjax.compress.subject import Subject
 from effjax.errors import UsageError
 from effjax.experiment import resolve
 from effjax.interop.converted import section
+from effjax.train import tasks
 from effjax.train.checkpoint import Checkpoints
 from effjax.train.fingerprint import fingerprints
 from effjax.train.program import Program, build_program
@@ -175,6 +176,9 @@ def _config_of(origin: Origin, subject: Subject) -> ConfigDict:
     config = ConfigDict(load_config_of(origin.workdir).to_dict())
     if subject.model != origin.program.task.model:
         config.model = ConfigDict(section(subject.model, models.KINDS))
+    if type(subject.task) is not type(origin.program.task):  # the member of a family that was trained
+        config.task = ConfigDict(section(subject.task, tasks.KINDS))
+        del config.task.model
     layouts = {path: leaf.layout for path, leaf in stored_in(subject.params).items()}  # type: ignore[attr-defined]
     config.storage = {path: section(layout, storage.KINDS) for path, layout in layouts.items()}
     if not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(subject.params)):

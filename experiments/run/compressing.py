@@ -123,7 +123,8 @@ def _report(path: Path, step: int, before: Side, after: Side, rounds: int, recip
     figures: dict[str, float] = {}
     for name, evaluator in after.program.experiment.evaluators.items():
         told = [evaluator.open(read_weights)(side.program, side.variables, lambda: None) for side in sides]
-        rows += [(f"{name} {m}", *(measurement(t[m]) for t in told)) for m in told[0]]
+        both = [metric for metric in told[0] if metric in told[1]]
+        rows += [(f"{name} {m}", *(measurement(t[m]) for t in told)) for m in both]
         with MetricsWriter(path, restored_step=step) as writer:
             writer.write(step, name, told[1])
         figures |= {f"{name} {m}": v for m, v in told[1].items()}

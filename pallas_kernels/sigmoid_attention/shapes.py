@@ -15,9 +15,11 @@ def _shape(
         return queries, keys, keys, *([array((batch, length), jnp.int32)] if packed else [])
 
     each = heads // groups
+    # Heads that share no keys come in pairs.
+    pair = 2 if each == 1 else 1
     options = dict(causal=config.startswith("configs/language"))
     whole = arrays(batch, groups)
-    return Shape(name, config, whole, options, lambda count: arrays(1, count), batch * groups)
+    return Shape(name, config, whole, options, lambda count: arrays(1, pair * count), batch * groups // pair)
 
 
 SHAPES = (

@@ -7,7 +7,11 @@ A tile needs no other: there is no maximum, no sum of a row, and nothing is scal
     d keys     grid (batch, group, keys, head of the group, queries)    dv += p^T do, dk += ds^T q
 
 The last kernel makes its tiles transposed, s^T = k q^T, so that no tile is turned. Arrays come with heads
-before places, and lengths are multiples of the blocks: what is added has values of zero, which add nothing.
+before places, `[B, H, N, D]`. Narrow heads that share no keys come as they are, `[B, N, H D]`, and a program
+has as many of them as fill the lanes: nothing is turned around the kernels, and no lane is empty.
+
+A length of one block is the block. Longer ones are filled up to whole blocks: what is added has values of
+zero, which add nothing.
 """
 
 import functools
@@ -23,15 +27,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import blocks
 from pallas_kernels.op import Interpret, Unsupported
-from pallas_kernels.padding import padded, rounded
+from pallas_kernels.padding import padded
 from pallas_kernels.sigmoid_attention import cost
 
 # Queries and keys of a tile. 512 by 512 logits are 1 MB in float32, of which a pass holds two to four.
 BLOCKS = {"queries": 512, "keys": 512}
 DTYPES = ("bfloat16", "float32")
 LARGEST_HEAD = 256
-# Rows of a tile in registers are 8, of 16-bit numbers 16; keys stand along lanes, of which there are 128.
-ROWS, LANES = 16, 128
+LANES = 128
 # Of the 64 MiB of a v7x core or v5p some is taken; others have 128.
 VECTOR_MEMORY = 32 * 2**20
 # The logit of a key that a query does not see: its weight is 0.
@@ -51,20 +54,20 @@ def forward(
 ) -> jax.Array:
     """As the reference."""
     tiles = _Tiles(q, k, v, segments, causal, scale, bias)
-    (batch, heads, _, size), values = tiles.q.shape, v.shape[-1]
+    size, values = q.shape[-1], v.shape[-1]
     out = pl.pallas_call(
         functools.partial(_forward, tiles=tiles),
-        grid=(batch, heads, tiles.query_blocks, tiles.key_blocks),
+        grid=(*tiles.heads, tiles.query_blocks, tiles.key_blocks),
         in_specs=[tiles.of_queries(size), tiles.of_keys(size), tiles.of_keys(values), *tiles.of_segments()],
         out_specs=tiles.of_queries(values),
-        out_shape=jax.ShapeDtypeStruct((batch, heads, tiles.q.shape[2], values), q.dtype),
-        scratch_shapes=[pltpu.VMEM((tiles.queries, values), jnp.float32)],
+        out_shape=tiles.shape(tiles.q, values),
+        scratch_shapes=[tiles.sums(tiles.queries, values)],
         name="sigmoid_attention",
         compiler_params=_compiler("parallel", "parallel", "parallel", "arbitrary"),
         cost_estimate=cost.forward(q, k, v, causal=causal),
         interpret=interpret,
     )(tiles.q, tiles.k, tiles.v, *tiles.segments)
-    return tiles.restored(out, q.shape[1])
+    return tiles.restored(out, q.shape[1], values)
 
 
 def backward(
@@ -81,26 +84,24 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     """Cotangents of queries, keys and values."""
     tiles = _Tiles(q, k, v, segments, causal, scale, bias)
-    (batch, heads, _queries, size), values = tiles.q.shape, v.shape[-1]
-    groups, keys = tiles.k.shape[1:3]
-    out = padded(cotangent.swapaxes(1, 2), 2, tiles.queries)  # [B, H, N', E]
+    size, values = q.shape[-1], v.shape[-1]
+    out = tiles.arranged(cotangent, tiles.queries)
     of_queries, of_keys, of_values = tiles.of_queries(size), tiles.of_keys(size), tiles.of_keys(values)
     d_q = pl.pallas_call(
         functools.partial(_backward_queries, tiles=tiles),
-        grid=(batch, heads, tiles.query_blocks, tiles.key_blocks),
+        grid=(*tiles.heads, tiles.query_blocks, tiles.key_blocks),
         in_specs=[of_queries, of_keys, of_values, tiles.of_queries(values), *tiles.of_segments()],
         out_specs=of_queries,
         out_shape=jax.ShapeDtypeStruct(tiles.q.shape, q.dtype),
-        scratch_shapes=[pltpu.VMEM((tiles.queries, size), jnp.float32)],
+        scratch_shapes=[tiles.sums(tiles.queries, size)],
         name="sigmoid_attention_backward_queries",
         compiler_params=_compiler("parallel", "parallel", "parallel", "arbitrary"),
         cost_estimate=cost.backward_queries(q, k, v, causal=causal),
         interpret=interpret,
     )(tiles.q, tiles.k, tiles.v, out, *tiles.segments)
-    shapes = [jax.ShapeDtypeStruct((batch, groups, keys, last), k.dtype) for last in (size, values)]
     d_k, d_v = pl.pallas_call(
         functools.partial(_backward_keys, tiles=tiles),
-        grid=(batch, groups, tiles.key_blocks, heads // groups, tiles.query_blocks),
+        grid=(*tiles.groups, tiles.key_blocks, tiles.group, tiles.query_blocks),
         in_specs=[
             tiles.of_queries_by_group(size),
             tiles.of_keys_by_group(size),
@@ -109,17 +110,17 @@ def backward(
             *tiles.of_segments_by_group(),
         ],
         out_specs=[tiles.of_keys_by_group(size), tiles.of_keys_by_group(values)],
-        out_shape=shapes,
-        scratch_shapes=[pltpu.VMEM((tiles.keys, last), jnp.float32) for last in (size, values)],
+        out_shape=[tiles.shape(tiles.k, last) for last in (size, values)],
+        scratch_shapes=[tiles.sums(tiles.keys, last) for last in (size, values)],
         name="sigmoid_attention_backward_keys",
         compiler_params=_compiler("parallel", "parallel", "parallel", "arbitrary", "arbitrary"),
         cost_estimate=cost.backward_keys(q, k, v, causal=causal),
         interpret=interpret,
     )(tiles.q, tiles.k, tiles.v, out, *tiles.segments)
     return (
-        tiles.restored(d_q, q.shape[1]),
-        tiles.restored(d_k, k.shape[1]),
-        tiles.restored(d_v, k.shape[1]),
+        tiles.restored(d_q, q.shape[1], size),
+        tiles.restored(d_k, k.shape[1], size),
+        tiles.restored(d_v, k.shape[1], values),
         None,
     )
 
@@ -128,9 +129,11 @@ class _Tiles:
     """How the arrays are cut, and which tiles a query sees any of.
 
     Attributes:
-      q: `[B, H, N', D]`.
-      k: `[B, G, S', D]`.
-      v: `[B, G, S', E]`.
+      q: `[B, H, N', D]`, or `[B, N', H D]` of heads side by side.
+      k: `[B, G, S', D]`, likewise.
+      v: `[B, G, S', E]`, likewise.
+      beside: heads of a program, side by side; 1 where heads come first.
+      parts: the channels of each of them.
       segments: those of the rows of a tile `[B, N', 1]` and of its columns `[B, 1, N']`, where there are any.
       queries: of a tile.
       keys: of a tile.
@@ -155,38 +158,72 @@ class _Tiles:
             )
         chosen = blocks("sigmoid_attention", f"d{q.shape[-1]}", BLOCKS)
         self.causal, self.scale, self.bias = causal, scale, bias
-        self.queries = min(chosen["queries"], rounded(q.shape[1], LANES))
-        self.keys = min(chosen["keys"], rounded(k.shape[1], LANES))
+        self.queries = min(chosen["queries"], q.shape[1])
+        self.keys = min(chosen["keys"], k.shape[1])
         self.group = q.shape[2] // k.shape[2]
         # How far the first query stands behind the first key.
         self.offset = k.shape[1] - q.shape[1]
-        self.q = padded(q.swapaxes(1, 2), 2, self.queries)
-        self.k, self.v = (padded(x.swapaxes(1, 2), 2, self.keys) for x in (k, v))
+        self.size = q.shape[-1]
+        fill = LANES // self.size
+        narrow = fill > 1 and LANES % self.size == 0 and self.size == v.shape[-1]
+        self.beside = fill if narrow and self.group == 1 and q.shape[2] % fill == 0 else 1
+        self.parts = [slice(part * self.size, (part + 1) * self.size) for part in range(self.beside)]
+        if self.beside == 1:
+            self.parts = [slice(None)]
+        self.heads, self.groups = ((x.shape[0], x.shape[2] // self.beside) for x in (q, k))
+        self.q = self.arranged(q, self.queries)
+        self.k, self.v = (self.arranged(x, self.keys) for x in (k, v))
         self.segments: list[jax.Array] = []
         if segments is not None:
             whole = padded(segments, 1, math.lcm(self.queries, self.keys))
             self.segments = [whole[:, :, None], whole[:, None, :]]
-        self.query_blocks = self.q.shape[2] // self.queries
-        self.key_blocks = self.k.shape[2] // self.keys
+        self.query_blocks = self.q.shape[-2] // self.queries
+        self.key_blocks = self.k.shape[-2] // self.keys
         self.precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
 
+    def arranged(self, array: jax.Array, rows: int) -> jax.Array:
+        """`[B, N, H, D]` as it is cut, its places filled up to whole blocks of rows."""
+        if self.beside > 1:
+            return padded(array.reshape(*array.shape[:2], -1), 1, rows)
+        return padded(array.swapaxes(1, 2), 2, rows)
+
+    def restored(self, array: jax.Array, length: int, last: int) -> jax.Array:
+        """`[B, length, H, last]` of what is arranged."""
+        if self.beside > 1:
+            return array[:, :length].reshape(array.shape[0], length, -1, last)
+        return array[:, :, :length].swapaxes(1, 2)
+
+    def shape(self, array: jax.Array, last: int) -> jax.ShapeDtypeStruct:
+        """An arranged array of the places and heads of another one, and of `last` channels a head."""
+        channels = array.shape[-1] // self.size * last
+        return jax.ShapeDtypeStruct((*array.shape[:-1], channels), array.dtype)
+
+    def sums(self, rows: int, last: int) -> Any:
+        """Scratch memory of a tile."""
+        return pltpu.VMEM((rows, self.beside * last), jnp.float32)
+
+    def spec(self, rows: int, last: int, index: Callable[..., tuple[Any, Any, Any]]) -> pl.BlockSpec:
+        """Blocks of an arranged array; `index` tells the row of the batch, head and block of places."""
+
+        def turned(*program: Any) -> tuple[Any, ...]:
+            row, head, block = index(*program)
+            return row, block, head
+
+        if self.beside > 1:
+            return pl.BlockSpec((None, rows, self.beside * last), turned)
+        return pl.BlockSpec((None, None, rows, last), lambda *program: (*index(*program), 0))
+
     def of_queries(self, last: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, self.queries, last), lambda b, h, i, j: (b, h, i, 0))
+        return self.spec(self.queries, last, lambda b, h, i, j: (b, h, i))
 
     def of_keys(self, last: int) -> pl.BlockSpec:
-        def index(b: Any, h: Any, i: Any, j: Any) -> tuple[Any, ...]:
-            return b, lax.div(h, self.group), self.seen(i, j), 0
-
-        return pl.BlockSpec((None, None, self.keys, last), index)
+        return self.spec(self.keys, last, lambda b, h, i, j: (b, lax.div(h, self.group), self.seen(i, j)))
 
     def of_queries_by_group(self, last: int) -> pl.BlockSpec:
-        def index(b: Any, g: Any, j: Any, r: Any, i: Any) -> tuple[Any, ...]:
-            return b, g * self.group + r, self.seeing(i, j), 0
-
-        return pl.BlockSpec((None, None, self.queries, last), index)
+        return self.spec(self.queries, last, lambda b, g, j, r, i: (b, g * self.group + r, self.seeing(i, j)))
 
     def of_keys_by_group(self, last: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, self.keys, last), lambda b, g, j, r, i: (b, g, j, 0))
+        return self.spec(self.keys, last, lambda b, g, j, r, i: (b, g, j))
 
     def of_segments(self) -> list[pl.BlockSpec]:
         """Of tiles `[queries, keys]`."""
@@ -261,10 +298,6 @@ class _Tiles:
         axes = (((1,), (1,)), ((), ()))
         return lax.dot_general(a, b, axes, precision=self.precision, preferred_element_type=jnp.float32)
 
-    def restored(self, array: jax.Array, length: int) -> jax.Array:
-        """`[B, length, H, D]` of `[B, H, length', D]`."""
-        return array[:, :, :length].swapaxes(1, 2)
-
 
 def _compiler(*semantics: Literal["parallel", "arbitrary"]) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VECTOR_MEMORY)
@@ -293,8 +326,10 @@ def _forward(q: Any, k: Any, v: Any, *others: Any, tiles: _Tiles) -> None:
     i, j = pl.program_id(2), pl.program_id(3)
 
     def tile(causal: bool) -> None:
-        p = tiles.weights(tiles.dot_t(q[...], k[...]), i, j, causal, segments)  # [queries, keys]
-        total[...] += tiles.dot(p.astype(v.dtype), v[...])  # [queries, E]
+        for part in tiles.parts:
+            logits = tiles.dot_t(q[:, part], k[:, part])
+            p = tiles.weights(logits, i, j, causal, segments)  # [queries, keys]
+            total[:, part] += tiles.dot(p.astype(v.dtype), v[:, part])  # [queries, E]
 
     _accumulate(j == 0, j == tiles.key_blocks - 1, lambda: tiles.run(tile, i, j), [total], [out], [1.0])
 
@@ -304,9 +339,11 @@ def _backward_queries(q: Any, k: Any, v: Any, do: Any, *others: Any, tiles: _Til
     i, j = pl.program_id(2), pl.program_id(3)
 
     def tile(causal: bool) -> None:
-        p = tiles.weights(tiles.dot_t(q[...], k[...]), i, j, causal, segments)  # [queries, keys]
-        d_s = tiles.dot_t(do[...], v[...]) * p * (1 - p)
-        total[...] += tiles.dot(d_s.astype(k.dtype), k[...])  # [queries, D]
+        for part in tiles.parts:
+            logits = tiles.dot_t(q[:, part], k[:, part])
+            p = tiles.weights(logits, i, j, causal, segments)  # [queries, keys]
+            d_s = tiles.dot_t(do[:, part], v[:, part]) * p * (1 - p)
+            total[:, part] += tiles.dot(d_s.astype(k.dtype), k[:, part])  # [queries, D]
 
     _accumulate(
         j == 0, j == tiles.key_blocks - 1, lambda: tiles.run(tile, i, j), [total], [d_q], [tiles.scale]
@@ -318,10 +355,12 @@ def _backward_keys(q: Any, k: Any, v: Any, do: Any, *others: Any, tiles: _Tiles)
     j, r, i = pl.program_id(2), pl.program_id(3), pl.program_id(4)
 
     def tile(causal: bool) -> None:
-        p = tiles.weights(tiles.dot_t(k[...], q[...]), i, j, causal, segments, 1)  # [keys, queries]
-        sum_v[...] += tiles.dot(p.astype(do.dtype), do[...])  # [keys, E]
-        d_s = tiles.dot_t(v[...], do[...]) * p * (1 - p)
-        sum_k[...] += tiles.dot(d_s.astype(q.dtype), q[...])  # [keys, D]
+        for part in tiles.parts:
+            logits = tiles.dot_t(k[:, part], q[:, part])
+            p = tiles.weights(logits, i, j, causal, segments, 1)  # [keys, queries]
+            sum_v[:, part] += tiles.dot(p.astype(do.dtype), do[:, part])  # [keys, E]
+            d_s = tiles.dot_t(v[:, part], do[:, part]) * p * (1 - p)
+            sum_k[:, part] += tiles.dot(d_s.astype(q.dtype), q[:, part])  # [keys, D]
 
     first = (r == 0) & (i == 0)
     last = (r == tiles.group - 1) & (i == tiles.query_blocks - 1)

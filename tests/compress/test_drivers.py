@@ -10,7 +10,7 @@ import pytest
 
 from effjax.compress.storage.trees import held_bytes, stored_in, weights_in
 from experiments.run.restore import load_run
-from tests.experiments.driver import drive, start
+from tests.experiments.driver import drive, metric_rows, start
 
 CONFIGS = {
     "vision": "configs/vision/vit.py:smoke",
@@ -196,3 +196,22 @@ def test_two_runs_are_stitched(compressed, tmp_path):
     whole = load_run(run)[0].task.model
     assert [block.width for block in program.task.model.layer_blocks] == [whole.dim, None]
     assert weights_in(variables["params"]) > weights_in(load_run(run)[1]["params"])
+
+
+def test_a_family_is_trained_and_a_member_taken_out(compressed, tmp_path):
+    large, small = compressed("vision").parent / "run", tmp_path / "small"
+    config = "--config=configs/vision/vit.py:smoke"
+    drive("train", config, f"--workdir={small}", "--config.model.dim=8", "--config.train.steps=2 steps")
+    folders = (f"--config.task.weights={large}", f"--config.task.small_weights={small}")
+    family = tmp_path / "family"
+    drive("train", "--config=configs/vision/stitchable.py:smoke", f"--workdir={family}", *folders)
+    assert {"accuracy_1_1", "accuracy_2_end"} <= {name for row in metric_rows(family) for name in row}
+    for variant, width in (("early", 8), ("large", 16)):
+        out = tmp_path / variant
+        recipe = f"--recipe=configs/compress/member.py:{variant}"
+        said, _ = drive("compress", f"--workdir={family}", recipe, f"--out={out}", "--rounds=1")
+        assert "path" in said
+        program, _ = load_run(out)
+        assert (program.task.model.dim, type(program.task).__name__) == (width, "Classification")
+    drive("train", "--config=configs/vision/vit.py:smoke", f"--config.train.start={tmp_path / 'early'}",
+          f"--workdir={tmp_path / 'on'}", "--config.train.steps=2 steps")  # fmt: skip

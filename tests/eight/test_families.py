@@ -49,6 +49,10 @@ PARTS = {
         {"data": 2, "fsdp": 2, "tensor": 2},
     ),
     "mamba": ({"model__block__mixer": {"kind": "mamba", "state": 4}}, {"data": 2, "fsdp": 2, "tensor": 2}),
+    "mamba by kernel": (
+        {"model__block__mixer": {"kind": "mamba", "state": 4, "implementation": "kernel"}},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+    ),
 }
 
 

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
+from jax.experimental.pallas import tpu as pltpu
 
 from effjax.errors import UsageError
 from effjax.layers.depthwise import DepthwiseConv, convolved, depthwise_conv, shifted
@@ -104,3 +105,28 @@ def test_the_module_adds_a_bias():
     params = jax.tree.map(lambda leaf: leaf + 1.0, meta.unbox(module.init(jax.random.key(0), x)))
     without = depthwise_conv(x, params["params"]["kernel"])
     np.testing.assert_allclose(module.apply(params, x), without + 1.0, rtol=1e-6)
+
+
+def gradients(layer, params, x):
+    def loss(params, x):
+        return jnp.sum(jnp.sin(layer.apply(params, x)))
+
+    with pltpu.force_tpu_interpret_mode():
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
+
+
+@pytest.mark.parametrize("implementation", ["kernel", "reference", "tpu"])
+def test_a_layer_is_the_same_by_every_implementation(implementation):
+    x = jnp.float32(drawn((2, 7, 6, 5), 0))
+    params = meta.unbox(DepthwiseConv((5, 3)).init(jax.random.key(0), x))
+    params["params"]["bias"] = jnp.arange(5.0)
+    expected = gradients(DepthwiseConv((5, 3)), params, x)
+    found = gradients(DepthwiseConv((5, 3), implementation=implementation), params, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+
+
+@pytest.mark.parametrize("options", [dict(stride=2), dict(dilation=2), dict(padding=0), dict(kernel=(4, 3))])
+def test_what_no_kernel_does_is_refused(options):
+    layer = DepthwiseConv(**{"kernel": 3, "implementation": "kernel", **options})
+    with pytest.raises(UsageError, match="implementation='plain' takes all"):
+        layer.init(jax.random.key(0), jnp.ones((1, 6, 6, 2)))

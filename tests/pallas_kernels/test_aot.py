@@ -41,6 +41,26 @@ def test_reports_of_ptxas():
     assert "second: wgmma is serialised" in serialised
 
 
+CALL = (
+    '%{} = f32[8] custom-call(%x), custom_call_target="tpu_custom_call", backend_config={{'
+    '"used_scoped_memory_configs":[{{"memory_space":"1","offset":"0","size":"{}"}}],'
+    '"scoped_memory_configs":[{{"memory_space":"1","offset":"{}","size":"900"}}]}}'
+)
+
+
+def test_vector_memory_of_a_kernel_among_others_with_arrays_before_it():
+    text = "\n".join(
+        [
+            CALL.format("jvp_scan_.1", 700, 600),
+            CALL.format("transpose_jvp_scan_starts__.1.references_5_", 50, 0),
+            "%scan_back.1 = f32[8] fusion(%x)",
+        ]
+    )
+    assert aot_child._vector_memory(text, "scan") == 100
+    assert aot_child._vector_memory(text, "scan_starts") == 50
+    assert aot_child._vector_memory(text, "scan_back") == 0
+
+
 FOUND = dict(around=2, bandwidth=2e12, xla=dict(bytes=12, microseconds=1))
 
 

@@ -60,3 +60,30 @@ def test_bits_a_byte_are_all_bits_over_all_bytes(data):
     assert found["bits_per_byte"] == pytest.approx(sum(spent) / np.log(2.0) / BYTES, rel=1e-6)
     same = found["bits_per_byte"] == pytest.approx(found["bits_per_token"])
     assert same == (data["packing"]["tokenizer"]["kind"] == "bytes")
+
+
+def test_it_runs_no_further_ahead_of_the_devices_than_two_batches(data):
+    """On several devices of one CPU an evaluation that ran ahead without bound never came to its end."""
+
+    @jax.jit
+    def slow(x):
+        return jax.lax.fori_loop(0, 20, lambda _, x: jnp.tanh(x @ x), x)
+
+    begun = []
+
+    def metrics(variables, batch):
+        assert all(result.is_ready() for result in begun[:-2])
+        begun.append(slow(jnp.full((400, 400), 0.01)))
+        return {"loss": Mean.of(begun[-1])}
+
+    slow(jnp.zeros((400, 400))).block_until_ready()
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    program = types.SimpleNamespace(
+        task=Language(nn.Module()), metrics=metrics, batch_sharding=NamedSharding(mesh, PartitionSpec("data"))
+    )
+    data = data | dict(batch_size=1, packing=data["packing"] | dict(length=2))
+    evaluator = build(Metrics, dict(data=data, every="1 steps"), "config.evaluators.test").open(
+        lambda *_: None
+    )
+    evaluator(program, {}, lambda: None)
+    assert len(begun) > 4

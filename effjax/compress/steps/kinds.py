@@ -17,7 +17,7 @@ from effjax.compress.steps.recover import Recover
 from effjax.compress.steps.round import Round
 from effjax.compress.steps.slice import Slice
 from effjax.compress.steps.sparsify import Densify, Sparsify
-from effjax.compress.steps.stitch import Stitch
+from effjax.compress.steps.stitch import Member, Stitch
 
 KINDS = {
     "round": Round,
@@ -36,6 +36,7 @@ KINDS = {
     "evopress": EvoPress,
     "slice": Slice,
     "stitch": Stitch,
+    "member": Member,
     "fusegpt": FuseGPT,
     "compressed_experts": CompressedExperts,
     "axformer": AxFormer,

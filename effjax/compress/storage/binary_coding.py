@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from effjax.compress.storage.kernels import Implementation, binary_product
 from effjax.compress.storage.matrices import Matrices, flat
 from effjax.compress.storage.packing import pack, unpack, widths
 from effjax.compress.storage.product import few_rows
@@ -86,7 +87,9 @@ class BinaryCoded(Matrices):
         """Maps `[..., *ins]` to `[..., *outs]`."""
         lead = x.shape[: x.ndim - len(self.ins)]
         rows = x.reshape(-1, math.prod(self.ins))  # [R, K]
-        if rows.shape[0] > FEW:
+        if self.layout.implementation != "plain":
+            y = binary_product(rows, self.alpha, self.offset, self.signs, self.layout.implementation)
+        elif rows.shape[0] > FEW:
             y = _many(rows, self)  # [R, N]
         elif self.layout.tables:
             y = looked_up(rows, self).astype(rows.dtype)  # [R, N]
@@ -105,6 +108,7 @@ class BinaryCoding:
       rounds: of the alternating fit; 0 leaves the greedy one.
       tables: whether the product with few rows looks sums up; a group is then a multiple of 8.
       scale: dtype of scales and offsets.
+      implementation: of the product, see `effjax.compress.storage.kernels`.
     """
 
     bits: int = 3
@@ -112,6 +116,7 @@ class BinaryCoding:
     rounds: int = 10
     tables: bool = True
     scale: Literal["float32", "float16", "bfloat16"] = "float16"
+    implementation: Implementation = "plain"
 
     def __post_init__(self) -> None:
         widths(self.bits)

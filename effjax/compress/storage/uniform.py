@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from effjax.compress.storage.input_kinds import KINDS as INPUTS
 from effjax.compress.storage.inputs import check_length, integer_product
+from effjax.compress.storage.kernels import Implementation, check_bits, quantized_product
 from effjax.compress.storage.matrices import Matrices, flat
 from effjax.compress.storage.packing import Planes, pack, unpack, widths
 from effjax.compress.storage.product import few_rows
@@ -108,11 +109,20 @@ class QTensor(Matrices):
         else:
             few = _few
         rows = x.reshape(-1, x.shape[-1])  # [R, K]
-        if rows.shape[0] <= FEW:
+        if self.layout.implementation != "plain":
+            y = self._by_kernel(rows)
+        elif rows.shape[0] <= FEW:
             y = jax.lax.platform_dependent(rows, self, cpu=few, default=many)
         else:
             y = many(rows, self)  # [R, N]
         return y.reshape(*lead, *self.outs)
+
+    def _by_kernel(self, rows: Float[Array, "r k"]) -> Float[Array, "r n"]:
+        zero, count = self.zero, self.scale.shape[1]
+        zero = None if zero is None else unpack(zero, self.layout.bits, count, axis=-1)  # [G, N]
+        return quantized_product(
+            rows, self.codes, self.layout.bits, self.scale, zero, self.layout.implementation
+        )
 
     def entering(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """What enters, rounded."""
@@ -165,6 +175,7 @@ class Uniform:
       symmetric: whether codes lie evenly on both sides of 0.
       scale: dtype of the scales.
       inputs: how what enters is rounded, a kind in `effjax.compress.storage.input_kinds`; None leaves it.
+      implementation: of the product, see `effjax.compress.storage.kernels`.
     """
 
     bits: int = 4
@@ -172,9 +183,16 @@ class Uniform:
     symmetric: bool = True
     scale: Literal["float32", "float16", "bfloat16"] = "float16"
     inputs: Any = part(INPUTS, default=None)
+    implementation: Implementation = "plain"
 
     def __post_init__(self) -> None:
         widths(self.bits)
+        check_bits(self.bits, self.implementation)
+        if self.implementation != "plain" and self.inputs is not None and self.inputs.integers:
+            raise UsageError(
+                f"implementation={self.implementation!r} multiplies by numbers, inputs={self.inputs!r} by "
+                f"integers: give implementation='plain'."
+            )
         if self.group < -1:
             raise UsageError(f"group={self.group}: give a number of weights, 0 for an output, -1 for all.")
         if self.symmetric and self.bits < 2:

@@ -12,7 +12,7 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 
 from effjax.compress.structure.layers import Layer
-from effjax.compress.structure.scores import Scores
+from effjax.compress.structure.scores import EVERYWHERE, Scores
 from effjax.compress.structure.units import Kind, Sizes, keep, sizes
 from effjax.errors import UsageError
 
@@ -32,9 +32,9 @@ class Least:
     """What every layer keeps at least, and how many units go at a time.
 
     Attributes:
-      heads, qk, value, hidden: units that stay.
-      head_step, qk_step, value_step, hidden_step: units of a layer that go together; the number that is left
-        is a multiple of it.
+      heads, qk, value, hidden, stream: units that stay.
+      head_step, qk_step, value_step, hidden_step, stream_step: units of a layer, or channels of the stream,
+        that go together; the number that is left is a multiple of it.
     """
 
     heads: int = 1
@@ -45,6 +45,8 @@ class Least:
     qk_step: int = 4
     value_step: int = 4
     hidden_step: int = 8
+    stream: int = 8
+    stream_step: int = 8
 
     def step(self, kind: Kind) -> int:
         """How many go together."""
@@ -62,6 +64,8 @@ def kept(
 ) -> dict[tuple[int, Kind], np.ndarray]:
     """The units that stay, of every layer and kind that was scored: the fewest that have to go.
 
+    What a unit saves depends on how many others there are, and is looked at again when its turn comes.
+
     Args:
       layers: of the network.
       scores: of their units.
@@ -74,47 +78,62 @@ def kept(
     Raises:
       UsageError: for a budget that cannot be met.
     """
-    has = [dataclasses.asdict(sizes(layer)) for layer in layers]
+    channels = scores[EVERYWHERE, "stream"].shape[-1] if (EVERYWHERE, "stream") in scores else 0
+    has = [dataclasses.replace(sizes(layer), stream=channels) for layer in layers]
     ranks = {at: np.argsort(np.asarray(worth), axis=-1, kind="stable") for at, worth in scores.items()}
-    total = sum(cost.of(Sizes(**own)) for cost, own in zip(costs, has, strict=True))
+    total = sum(cost.of(own) for cost, own in zip(costs, has, strict=True))
     waiting: list[tuple[float, int, Kind]] = []
 
-    def offer(at: int, kind: Kind) -> None:
-        step, left = least.step(kind), has[at][kind]
-        goes = left % step or step
-        if left - goes < max(getattr(least, kind), 1):
-            return
-        gone = scores[at, kind].shape[-1] - left
+    def next_to_go(at: int, kind: Kind) -> int:
+        left = getattr(has[at], kind)
+        goes = left % least.step(kind) or least.step(kind)
+        return goes if left - goes >= max(getattr(least, kind), 1) else 0
+
+    def without(at: int, kind: Kind) -> dict[int, Sizes]:
+        """The layers that change when the next units go."""
+        those = range(len(has)) if at == EVERYWHERE else [at]
+        goes = next_to_go(at, kind)
+        return {i: dataclasses.replace(has[i], **{kind: getattr(has[i], kind) - goes}) for i in those}
+
+    def saved(at: int, kind: Kind) -> float:
+        return sum(costs[i].of(has[i]) - costs[i].of(less) for i, less in without(at, kind).items())
+
+    def offered(at: int, kind: Kind) -> float:
+        gone = scores[at, kind].shape[-1] - getattr(has[at], kind)
         worth = np.take_along_axis(np.asarray(scores[at, kind]), ranks[at, kind], axis=-1)
-        lost = float(worth[..., gone : gone + goes].sum())
-        saved = _saved(costs[at], has[at], kind, goes)
-        if order == "worth_per_cost" and saved > 0:
-            lost /= saved
-        elif order == "worth_less_cost":
-            lost -= price * saved
-        heapq.heappush(waiting, (lost, at, kind))
+        lost = float(worth[..., gone : gone + next_to_go(at, kind)].sum())
+        saving = saved(at, kind)
+        if order == "worth_per_cost" and saving > 0:
+            return lost / saving
+        return lost - price * saving if order == "worth_less_cost" else lost
 
     for at, kind in scores:
-        offer(at, kind)
+        if next_to_go(at, kind):
+            heapq.heappush(waiting, (offered(at, kind), at, kind))
     while total > budget and waiting:
-        _, at, kind = heapq.heappop(waiting)
-        goes = has[at][kind] % least.step(kind) or least.step(kind)
-        total -= _saved(costs[at], has[at], kind, goes)
-        has[at][kind] -= goes
-        offer(at, kind)
+        before, at, kind = heapq.heappop(waiting)
+        now = offered(at, kind)
+        if now > before and waiting and now > waiting[0][0]:
+            heapq.heappush(waiting, (now, at, kind))
+            continue
+        total -= saved(at, kind)
+        for i, less in without(at, kind).items():
+            has[i] = less
+        if next_to_go(at, kind):
+            heapq.heappush(waiting, (offered(at, kind), at, kind))
     if total > budget:
         raise UsageError(
             f"a budget of {budget:.4g} cannot be met: {total:.4g} are left where every layer keeps {least}. "
             f"Let other kinds of units go, or fewer stay."
         )
     return {
-        (at, kind): np.sort(order[..., order.shape[-1] - has[at][kind] :], axis=-1)
+        (at, kind): np.sort(order[..., order.shape[-1] - getattr(has[at], kind) :], axis=-1)
         for (at, kind), order in ranks.items()
     }
 
 
 def narrowed(layers: Sequence[Layer], stay: Mapping[tuple[int, Kind], np.ndarray]) -> list[Layer]:
-    """The layers with these units alone."""
+    """The layers with these units alone; the stream is not theirs to cut."""
     made = list(layers)
     # Channels first: their numbers are of the heads that there were.
     for kind in ("qk", "value", "heads", "hidden"):
@@ -124,8 +143,3 @@ def narrowed(layers: Sequence[Layer], stay: Mapping[tuple[int, Kind], np.ndarray
                 continue
             made[at] = keep(layer, kind, units)  # type: ignore[arg-type]
     return made
-
-
-def _saved(cost: Price, has: Mapping[str, int], kind: Kind, count: int) -> float:
-    fewer = {**has, kind: has[kind] - count}
-    return cost.of(Sizes(**has)) - cost.of(Sizes(**fewer))

@@ -5,7 +5,8 @@
 of h heads, d channels of queries and keys, e channels of values, m hidden units.
 
 The five numbers of a layer follow from counting its network with a unit less of each kind; attention and
-feed-forward layers are exactly of this form. What is equal in several layers is counted once.
+feed-forward layers are exactly of this form. What is equal in several layers is counted once. Each of the
+numbers is linear in the width of the stream, and follows from counting at two widths.
 """
 
 import dataclasses
@@ -15,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.compress.structure.layers import Layer, put_together
+from effjax.compress.structure.layers import Layer, put_together, take_apart
+from effjax.compress.structure.stream import keep_channels, stream_width
 from effjax.compress.structure.units import KINDS, Sizes, apart, keep, sizes
 from effjax.compress.subject import Subject
 from effjax.measure.cost import count
@@ -51,6 +53,26 @@ class LayerCost:
         return self.hidden if kind == "hidden" else has.heads * getattr(self, kind)
 
 
+@dataclasses.dataclass(frozen=True)
+class WidthCost:
+    """The numbers of a layer at two widths of the stream.
+
+    Attributes:
+      wide, narrow: costs.
+      channels: of the stream, of both.
+    """
+
+    wide: LayerCost
+    narrow: LayerCost
+    channels: tuple[int, int]
+
+    def of(self, has: Sizes) -> float:
+        """Of a layer that has so much."""
+        wide, narrow = self.channels
+        share = (has.stream - narrow) / (wide - narrow)
+        return self.narrow.of(has) + share * (self.wide.of(has) - self.narrow.of(has))
+
+
 def macs(subject: Subject) -> int:
     """Multiply-accumulates of a pass in evaluation over one example."""
     rows = len(jax.tree.leaves(subject.example)[0])
@@ -79,6 +101,19 @@ def costs(subject: Subject, layers: Sequence[Layer]) -> tuple[LayerCost, ...]:
         found.append(like)
     rest = float(whole) - sum(cost.of(sizes(layer)) for cost, layer in zip(found, layers, strict=True))
     return (dataclasses.replace(found[0], fixed=rest), *found[1:])
+
+
+def width_costs(subject: Subject, layers: Sequence[Layer]) -> tuple[WidthCost, ...]:
+    """As `costs`, where the stream may lose channels too.
+
+    Raises:
+      UsageError: for a network that keeps its stream.
+    """
+    wide = stream_width(subject)
+    narrow = max(wide // 2, 1)
+    cut = keep_channels(subject, range(narrow))
+    both = zip(costs(subject, layers), costs(cut, take_apart(cut)), strict=True)
+    return tuple(WidthCost(*each, (wide, narrow)) for each in both)
 
 
 def _alike(one: Layer, other: Layer) -> bool:

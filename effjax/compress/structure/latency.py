@@ -17,7 +17,8 @@ import numpy as np
 from scipy.interpolate import RegularGridInterpolator
 
 from effjax.compress.blocks import found_in
-from effjax.compress.structure.layers import Layer
+from effjax.compress.structure.layers import Layer, take_apart
+from effjax.compress.structure.stream import keep_channels, stream_width
 from effjax.compress.structure.units import Kind, Sizes, apart, keep, sizes
 from effjax.compress.subject import Batch, Subject
 from effjax.errors import UsageError
@@ -52,7 +53,7 @@ def measured(
     Args:
       subject: a network of one stack of equal layers.
       layers: those that it was taken apart into.
-      kinds: units that it may lose.
+      kinds: units that it may lose, and whether its stream may.
       batch: what enters the network.
       repeats: rounds; the median counts.
 
@@ -62,25 +63,41 @@ def measured(
     first = layers[0]
     if any(layer.block != first.block or layer.stack for layer in layers):
         raise UsageError("a table of times is of one stack of equal layers: choose a budget of MACs.")
-    (blocks, entered), *_ = found_in(subject, [batch])
-    each = jax.tree.map(lambda leaf: leaf[0, 0], entered.each)
-    x, shared = jax.tree.map(lambda leaf: leaf[0], (entered.x, entered.shared))
-    own = tuple(kind for kind in kinds if getattr(sizes(first), kind))
-    points = tuple(_points(getattr(sizes(first), kind)) for kind in own)
-    ways: dict[str, Callable[[Any], Any]] = {}
+    has = sizes(first)
+    if "stream" in kinds:
+        has = dataclasses.replace(has, stream=stream_width(subject))
+    own = tuple(kind for kind in kinds if getattr(has, kind))
+    points = tuple(_points(getattr(has, kind)) for kind in own)
+    ways: dict[str, Callable[[], Any]] = {}
+    widths: Sequence[int | None] = points[own.index("stream")] if "stream" in own else (None,)
+    at_width = {width: _first(subject, width, batch) for width in widths}
     for numbers in itertools.product(*points):
-        cut = _cut(first, dict(zip(own, numbers, strict=True)))
-        ways[str(numbers)] = functools.partial(_runner(cut, blocks.method, each, shared), cut.variables)
-    timed = compare(ways, [(x,)], repeats=repeats, costs={})
+        left = dict(zip(own, numbers, strict=True))
+        layer, run = at_width[left.pop("stream", None)]
+        ways[str(numbers)] = run(_cut(layer, left))
+    timed = compare(ways, [()], repeats=repeats, costs={})
     seconds = [timed.timings[name].median for name in ways]
     return LayerTimes(own, points, np.asarray(seconds).reshape([len(axis) for axis in points]))
 
 
-def _runner(layer: Layer, method: str, each: Any, shared: Any) -> Callable[[Any, Any], Any]:
-    """The layer alone, of its variables and what enters it."""
-    return jax.jit(
-        lambda variables, x: layer.block.apply(variables, x, each, *shared, method=method, train=False)
-    )
+def _first(
+    subject: Subject, channels: int | None, batch: Batch
+) -> tuple[Layer, Callable[[Layer], Callable[[], Any]]]:
+    """The first layer in a stream of so many channels, and how layers like it run on what enters it."""
+    network = subject if channels is None else keep_channels(subject, range(channels))
+    (blocks, entered), *_ = found_in(network, [batch])
+    each = jax.tree.map(lambda leaf: leaf[0, 0], entered.each)
+    x, shared = jax.tree.map(lambda leaf: leaf[0], (entered.x, entered.shared))
+
+    def runner(layer: Layer) -> Callable[[], Any]:
+        run = jax.jit(
+            lambda variables, x: layer.block.apply(
+                variables, x, each, *shared, method=blocks.method, train=False
+            )
+        )
+        return functools.partial(run, layer.variables, x)
+
+    return take_apart(network)[0], runner
 
 
 def _points(count: int) -> tuple[int, ...]:

@@ -65,10 +65,14 @@ class Optin:
         """Runs the network without each unit.
 
         Raises:
-          UsageError: for channels of queries and keys, which give nothing by themselves.
+          UsageError: for channels of queries and keys, which give nothing by themselves, and of the stream,
+            without which the norms change.
         """
-        if "qk" in kinds:
-            raise UsageError("a unit of qk gives nothing by itself: score heads, value or hidden by optin.")
+        if "qk" in kinds or "stream" in kinds:
+            raise UsageError(
+                "no factor silences a unit of qk or a channel of the stream: score heads, value or hidden by "
+                "optin."
+            )
         shapes = {(at, kind): mask_shape(layers[at], kind) for at, kind in wanted(layers, kinds)}
         features, output = self.errors(subject, shapes, calibration)
         worth = _by_mean(features) + self.output * _by_mean(output)  # [units]

@@ -2,14 +2,15 @@
 
     random      drawn
     magnitude   sum_w w^2 over the numbers of a unit
-    taylor      sum_batches (sum_w w dL/dw)^2           the squared change of the loss, to first order
+    taylor      sum_batches (sum_w w dL/dw / d)^2       the squared change of the loss, to first order
 
 The last is the saliency of Yang et al., "Global Vision Transformer Pruning with Hessian-Aware Saliency", CVPR
-2023, arXiv:2110.04869 (NViT), on one scale over all layers and kinds of units.
+2023, arXiv:2110.04869 (NViT), on one scale over all layers and kinds of units; d is 1, and in the published
+code another number for some kinds.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -18,11 +19,14 @@ from jaxtyping import Array, Float
 
 from effjax.compress.blocks import evaluated
 from effjax.compress.structure.layers import Layer, take_apart
-from effjax.compress.structure.units import Kind, sizes, sums
+from effjax.compress.structure.stream import Axes, stream_axes, stream_sums
+from effjax.compress.structure.units import KINDS, Kind, sizes, sums
 from effjax.compress.subject import Calibration, Subject
+from effjax.errors import UsageError
 
-# By the number of a layer and the kind of its units.
+# By the number of a layer and the kind of its units; channels of the stream are of no layer.
 Scores = dict[tuple[int, Kind], Float[Array, "*heads units"]]
+EVERYWHERE = -1
 
 
 @runtime_checkable
@@ -44,9 +48,9 @@ class Random:
     ) -> Scores:
         """Draws numbers between 0 and 1."""
         made: Scores = {}
-        for number, (at, kind) in enumerate(wanted(layers, kinds)):
-            shape = sums(layers[at], layers[at].params, kind).shape
-            made[at, kind] = jax.random.uniform(jax.random.fold_in(calibration.key, number), shape)
+        places = wanted(layers, kinds)
+        for number, (place, like) in enumerate(_summed(subject, places, _axes(subject, places)).items()):
+            made[place] = jax.random.uniform(jax.random.fold_in(calibration.key, number), like.shape)
         return made
 
 
@@ -58,8 +62,9 @@ class Magnitude:
         self, subject: Subject, layers: Sequence[Layer], kinds: Sequence[Kind], calibration: Calibration
     ) -> Scores:
         """Reads the weights alone."""
-        squares = [jax.tree.map(jnp.square, layer.params) for layer in layers]
-        return {(at, kind): sums(layers[at], squares[at], kind) for at, kind in wanted(layers, kinds)}
+        squared = subject.with_params(jax.tree.map(jnp.square, subject.params))
+        places = wanted(layers, kinds)
+        return _summed(squared, places, _axes(subject, places))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +73,25 @@ class Taylor:
 
     Attributes:
       batches: of training data.
+      divided: d by kind of units, 1 for those left out.
     """
 
     batches: int = 16
+    divided: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.divided) - {*KINDS, "stream"})
+        if unknown or not all(by > 0 for by in self.divided.values()):
+            raise UsageError(
+                f"divided={dict(self.divided)} is positive, by kind: {', '.join(KINDS)}, stream."
+            )
 
     def score(
         self, subject: Subject, layers: Sequence[Layer], kinds: Sequence[Kind], calibration: Calibration
     ) -> Scores:
         """Runs the network forward and backward on some batches."""
-        places = list(wanted(layers, kinds))
+        places = wanted(layers, kinds)
+        axes = _axes(subject, places)
 
         @jax.jit
         def changes(variables: Any, batch: Any, key: Array) -> list[Array]:
@@ -86,8 +101,8 @@ class Taylor:
 
             gradients = jax.grad(loss)(variables["params"])
             products = jax.tree.map(jnp.multiply, variables["params"], gradients)
-            parts = take_apart(subject.with_params(products))
-            return [jnp.square(sums(parts[at], parts[at].params, kind)) for at, kind in places]
+            summed = _summed(subject.with_params(products), places, axes)
+            return [jnp.square(change / self.divided.get(kind, 1.0)) for (_, kind), change in summed.items()]
 
         total: list[Array] | None = None
         for number, batch in enumerate(calibration.first(self.batches)):
@@ -100,5 +115,21 @@ class Taylor:
 
 
 def wanted(layers: Sequence[Layer], kinds: Sequence[Kind]) -> list[tuple[int, Kind]]:
-    """The layers that have units of some kinds, with each kind that they have."""
-    return [(at, kind) for at, layer in enumerate(layers) for kind in kinds if getattr(sizes(layer), kind)]
+    """The layers that have units of some kinds, with each kind that they have; the stream is before them."""
+    own = [(at, kind) for at, layer in enumerate(layers) for kind in kinds if getattr(sizes(layer), kind)]
+    return [(EVERYWHERE, "stream"), *own] if "stream" in kinds else own
+
+
+def _axes(subject: Subject, places: Sequence[tuple[int, Kind]]) -> Axes:
+    return stream_axes(subject) if (EVERYWHERE, "stream") in places else {}
+
+
+def _summed(subject: Subject, places: Sequence[tuple[int, Kind]], axes: Axes) -> Scores:
+    """Sums the parameters over all that belongs to each unit."""
+    layers = take_apart(subject)
+    return {
+        (at, kind): stream_sums(subject.params, axes)
+        if at == EVERYWHERE
+        else sums(layers[at], layers[at].params, kind)
+        for at, kind in places
+    }

@@ -1,4 +1,4 @@
-"""What a layer can lose: heads, channels of its heads, hidden units.
+"""What a layer can lose: heads, channels of its heads, hidden units. What all lose at once is in `stream`.
 
     heads    a key/value head with the query heads that it serves
     qk       a channel of queries and keys of every head; each head may keep others
@@ -30,7 +30,8 @@ from effjax.layers.stored import Stored
 from effjax.mixers.attention import Attention
 from effjax.mixers.shifted_window import ShiftedWindow
 
-Kind = Literal["heads", "qk", "value", "hidden"]
+# "stream" is of the network, see `effjax.compress.structure.stream`; the others are of a layer.
+Kind = Literal["heads", "qk", "value", "hidden", "stream"]
 KINDS: tuple[Kind, ...] = ("heads", "qk", "value", "hidden")
 
 # The parameters of a mixer that a kind of unit has a part in, by the first name of their path in it.
@@ -49,12 +50,14 @@ class Sizes:
       qk: channels of queries and keys, or pairs of them, of a head.
       value: channels of the values of a head.
       hidden: hidden units.
+      stream: channels of what it reads and adds to, where those may go.
     """
 
     heads: int = 0
     qk: int = 0
     value: int = 0
     hidden: int = 0
+    stream: int = 0
 
 
 def sizes(layer: Layer) -> Sizes:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from effjax.data import Data, OpenData
+from effjax.parallel.pace import Pace
 from effjax.train.evaluators.evaluation import Evaluation, ReadWeights, batches
 from effjax.train.tasks.mean import Means, add, values
 
@@ -42,9 +43,11 @@ class _Open:
 
     def __call__(self, program: Any, variables: Any, check_stop: Callable[[], None]) -> dict[str, float]:
         total: Means | None = None
+        pace = Pace()
         for batch in batches(self.data, program, check_stop):
             means = program.metrics(variables, batch)
             total = means if total is None else _add(total, means)
+            pace(total)
         if total is None:
             return {}
         finished: dict[str, float] = program.task.finish(

@@ -13,7 +13,7 @@ With an Inception network as extractor the first is the FID.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -105,16 +105,16 @@ class _Open:
                 shown = functools.partial(show, variables)
                 self._weights = definition.extractor.variables(program, shown, self.read, check_stop)
             if self._real is None:
-                self._real = _Seen.gathered(
-                    (look(self._weights, show(variables, batch)), batch, everywhere)
+                self._real = _Seen.of(
+                    _seen(look(self._weights, show(variables, batch)), batch, everywhere)
                     for batch in batches(self.data, program, check_stop)
                 )
-            first, seen = 0, []
-            for batch in batches(self.data, program, check_stop):
-                pictures = draw(variables, task.told(batch), jnp.asarray(first))
-                seen.append((look(self._weights, pictures), batch, everywhere))
-                first += len(pictures)
-        return _compared(_Seen.gathered(iter(seen)), self._real, definition.neighbours)
+            drawn = []
+            for number, batch in enumerate(batches(self.data, program, check_stop)):
+                first = jnp.asarray(number * len(batch["mask"]))
+                pictures = draw(variables, task.told(batch), first)
+                drawn.append(_seen(look(self._weights, pictures), batch, everywhere))
+        return _compared(_Seen.of(drawn), self._real, definition.neighbours)
 
     def _functions(self, program: Any) -> tuple[Any, Any, Any]:
         """What looks at pictures, draws them, and shows real ones, compiled once for a program."""
@@ -144,22 +144,26 @@ class _Seen:
     right: Bool[np.ndarray, " n"] | None
 
     @classmethod
-    def gathered(cls, looks: Any) -> "_Seen":
-        """Of `((features, logits), batch, everywhere)`, one an evaluation batch, without the padding."""
-        features, right = [], []
-        for (vectors, logits), batch, everywhere in looks:
-            kept = {name: batch[name] for name in ("mask", "label") if name in batch}
-            kept = jax.tree.map(np.asarray, jax.device_put(kept, everywhere))
-            real = kept["mask"] > 0
-            features.append(np.asarray(vectors)[real])
-            if "label" in kept:
-                right.append((np.asarray(logits).argmax(-1) == kept["label"])[real])
-        return cls(np.concatenate(features), np.concatenate(right) if right else None)
+    def of(cls, parts: Iterable["_Seen"]) -> "_Seen":
+        """All batches of an evaluation in one."""
+        parts = list(parts)
+        right = [part.right for part in parts if part.right is not None]
+        features = np.concatenate([part.features for part in parts])
+        return cls(features, np.concatenate(right) if right else None)
+
+
+def _seen(look: tuple[Array, Array], batch: Mapping[str, Array], everywhere: NamedSharding) -> _Seen:
+    """What an extractor said of an evaluation batch, `(features, logits)`, without the padding."""
+    kept = {name: batch[name] for name in ("mask", "label") if name in batch}
+    kept = jax.tree.map(np.asarray, jax.device_put(kept, everywhere))
+    real = kept["mask"] > 0
+    vectors, logits = (np.asarray(part) for part in look)
+    right = (logits.argmax(-1) == kept["label"])[real] if "label" in kept else None
+    return _Seen(vectors[real], right)
 
 
 def _compared(drawn: _Seen, real: _Seen, neighbours: int) -> dict[str, float]:
     """Everything that is reported of drawn and real pictures."""
-
     values = {
         "frechet": _distance(drawn.features, real.features),
         "frechet_halves": _distance(real.features[::2], real.features[1::2]),

@@ -48,6 +48,7 @@ from effjax.train.tasks.language import Language
 from effjax.train.tasks.layer_routing import LayerRouting
 from effjax.train.tasks.low_rank import LowRank
 from effjax.train.tasks.pose import Pose
+from effjax.train.tasks.stitching import Stitching
 from effjax.train.tasks.structured_sparse import StructuredSparse
 
 KINDS = {
@@ -64,6 +65,7 @@ KINDS = {
     "layer_routing": LayerRouting,
     "low_rank": LowRank,
     "pose": Pose,
+    "stitching": Stitching,
     "structured_sparse": StructuredSparse,
 }
 

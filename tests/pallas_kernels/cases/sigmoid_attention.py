@@ -46,7 +46,8 @@ CASE = Case(
         fully_masked=fully_masked,
         packed=packed,
         one_token=lambda: (numbers(1, 1, 2, 2, 8, 8), dict(causal=True)),
-        many_blocks=lambda: (numbers(200, 300, 2, 1, 16, 8), dict(causal=True)),
+        many_blocks=lambda: (numbers(300, 530, 2, 1, 16, 8), dict(causal=True)),
+        narrow_heads=lambda: (numbers(37, 530, 4, 4, 32, 32), dict(causal=True)),
         own_bias=lambda: (numbers(3, 129, 1, 1, 8, 8), dict(bias=0.5, scale=0.3)),
     ),
 )
