@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # Where this is set, every worker and every driver of the tests compiles all files of the library again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test parity check durations lint types fast catalog newest aot clean
+.PHONY: demo test parity check durations faults lint types fast catalog newest aot clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml .ci/constraints.txt
@@ -33,6 +33,9 @@ check: lint types fast  ## what every commit passes: lint, types, fast tests
 
 durations: $(STAMP)  ## times the whole suite and lists its long tests in tests/slow.txt
 	$(BIN)/python -m pytest -n 2 --write-slow
+
+faults: $(STAMP)  ## kills, damage and full disks at full length, with their figures
+	$(BIN)/python -m tests.faults
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

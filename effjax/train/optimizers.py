@@ -10,7 +10,8 @@ the parameters that are not frozen,
                 -> * m_rate -> * -schedule(step)
 
 so the decay is decoupled from the direction and scaled by the learning rate, as in AdamW (arXiv:1711.05101).
-Around it all stands what leaves steps out at spikes of the loss, see `effjax.train.stability`.
+Around it stand the scales of modules, see `effjax.train.agvm`, and around it all what leaves steps out at
+spikes of the loss, see `effjax.train.stability`.
 Rules are ordered `(regexp, value)` pairs matched against whole paths, see `effjax.matching`. No rule looks at
 `ndim`: the parameters of scanned blocks carry a leading `layers` axis, so a stacked bias is no matrix.
 """
@@ -27,6 +28,7 @@ from optax import contrib
 from effjax.config import part
 from effjax.errors import UsageError
 from effjax.matching import explain, match, named_leaves, path_of
+from effjax.train.agvm import Agvm
 from effjax.train.durations import Budget
 from effjax.train.schedules import KINDS as SCHEDULES
 from effjax.train.schedules import Constant
@@ -57,6 +59,7 @@ class Optimizer:
       clip: largest global norm of the gradient of the trained parameters; None for no clipping.
       clip_spikes: clips by the norms of the steps before, see `effjax.train.stability`; None does not.
       skip_spikes: leaves steps out whose loss is a spike; None takes all.
+      agvm: keeps modules equally noisy, see `effjax.train.agvm`; None leaves them.
       weight_decay: strength of the decoupled decay.
       decay: rules that multiply `weight_decay`, read before `DECAY`: kernels yes, all else no.
       learning_rate: rules that multiply the learning rate (decay included); 1 where none matches.
@@ -68,6 +71,7 @@ class Optimizer:
     clip: float | None = None
     clip_spikes: Spikes | None = None
     skip_spikes: Spikes | None = None
+    agvm: Agvm | None = None
     weight_decay: float = 0.0
     decay: Multipliers = ()
     learning_rate: Multipliers = ()
@@ -119,6 +123,8 @@ class Optimizer:
             # `partition` hides the frozen leaves from the chain: no state, no share in the global norm.
             labels = jax.tree.map(lambda f: "frozen" if f else "trained", frozen)
             trained = optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, labels)
+        if self.agvm is not None:
+            trained = self.agvm.around(trained, params, budget)
         return trained if self.skip_spikes is None else skip_spikes(trained, self.skip_spikes)
 
     def _rules(self, params: Any) -> tuple[Any, Any, Any]:

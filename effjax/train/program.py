@@ -114,6 +114,7 @@ class Program:
             precision=self.precision,
             accumulate=train.accumulate,
             ema=train.ema,
+            halves=self.experiment.optimizer.agvm is not None,
         )
 
     @functools.cached_property

@@ -23,6 +23,7 @@ import optax
 from jaxtyping import Array, Float
 
 from effjax.errors import UsageError
+from effjax.train.agvm import ModuleScales
 
 EPSILON = 1e-6
 
@@ -134,7 +135,7 @@ def skip_spikes(inner: optax.GradientTransformation, spikes: Spikes) -> optax.Gr
 
 
 def counts(opt_state: Any) -> dict[str, Array]:
-    """How many gradients were clipped and steps left out so far, by the name of a metric."""
+    """Gradients clipped, steps left out so far, and scales of modules, by the name of a metric."""
     found: dict[str, Array] = {}
     waiting = [opt_state]
     while waiting:
@@ -142,6 +143,9 @@ def counts(opt_state: Any) -> dict[str, Array]:
         for state in own:
             if isinstance(state, ClipState):
                 found["clipped_steps"] = state.clipped
+            elif isinstance(state, ModuleScales):
+                found |= {f"module_scale_{i}": state.scales[i] for i in range(1, len(state.scales))}
+                waiting.append(state.inner)
             else:
                 found["skipped_steps"] = state.skipped
                 waiting.append(state.inner)
@@ -149,6 +153,6 @@ def counts(opt_state: Any) -> dict[str, Array]:
 
 
 def _states(tree: Any) -> list[Any]:
-    known = ClipState, SkipState
+    known = ClipState, SkipState, ModuleScales
     leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, known))
     return [leaf for leaf in leaves if isinstance(leaf, known)]

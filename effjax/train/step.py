@@ -54,6 +54,33 @@ def loss_and_gradient(
     task: Any, state: TrainState, batch: Mapping[str, Array], precision: Precision, accumulate: int
 ) -> tuple[Means, Any, Any]:
     """Returns the means, the gradient of the mean loss, and the other variable collections after the pass."""
+    means, grads, collections = _summed(task, state, batch, precision, accumulate, halves=False)
+    return means, _mean(grads, means), collections
+
+
+def loss_and_halves(
+    task: Any, state: TrainState, batch: Mapping[str, Array], precision: Precision, accumulate: int
+) -> tuple[Means, Any, tuple[Any, Any], Any]:
+    """As `loss_and_gradient`; third, the summed gradients of the even and of the odd micro-batches."""
+    means, sums, collections = _summed(task, state, batch, precision, accumulate, halves=True)
+    halves = tuple(jax.tree.map(lambda g, i=i: g[i], sums) for i in range(2))
+    return means, _mean(jax.tree.map(jnp.add, *halves), means), halves, collections
+
+
+def _mean(grads: Any, means: Means) -> Any:
+    count = jnp.maximum(means["loss"].count, 1e-9)
+    return jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+
+
+def _summed(
+    task: Any,
+    state: TrainState,
+    batch: Mapping[str, Array],
+    precision: Precision,
+    accumulate: int,
+    halves: bool,
+) -> tuple[Means, Any, Any]:
+    """Means, summed gradients and collections."""
     batch = task.prepare(batch, state.step_key(_PREPARE))
 
     def total(params: Any, collections: Any, batch: Any, key: Array) -> tuple[Array, tuple[Means, Any]]:
@@ -65,15 +92,20 @@ def loss_and_gradient(
     if accumulate == 1:
         grads, (means, collections) = gradient(state.params, state.collections, batch, state.step_key(_LOSS))
     else:
-        grads, means, collections = _accumulate(gradient, state, batch, state.step_key(_LOSS), accumulate)
-    count = jnp.maximum(means["loss"].count, 1e-9)
-    return means, jax.tree.map(lambda g: g / count.astype(g.dtype), grads), collections
+        key = state.step_key(_LOSS)
+        grads, means, collections = _accumulate(gradient, state, batch, key, accumulate, halves)
+    return means, grads, collections
 
 
 def _accumulate(
-    gradient: Callable[..., Any], state: TrainState, batch: Mapping[str, Array], key: Array, parts: int
+    gradient: Callable[..., Any],
+    state: TrainState,
+    batch: Mapping[str, Array],
+    key: Array,
+    parts: int,
+    halves: bool,
 ) -> tuple[Any, Means, Any]:
-    """Runs the gradient over `parts` micro-batches in turn and adds up."""
+    """Runs the gradient over `parts` micro-batches in turn and adds up, with `halves` in two stacked sums."""
     # Micro-batch i takes every parts-th row, so that each device cuts its own rows and none are moved.
     micro = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), batch)
     keys = jax.random.split(key, parts)
@@ -84,12 +116,18 @@ def _accumulate(
 
     def body(carry: Any, inputs: Any) -> tuple[Any, None]:
         collections, grads, means = carry
+        number, *inputs = inputs
         collections, (more, others) = one(collections, inputs)
-        return (collections, jax.tree.map(jnp.add, grads, more), add(means, others)), None
+        add_to = (lambda sums, g: sums.at[number % 2].add(g)) if halves else jnp.add
+        return (collections, jax.tree.map(add_to, grads, more), add(means, others)), None
 
     shapes = jax.eval_shape(one, state.collections, jax.tree.map(lambda x: x[0], (micro, keys)))[1]
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    (collections, grads, means), _ = jax.lax.scan(body, (state.collections, *zeros), (micro, keys))
+    grads, means = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    if halves:
+        grads = jax.tree.map(lambda g: jnp.stack([g, g]), grads)
+    (collections, grads, means), _ = jax.lax.scan(
+        body, (state.collections, grads, means), (jnp.arange(parts), micro, keys)
+    )
     return grads, means, collections
 
 
@@ -100,19 +138,33 @@ def make_step(
     precision: Precision,
     accumulate: int = 1,
     ema: Ema | None = None,
+    halves: bool = False,
 ) -> Step:
     """Makes the pure function `(state, batch) -> (state, metrics)` that the loop compiles.
 
     Metrics are scalars: the task's averages, `gradient_norm`, `update_norm`, `parameter_norm`, what
-    `effjax.train.stability` counts, and `halted`.
+    `effjax.train.stability` counts, and `halted`. With `halves` the optimiser is given the gradients of the
+    even and of the odd micro-batches.
     """
     if accumulate < 1:
         raise UsageError(f"config.train.accumulate is {accumulate}: it must be at least 1.")
+    if halves and accumulate % 2:
+        raise UsageError(
+            f"config.train.accumulate is {accumulate}, and config.optimizer.agvm compares the even with the "
+            "odd micro-batches: make it even."
+        )
     update = optax.with_extra_args_support(optimizer).update  # some look at the loss
 
     def step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-        means, grads, collections = loss_and_gradient(task, state, batch, precision, accumulate)
-        updates, opt_state = update(grads, state.opt_state, state.params, value=means["loss"].value())
+        told: dict[str, Any] = {}
+        if halves:
+            means, grads, told["halves"], collections = loss_and_halves(
+                task, state, batch, precision, accumulate
+            )
+        else:
+            means, grads, collections = loss_and_gradient(task, state, batch, precision, accumulate)
+        told["value"] = means["loss"].value()
+        updates, opt_state = update(grads, state.opt_state, state.params, **told)
         params = optax.apply_updates(state.params, updates)
         metrics = values(means) | {
             "gradient_norm": optax.tree.norm(grads),

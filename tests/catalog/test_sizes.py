@@ -34,7 +34,7 @@ OWN = (
     "pairs",
     "sum",
 )
-SHARED = ("-flow", "-22k", "-tuned", "-reflow", "-one-step", "-ucf101", "-cityscapes", "-plain")
+SHARED = ("-16k", "-flow", "-22k", "-tuned", "-reflow", "-one-step", "-ucf101", "-cityscapes", "-plain")
 
 
 def module_of(path):

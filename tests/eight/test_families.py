@@ -48,6 +48,15 @@ PARTS = {
         },
         {"data": 2, "fsdp": 2, "tensor": 2},
     ),
+    "equally noisy modules": (
+        {
+            "train__accumulate": 2,
+            "optimizer__agvm": dict(
+                modules=("blocks/.*", "(?!blocks/).*"), every=1, start="0 steps", ema=0.5
+            ),
+        },
+        {"data": 2, "fsdp": 2, "tensor": 2},
+    ),
     "mamba": ({"model__block__mixer": {"kind": "mamba", "state": 4}}, {"data": 2, "fsdp": 2, "tensor": 2}),
     "mamba by kernel": (
         {"model__block__mixer": {"kind": "mamba", "state": 4, "implementation": "kernel"}},
