@@ -7,7 +7,8 @@
 `smoke`
     A few candidates: seconds.
 `pydocs`
-    Three quarters or all of the layers, of each a quarter to all of the hidden units; two thirds of the MACs.
+    Half to all of the layers, of each a quarter to all of the hidden units; two thirds of the MACs: 3 minutes
+    on 2 CPU cores, and a perplexity of 4.49 (4.35 before).
 `published`
     The space of the paper: of Llama 2 7B 24, 28 or 32 layers with 5504 or 11,008 hidden units each. Not run
     here.

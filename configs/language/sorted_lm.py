@@ -8,7 +8,8 @@
     20 steps of a toy: seconds.
 `pydocs`
     The model of `configs/language/lm.py:pydocs` and those with a quarter to all of its hidden units and half
-    to all of its layers, 12 in all, two a step.
+    to all of its layers, 12 in all, two a step: an hour on 2 CPU cores, and a perplexity of
+    4.35 for all of it.
 `8b`
     Llama 3 8B with half or all of its hidden units and three quarters to all of its layers. Not run here.
 """
