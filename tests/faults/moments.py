@@ -18,6 +18,7 @@ from tests.train.toy import FAMILIES
 
 CONFIG = {family: f"--config={module.replace('.', '/')}.py:smoke" for family, module in FAMILIES.items()}
 STEPS = 60
+EARLIEST = 0.4
 OFTEN = [
     f"--config.train.steps={STEPS} steps",
     "--config.train.checkpoint_every=4 steps",
@@ -76,10 +77,10 @@ def free_folder(folder):
 def at_a_moment(process, workdir, draw, length):
     """Waits for a moment of a run: any, or every other time one in which it writes a checkpoint.
 
-    Writing takes little of the time and matters most.
+    Writing takes little of the time and matters most. Before `EARLIEST` there is no run yet.
     """
     if draw.random() < 0.5:
-        wait(process, lambda: False, draw.random() * length)
+        wait(process, lambda: False, EARLIEST + draw.random() * (length - EARLIEST))
     else:
         saves = len(saved(workdir)) + draw.randrange(1, 6)
         wait(process, lambda: len(saved(workdir)) >= saves and writing(workdir), 2 * length)
