@@ -6,9 +6,10 @@
     20 steps of a toy on digits: seconds.
 `digits`
     The ViT of `configs/vision/vit.py:digits` with all but a hundred of the 1,437 digits in every batch, in
-    four parts: 80 steps, half a minute on 2 CPU cores. Backbone and head are the modules.
+    four parts: 80 steps, two minutes on 2 CPU cores beside other work, and an accuracy of 74.4%.
+    Backbone and head are the modules.
 `digits-plain`
-    The same without AGVM.
+    The same without AGVM: 75.0%.
 `b16-16k`
     ViT-B/16 on ImageNet with 16,384 pictures a step in two parts. Not run here.
 """

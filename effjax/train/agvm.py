@@ -13,8 +13,8 @@ The halves are the even and the odd micro-batches of `config.train.accumulate`, 
 computed twice. The published code cuts the devices of a run in two halves, and divides each half by the nu
 that it would give by itself; here by the one nu there is after the step.
 
-Xue et al., "Large-batch Optimization for Dense Visual Predictions", NeurIPS 2022, arXiv:2210.11078, sections
-3.2 and 3.3; bounds, e and intervals as in its published code.
+Xue et al., "Large-batch Optimization for Dense Visual Predictions", NeurIPS 2022, arXiv:2210.11078;
+bounds, e and intervals as in its published code.
 """
 
 import dataclasses

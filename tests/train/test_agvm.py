@@ -90,7 +90,18 @@ def test_bounds_averages_and_when_it_looks(draw):
         np.testing.assert_allclose(ran(agvm, halves, steps)[1], [1.0, scale], rtol=1e-5)
 
 
-def test_what_no_regexp_matches_is_left(draw):
+def test_what_no_module_matches_is_left(draw):
+    params = PARAMS | {"norm": {"scale": jnp.zeros((3,))}}
+    agvm = Agvm(MODULES, ema=0.0, every=1, start="0 steps")
+    made = Momentum(lr=0.1, agvm=agvm).transformation(params, BUDGET)
+    halves = tuple(half | {"norm": {"scale": jnp.ones((3,))}} for half in noisy(draw, 0.05, 0.5))
+    whole = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
+    updates, state = jax.jit(made.update)(whole, made.init(params), params, halves=halves)
+    assert optax.tree.get(state, "scales")[1] < 0.9
+    np.testing.assert_allclose(updates["norm"]["scale"], -0.1, rtol=1e-6)
+
+
+def test_a_module_without_parameters_is_refused():
     agvm = Agvm(("head/.*", "nothing/.*"))
     with pytest.raises(UsageError, match="matches no parameter"):
         transformation(agvm)
@@ -166,6 +177,6 @@ def test_a_run_tells_the_scales():
     assert metrics["module_scale_1"] != 1.0
 
 
-def test_scales_are_among_the_metrics(draw):
+def test_scales_are_among_the_metrics():
     made = transformation(Agvm(MODULES))
     assert counts(made.init(PARAMS)) == {"module_scale_1": 1.0}
