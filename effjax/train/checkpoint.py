@@ -10,13 +10,12 @@ manifest: the array fingerprints do not depend on the sharding, so a state saved
 A step that fails is said aloud, set aside as `<step>.corrupt`, and the one before it is used.
 """
 
-import asyncio
 import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import effjax
 from effjax.errors import RunError, UsageError
 from effjax.matching import named_leaves
 from effjax.train.fingerprint import fingerprints
+from effjax.train.patience import patience
 
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 _CORRUPT, _REPLACED, _TEMPORARY = ".corrupt", ".replaced", ".orbax-checkpoint-tmp"
@@ -133,7 +133,7 @@ class Checkpoints:
         if step in self.steps():
             self._rename(step, _REPLACED)
         self._writing = step
-        self._patience.enter_context(_patient_event_loops())
+        self._patience.enter_context(patience())
         try:
             self._manager.save(
                 step,
@@ -234,7 +234,7 @@ class Checkpoints:
 
     def _load(self, step: int, **arguments: Any) -> Any:
         try:
-            with _patient_event_loops():
+            with patience():
                 return self._manager.restore(step, args=ocp.args.Composite(**arguments))
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise  # the machine's fault, not the file's: it must not cost the run a step
@@ -279,40 +279,6 @@ class Checkpoints:
         ocp.multihost.sync_global_processes(f"effjax:rename:{name}")
         self._manager.reload()
         return name
-
-
-class _PatientLoop(asyncio.SelectorEventLoop):
-    """An event loop that lets its tasks end before it closes.
-
-    Orbax reads or writes all arrays at once and closes its loop at the first that fails. What the others
-    still had in flight would then end in a closed loop, each with a traceback of its own on the terminal.
-    """
-
-    def close(self) -> None:
-        if not self.is_closed() and (pending := asyncio.all_tasks(self)):
-            self.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
-        super().close()
-
-    def call_soon_threadsafe(  # type: ignore[override]
-        self, callback: Any, *args: Any, context: Any = None
-    ) -> asyncio.Handle:
-        """What a thread still had in flight when the loop was closed has nobody left to tell."""
-        try:
-            return super().call_soon_threadsafe(callback, *args, context=context)
-        except RuntimeError:
-            if not self.is_closed():
-                raise
-            return asyncio.Handle(callback, args, self, context)
-
-
-@contextlib.contextmanager
-def _patient_event_loops() -> Iterator[None]:
-    make = asyncio.new_event_loop
-    asyncio.new_event_loop = _PatientLoop
-    try:
-        yield
-    finally:
-        asyncio.new_event_loop = make
 
 
 def _manifest(leaves: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,6 @@ def test_damage_is_said_and_never_read(tmp_path):
     assert figures.outcomes["detected, an older one used"] > 0
 
 
-@pytest.mark.parametrize("fault", ["full_disk", "no_place", "two_in_one_folder"])
+@pytest.mark.parametrize("fault", ["full_disk", "no_place", "two_in_one_folder", "jumping_clock"])
 def test_what_happens_around_a_run(fault, tmp_path):
     assert not getattr(surroundings, fault)(tmp_path).failures

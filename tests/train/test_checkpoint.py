@@ -1,6 +1,5 @@
 """Checkpoints: what is read is what was saved, or it is said aloud that it is not."""
 
-import asyncio
 import os
 import shutil
 import signal
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 
 from effjax.errors import RunError, UsageError
-from effjax.train.checkpoint import Checkpoints, _PatientLoop
+from effjax.train.checkpoint import Checkpoints
 from effjax.train.state import TrainState
 
 
@@ -420,13 +419,3 @@ def test_eight_devices_to_four_to_one(tmp_path):
         checkpoints.close()
     """
     finish(child(code, tmp_path, devices=8))
-
-
-def test_a_loop_that_is_closed_is_told_nothing_more():
-    """Where one array cannot be written, threads that write the others end behind it."""
-    loop, told = _PatientLoop(), []
-    loop.call_soon_threadsafe(told.append, "in time")
-    loop.run_until_complete(asyncio.sleep(0))
-    loop.close()
-    loop.call_soon_threadsafe(told.append, "too late")
-    assert told == ["in time"]
