@@ -41,7 +41,17 @@ from effjax.ffn import router as routers
 from effjax.ffn.balance import load_balance, nudged, router_z
 from effjax.ffn.gated import Gated
 from effjax.ffn.mlp import MLP
-from effjax.ffn.routing import Routes, Scores, affinities, by_experts, by_tokens, choose, collected, spread
+from effjax.ffn.routing import (
+    Routes,
+    Scores,
+    affinities,
+    by_experts,
+    by_tokens,
+    choose,
+    collected,
+    runs,
+    spread,
+)
 from effjax.ffn.routing import capacity as capacity_of
 from effjax.layers.activations import activation
 from effjax.layers.dense import Dense, named, xavier, zeros
@@ -192,8 +202,12 @@ class Mixture(nn.Module):
         """The rows of the experts that tokens chose, as far as there is place."""
         factor, (tokens, chosen) = self.factor(train), index.shape
         limit = None if factor is None else capacity_of(factor, tokens, chosen, self.experts)
-        best = jnp.max(affinities(logits, self.scores), axis=-1) if self.priority == "score" else None  # [T]
-        return by_tokens(weights, index, self.experts, limit, best)
+        return by_tokens(weights, index, self.experts, limit, self.first(logits))
+
+    @nn.nowrap
+    def first(self, logits: Float[Array, "t e"]) -> Float[Array, " t"] | None:
+        """Tokens with more are served first; None serves them in order."""
+        return jnp.max(affinities(logits, self.scores), axis=-1) if self.priority == "score" else None
 
     @nn.nowrap
     def _learns(self, train: bool) -> bool:
@@ -232,18 +246,45 @@ class Mixture(nn.Module):
           routes: which is whose.
           factors: of what enters each matrix, by its name; None leaves it.
         """
-        entering = lambda name, x: x if factors is None else x * factors[name].astype(x.dtype)  # noqa: E731
-        width, act = rows.shape[1], activation(self.activation)
-        gate = self.kernel("gate", (width, self.hidden), ("embed", "mlp"), rows.dtype) if self.gated else None
-        expand = self.kernel("expand", (width, self.hidden), ("embed", "mlp"), rows.dtype)
-        contract = self.kernel("contract", (self.hidden, width), ("mlp", "embed"), rows.dtype)
-        h = grouped(entering("expand", rows), expand, routes.sizes)  # [M, F]
+        return self.run_through(rows, routes.sizes, self.kernels(rows.shape[1], rows.dtype), factors)
+
+    @nn.nowrap
+    def kernels(self, width: int, dtype: DTypeLike) -> dict[str, Array]:
+        """The arrays of all experts for tokens of so many channels, by name: `[E, ...]` each."""
+        into, out = ("embed", "expert_mlp"), ("expert_mlp", "embed")
+        held = {"gate": self.kernel("gate", (width, self.hidden), into, dtype)} if self.gated else {}
+        held["expand"] = self.kernel("expand", (width, self.hidden), into, dtype)
+        held["contract"] = self.kernel("contract", (self.hidden, width), out, dtype)
         if self.use_bias:
-            bias = self.param("expand_bias", named(zeros, ("expert", "mlp")), (self.experts, self.hidden))
-            h = h + jnp.take(bias, routes.expert, axis=0, mode="clip").astype(h.dtype)
-        h = act(h) if gate is None else act(grouped(entering("gate", rows), gate, routes.sizes)) * h  # [M, F]
-        h = nn.with_logical_constraint(h, (None, "mlp"))
-        return grouped(entering("contract", h), contract, routes.sizes)  # [M, C]
+            init = named(zeros, ("expert", "expert_mlp"))
+            held["bias"] = self.param("expand_bias", init, (self.experts, self.hidden))
+        return held
+
+    @nn.nowrap
+    def run_through(
+        self,
+        rows: Float[Array, "m c"],
+        sizes: Int[Array, " e"],
+        kernels: Mapping[str, Array],
+        factors: Mapping[str, Array] | None = None,
+    ) -> Float[Array, "m c"]:
+        """Runs runs of rows through the experts whose kernels are given.
+
+        Args:
+          rows: run after run.
+          sizes: rows of each run.
+          kernels: of all experts, or of some with as many runs.
+          factors: of what enters each matrix, by its name; None leaves it.
+        """
+        entering = lambda name, x: x if factors is None else x * factors[name].astype(x.dtype)  # noqa: E731
+        act, gate = activation(self.activation), kernels.get("gate")
+        h = grouped(entering("expand", rows), kernels["expand"], sizes)  # [M, F]
+        if "bias" in kernels:
+            bias = jnp.take(kernels["bias"], runs(sizes, len(rows)), axis=0, mode="clip")  # [M, F]
+            h = h + bias.astype(h.dtype)
+        h = act(h) if gate is None else act(grouped(entering("gate", rows), gate, sizes)) * h  # [M, F]
+        h = nn.with_logical_constraint(h, (None, "expert_mlp"))
+        return grouped(entering("contract", h), kernels["contract"], sizes)  # [M, C]
 
     @nn.nowrap
     def common(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:

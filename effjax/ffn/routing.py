@@ -133,8 +133,7 @@ def by_tokens(
       priority: tokens with more are served first; None serves them in order.
     """
     count, chosen = index.shape
-    served = jnp.arange(count) if priority is None else jnp.argsort(-priority, stable=True)  # [T]
-    place = (served[None] * chosen + jnp.arange(chosen)[:, None]).reshape(-1)  # [K T], first choices first
+    place = _served(count, chosen, priority)  # [K T]
     expert = jnp.take(index.reshape(-1), place)
     order = jnp.take(place, jnp.argsort(expert, stable=True))  # [K T], expert after expert
     sizes = jnp.bincount(expert, length=experts)  # [E]
@@ -148,6 +147,31 @@ def by_tokens(
     full = of < experts
     token = jnp.where(full, source // chosen, count)
     return Routes(token, jnp.where(full, jnp.take(weights.reshape(-1), source), 0), kept)
+
+
+def ranks(
+    index: Int[Array, "t k"], experts: int, priority: Float[Array, " t"] | None = None
+) -> Int[Array, "t k"]:
+    """How many are served before each token at each of its experts.
+
+    Args:
+      index: of each token's experts, best first; `experts` for none.
+      experts: how many there are.
+      priority: as in `by_tokens`.
+    """
+    count, chosen = index.shape
+    place = _served(count, chosen, priority)  # [K T]
+    expert = jnp.take(index.reshape(-1), place)
+    order = jnp.argsort(expert, stable=True)  # [K T], expert after expert
+    sizes = jnp.bincount(expert, length=experts + 1)  # [E + 1]
+    before = jnp.arange(index.size) - jnp.take(jnp.cumsum(sizes) - sizes, jnp.take(expert, order))  # [K T]
+    return jnp.zeros_like(expert).at[jnp.take(place, order)].set(before).reshape(index.shape)
+
+
+def _served(count: int, chosen: int, priority: Float[Array, " t"] | None) -> Int[Array, " kt"]:
+    """Numbers of tokens and choices in the order in which they are served: first choices first."""
+    tokens = jnp.arange(count) if priority is None else jnp.argsort(-priority, stable=True)  # [T]
+    return (tokens[None] * chosen + jnp.arange(chosen)[:, None]).reshape(-1)
 
 
 def by_experts(p: Float[Array, "t e"], limit: int, normalised: bool) -> Routes:

@@ -5,15 +5,19 @@
 `cap(l) = c tanh(l / c)` bounds the logits where a model asks for it: Gemma 2, 2024.
 
 A row of the softmax needs no other row. Where all logits together would be large, queries so take turns in
-blocks, forward and backward: memory grows with the keys, and the numbers are the same.
+blocks, forward and backward: memory grows with the keys, and the numbers are the same. Where a mesh cuts the
+sequence, each device has turns of its own queries, and all keys.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from effjax.parallel.each_device import Names, on_each_device
 
 # Of a head, logits that stand in memory together: those of 8192 queries and keys, 256 MB. More than that come
 # in blocks of so many queries: 16 MB a head at 16,384 keys.
@@ -57,21 +61,41 @@ def softmax_attention(
     if block is None:
         block = n if n * s <= LOGITS_AT_ONCE else BLOCK
     if share is None and block < n:
-        return _by_blocks(q, k, v, block, mask, bias, options)
+        # Cut by the compiler, every turn would fetch its queries from the device that has them.
+        names = ("batch", "length", "heads", None), ("batch", None, "kv_heads", None)
+        rows = (_names(array, ("batch", "heads", "length", None)) for array in (mask, bias))
+        run = on_each_device(
+            functools.partial(_by_blocks, block=block, options=options),
+            (names[0], names[1], names[1], ("length",), *rows),
+            names[0],
+        )
+        return run(q, k, v, jnp.arange(n), mask, bias)
     weights = attention_weights(q, k, mask=mask, bias=bias, share=share, **options)
     return weighted_sum(weights.astype(v.dtype), v)  # [B, N, H, E]
+
+
+def _names(array: Array | None, names: Names) -> Names:
+    """Of the axes of a mask or a bias, those that are not shared by all."""
+    sides = (None,) * len(names) if array is None else array.shape
+    return tuple(None if side == 1 else name for side, name in zip(sides, names, strict=True))
 
 
 def _by_blocks(
     q: Float[Array, "b n h d"],
     k: Float[Array, "b s g d"],
     v: Float[Array, "b s g e"],
-    block: int,
+    place: Int[Array, " n"],
     mask: Bool[Array, "#b #h #n s"] | None,
     bias: Float[Array, "#b #h #n s"] | None,
+    *,
+    block: int,
     options: dict[str, Any],
 ) -> Float[Array, "b n h e"]:
-    """`softmax_attention`, so many queries at a time; the backward pass computes their logits again."""
+    """`softmax_attention`, so many queries at a time; the backward pass computes their logits again.
+
+    `place` is that of each query in its row.
+    """
+    block = min(block, q.shape[1])
     whole, rest = divmod(q.shape[1], block)
 
     def some(first: Int[Array, ""] | int, count: int) -> Float[Array, "b m h e"]:
@@ -81,7 +105,7 @@ def _by_blocks(
             return jax.lax.dynamic_slice_in_dim(array, first, count, axis)
 
         weights = attention_weights(
-            rows(q, 1), k, mask=rows(mask, 2), bias=rows(bias, 2), first=first, **options
+            rows(q, 1), k, mask=rows(mask, 2), bias=rows(bias, 2), first=place[0] + first, **options
         )  # [B, H, M, S]
         return weighted_sum(weights.astype(v.dtype), v)  # [B, M, H, E]
 

@@ -35,7 +35,10 @@ def on_each_device(
             return function(*arrays)
         present = [(array, names) for array, names in zip(arrays, inputs, strict=True) if array is not None]
         cuts = {
-            name: _axes(name, mesh) for names in (*inputs, *outputs) for name in names if name is not None
+            name: mesh_axes((name,), mesh)[0]
+            for names in (*inputs, *outputs)
+            for name in names
+            if name is not None
         }
         for array, names in present:
             for side, name in zip(array.shape, names, strict=True):
@@ -61,8 +64,8 @@ def on_each_device(
     return run
 
 
-def _axes(name: str, mesh: Any) -> tuple[str, ...]:
-    """The axes of a mesh that a name goes to, by the rules that are active."""
-    (found,) = nn.logical_to_mesh_axes((name,)) or (None,)
-    axes = (found,) if isinstance(found, str) else found or ()
-    return tuple(axis for axis in axes if axis in mesh.axis_names)
+def mesh_axes(names: Names, mesh: Any) -> tuple[tuple[str, ...], ...]:
+    """The axes of a mesh that each name of one array goes to, by the rules that are active."""
+    found = nn.logical_to_mesh_axes(names) or (None,) * len(names)
+    several = ((axes,) if isinstance(axes, str) else axes or () for axes in found)
+    return tuple(tuple(axis for axis in axes if axis in mesh.axis_names) for axes in several)

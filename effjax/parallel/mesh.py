@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from effjax.errors import UsageError
@@ -63,4 +64,9 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     if devices[0].platform == "cpu":
         return Mesh(np.asarray(devices).reshape(dims), tuple(sizes), axis_types=types)
     # On TPU and GPU the order follows the interconnect.
-    return jax.make_mesh(dims, tuple(sizes), axis_types=types, devices=devices)
+    try:
+        return jax.make_mesh(dims, tuple(sizes), axis_types=types, devices=devices)
+    except NotImplementedError:
+        # No axis of the torus, nor several together, is as long as an axis of the mesh: they are split.
+        laid_out = mesh_utils.create_device_mesh(dims, devices, allow_split_physical_axes=True)
+        return Mesh(laid_out, tuple(sizes), axis_types=types)

@@ -33,6 +33,7 @@ DEFAULT_RULES: AxisRules = (
     ("mlp", "tensor"),
     ("vocab", "tensor"),
     ("expert", "expert"),
+    ("expert_mlp", "tensor"),
 )
 
 # These axes change who computes what, so a dimension that they do not divide is refused. The others (fsdp)

@@ -63,14 +63,20 @@ def collectives(
     counts: collections.Counter[Key] = collections.Counter()
     amounts: collections.Counter[Key] = collections.Counter()
     unknown: list[str] = []
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str, str]] = set()
     for instruction, computation, times in hlo.walk(module):
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
-        # A compiler that overlaps a collective with other work may write it several times over.
+        # A compiler that overlaps a collective with other work may write it several times over, and those of
+        # a shard_map share one channel: the same one comes from the same place in the program.
         channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-        identity = (kind, channel.group(1) if channel else instruction.name)
+        place = re.search(r"metadata=\{[^}]*\}", instruction.attributes)
+        identity = (
+            kind,
+            channel.group(1) if channel else instruction.name,
+            place.group() if place else "",
+        )
         if identity in seen:
             continue
         seen.add(identity)

@@ -34,7 +34,18 @@ OWN = (
     "pairs",
     "sum",
 )
-SHARED = ("-16k", "-flow", "-22k", "-tuned", "-reflow", "-one-step", "-ucf101", "-cityscapes", "-plain")
+SHARED = (
+    "-16k",
+    "-flow",
+    "-22k",
+    "-tuned",
+    "-reflow",
+    "-one-step",
+    "-ucf101",
+    "-cityscapes",
+    "-plain",
+    "-unfolded",
+)
 
 
 def module_of(path):

@@ -90,8 +90,8 @@ def test_gradients_are_right_and_reach_only_the_chosen():
 
 def test_experts_are_an_axis_with_a_name_and_start_alike():
     boxed = Mixture(5, 2, 12).init(jax.random.key(1), X)["params"]
-    assert boxed["gate_kernel"].names == ("expert", "embed", "mlp")
-    assert boxed["contract_kernel"].names == ("expert", "mlp", "embed")
+    assert boxed["gate_kernel"].names == ("expert", "embed", "expert_mlp")
+    assert boxed["contract_kernel"].names == ("expert", "expert_mlp", "embed")
     assert boxed["router"]["kernel"].names == ("embed", "expert")
     bound = np.sqrt(6 / (8 + 12))  # of one expert's matrix, not of the stack
     kernel = np.abs(boxed["gate_kernel"].value)

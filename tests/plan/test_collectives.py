@@ -89,6 +89,16 @@ def test_a_permutation_moves_along_one_axis():
     assert (found.kind, found.axes, found.bytes) == ("collective-permute", ("tensor",), 128)
 
 
+def test_those_of_a_shard_map_share_a_channel_and_are_told_apart_by_their_place():
+    groups = "channel_id=1, replica_groups=[2,4]<=[8]"
+    lines = [
+        f'  %r{i} = f32[8,4] all-to-all(%a), {groups}, metadata={{op_name="f" stack_frame_id={place}}}'
+        for i, place in enumerate((3, 4, 4))
+    ]
+    (found,), _ = read("\n".join(lines))
+    assert (found.count, found.bytes) == (2, 256)
+
+
 def test_every_trip_counts_and_a_repeated_channel_once():
     groups = "channel_id=7, replica_groups=[2,4]<=[8], to_apply=%add"
     body = f"  %r = f32[8,4] all-reduce(%x), {groups}\n  %s = f32[8,4] all-reduce(%x), {groups}"
