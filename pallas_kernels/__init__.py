@@ -12,4 +12,5 @@ KERNELS = (
     "quantized_matmul",
     "selective_scan",
     "sigmoid_attention",
+    "sparse_ffn",
 )

@@ -9,6 +9,13 @@ import numpy as np
 
 from pallas_kernels.arithmetic import NUMPY
 
+_COPIES = "copies"
+
+
+def copies(count: int) -> dict[str, str]:
+    """The `metadata` of a kernel that copies so many bytes by hand from operands that no index map cuts."""
+    return {_COPIES: str(count)}
+
 
 def programs_of(grid: tuple[int, ...]) -> np.ndarray:
     """`[axes, programs]` int32, in the order in which a TPU runs them."""
@@ -66,6 +73,8 @@ def handed(equation: Any, inner: Any, known: dict[Any, np.ndarray]) -> dict[Any,
 def traffic(equation: Any, operands: list[np.ndarray | None]) -> int:
     """Bytes that the pipeline of a kernel moves: a block comes, or goes, when its index changes.
 
+    What a kernel copies by hand is believed, not followed: `copies`; where it says nothing, all of it counts.
+
     Args:
       equation: that calls the kernel.
       operands: what is known of them; index maps may read the first ones.
@@ -73,9 +82,13 @@ def traffic(equation: Any, operands: list[np.ndarray | None]) -> int:
     Raises:
       ValueError: where an index map depends on values that are not known.
     """
-    mapping, total = equation.params["grid_mapping"], 0
+    mapping = equation.params["grid_mapping"]
+    said = dict(equation.params.get("metadata") or {}).get(_COPIES)
+    total = 0 if said is None else int(said)
     places = programs_of(tuple(int(side) for side in mapping.grid))
     for block in mapping.block_mappings:
+        if said is not None and by_hand(block):
+            continue
         array = getattr(block, "array_aval", None) or block.array_shape_dtype
         indices = indices_of(block, places, operands[: mapping.num_index_operands])
         if indices is None:

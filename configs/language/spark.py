@@ -12,7 +12,8 @@
     `data/tokenizer.json`. Not run here. The authors train on 2 trillion tokens with the data and recipe of
     Gemma-2, which are not public: optimiser and batch are those of `configs/language/lm.py`.
 
-To decode, `effjax.compress.rows.by_rows` stores the weights so that only those of active neurons are read.
+To decode, `effjax.compress.rows.by_rows` stores the weights so that only those of active neurons are read;
+with `implementation="kernel"` a TPU reads them by the kernel `sparse_ffn`.
 """
 
 from ml_collections import ConfigDict

@@ -12,25 +12,37 @@ of one function:
 
                 y = sum_{f: g_f != 0} g_f (v . expand_f) contract_f
 
+The step by rows is done in one of three ways, `implementation`:
+
+    plain        in the loop over blocks that stands here, on every platform
+    kernel       by `pallas_kernels.sparse_ffn` on a TPU; elsewhere, and with a warning for what it does not
+                 take, by the reference
+    reference    by the specification of the kernel: all products, on every platform
+
 There is no budget of active neurons to exceed: the number of blocks is counted at run time, from 0 to all,
 and only the shape of a block is static. With many neurons active the step becomes as slow as the dense one,
 and never wrong.
 """
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from effjax.errors import UsageError
 from effjax.layers.axes import constrain
 from effjax.layers.dense import Dense, named, xavier
+from effjax.parallel.each_device import on_each_device
 
 # Rows fetched at once: of 2048 float32 channels a megabyte, which a core's cache holds until multiplied.
 BLOCK = 128
 
 Sparse = Callable[[Float[Array, "*batch f"]], Float[Array, "*batch f"]]
+
+Implementation = Literal["plain", "kernel", "reference"]
 
 
 class Rows(nn.Module):
@@ -59,6 +71,8 @@ def perceptron(
     width: int,
     by_rows: bool,
     train: bool,
+    implementation: Implementation = "plain",
+    active: int | None = None,
 ) -> Float[Array, "*batch c"]:
     """The equation above, with the layers `gate`, `expand` and `contract` of the module that calls it.
 
@@ -70,7 +84,17 @@ def perceptron(
       width: of the output.
       by_rows: how matrices are stored.
       train: whether gradients are wanted, which the step that reads few rows has none of.
+      implementation: of the step that reads few rows.
+      active: about how many neurons are, which a kernel's compiler is told; None where nobody knows.
+
+    Raises:
+      UsageError: for an implementation of what is not stored by rows.
     """
+    if implementation != "plain" and not by_rows:
+        raise UsageError(
+            f"implementation={implementation!r} reads the rows of single neurons: store them with"
+            " by_rows=True, as effjax.compress.rows does."
+        )
     if not by_rows:
         gate = sparse(Dense(hidden, ("embed", "mlp"), use_bias=False, name="gate")(first))  # [..., F]
         value = Dense(hidden, ("embed", "mlp"), use_bias=False, name="expand")(second)  # [..., F]
@@ -81,7 +105,8 @@ def perceptron(
     contract = Rows(hidden, name="contract")(width)  # [F, C]
     gate = sparse(_by_row(first, of_gate))  # [..., F]
     if gate.size == hidden and not train:
-        y = active_sum(gate.reshape(-1), second.reshape(-1), expand, contract)
+        arrays = (gate.reshape(-1), second.reshape(-1), expand, contract)
+        y = active_sum(*arrays) if implementation == "plain" else _by_kernel(*arrays, implementation, active)
         return y.reshape(*gate.shape[:-1], width)
     h = constrain(gate * _by_row(second, expand), "mlp")
     return jnp.matmul(*nn.dtypes.promote_dtype(h, contract))  # [..., C]
@@ -118,6 +143,28 @@ def active_sum(
     blocks = (count + BLOCK - 1) // BLOCK
     y = jax.lax.fori_loop(0, blocks, add, jnp.zeros(contract.shape[1], wide))
     return y.astype(dtype)
+
+
+def _by_kernel(
+    gate: Float[Array, " f"],
+    x: Float[Array, " v"],
+    expand: Float[Array, "f v"],
+    contract: Float[Array, "f c"],
+    implementation: Implementation,
+    active: int | None,
+) -> Float[Array, " c"]:
+    """The same sum by the kernel or its specification, whole on each device."""
+    # Pallas is slow to import, and most programs have no use for it.
+    from pallas_kernels.sparse_ffn import sparse_ffn
+
+    def step(*arrays: Any) -> Any:
+        named: Any = "reference" if implementation == "reference" else None
+        return sparse_ffn(*arrays, active=active, implementation=named)
+
+    gate, x = (array.astype(jnp.result_type(gate, x, expand, contract)) for array in (gate, x))
+    expand, contract = nn.dtypes.promote_dtype(expand, contract)
+    whole = ((None,), (None,), (None, None), (None, None))
+    return on_each_device(step, whole, (None,))(gate, x, expand, contract)
 
 
 def _fetched(matrix: Float[Array, "f c"], at: Array, dtype: jnp.dtype) -> Float[Array, "b c"]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from effjax.ffn.active import perceptron
+from effjax.ffn.active import Implementation, perceptron
 from effjax.layers.activations import activation
 
 
@@ -31,11 +31,13 @@ class CATS(nn.Module):
       hidden: number of neurons.
       activation: of the gate, a name in `effjax.layers.activations`.
       by_rows: whether every matrix has a row a neuron, for decoding: see `effjax.ffn.active`.
+      implementation: of the step that reads the rows of active neurons: see there too.
     """
 
     hidden: int
     activation: str = "silu"
     by_rows: bool = False
+    implementation: Implementation = "plain"
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch c"], train: bool = False) -> Float[Array, "*batch c"]:
@@ -58,4 +60,5 @@ class CATS(nn.Module):
             width=x.shape[-1],
             by_rows=self.by_rows,
             train=train,
+            implementation=self.implementation,
         )

@@ -15,7 +15,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from effjax.errors import UsageError
-from effjax.ffn.active import perceptron
+from effjax.ffn.active import Implementation, perceptron
 from effjax.layers.activations import activation
 from effjax.layers.statistical_topk import soft_top_k
 
@@ -29,6 +29,7 @@ class SparkFFN(nn.Module):
       active: k above; `hidden` leaves all in, and draws no threshold.
       activation: sigma, a name in `effjax.layers.activations`; it must be 0 at 0.
       by_rows: whether every matrix has a row a neuron, for decoding: see `effjax.ffn.active`.
+      implementation: of the step that reads the rows of active neurons: see there too.
     """
 
     hidden: int
@@ -36,6 +37,7 @@ class SparkFFN(nn.Module):
     active: int
     activation: str = "gelu_tanh"
     by_rows: bool = False
+    implementation: Implementation = "plain"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,4 +64,6 @@ class SparkFFN(nn.Module):
             width=width,
             by_rows=self.by_rows,
             train=train,
+            implementation=self.implementation,
+            active=self.active,
         )
