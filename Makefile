@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # Where this is set, every worker and every driver of the tests compiles all files of the library again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test parity check durations faults lint types fast catalog newest aot clean
+.PHONY: demo test parity check durations faults lint types fast catalog newest aot wheel clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml .ci/constraints.txt
@@ -56,6 +56,14 @@ newest: $(STAMP)  ## the shorter leg on another interpreter: make VENV=.venv-new
 
 aot: $(STAMP)  ## compiles every kernel for TPUs and GPUs that are not here, and writes pallas_kernels/RESULTS.md
 	$(BIN)/python -m pallas_kernels.aot --write
+
+wheel: $(STAMP)  ## builds a wheel, and trains and asks the catalogue with it far from this folder
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv build/wheel/clean
+	build/wheel/clean/bin/python -m pip install --quiet --constraint .ci/constraints.txt build/wheel/*.whl
+	cd build/wheel && clean/bin/python -P -m experiments.train --config=configs/vision/vit.py:smoke --workdir=run
+	cd build/wheel && clean/bin/python -P -m experiments.papers vit
 
 clean:
 	rm -rf .venv .venv-newest runs build dist *.egg-info
