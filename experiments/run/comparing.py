@@ -2,19 +2,17 @@
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from effjax.errors import Preempted, RunError, UsageError
+from effjax.errors import RunError, UsageError
 from effjax.experiment import resolve
 from experiments import cli
 from experiments.cli import LoadedConfig
 from experiments.run.accelerating import WHOLE, Measured, quality, read, text_rows
+from experiments.run.children import Job, run_all
 from experiments.run.closing import print_table
 from experiments.run.files import naming, to_json, write_atomic
 from experiments.run.plots import pareto
@@ -73,10 +71,11 @@ def _slug(loaded: LoadedConfig) -> str:
     """A folder's name: `vision_vit_digits`, with the overrides behind it."""
     said = [loaded.name.removeprefix("configs/").replace(".py", "")]
     said += [f"{key}={value}" for key, value in sorted(loaded.overrides.items())]
-    return _words(" ".join(said))
+    return words(" ".join(said))
 
 
-def _words(said: str) -> str:
+def words(said: str) -> str:
+    """The same as the name of a file."""
     return re.sub(r"[^A-Za-z0-9.=-]+", "_", said)
 
 
@@ -113,7 +112,7 @@ def _measure(note: Path, asked: dict[str, Any], stop: StopFlag) -> None:
 
 def _smaller(workdir: Path, recipe: AskedRecipe, rounds: int, folder: Path, stop: StopFlag) -> Measured:
     """What a recipe leaves of the run, where that is not done."""
-    name = _words(recipe.label.removeprefix("configs/").replace(".py", ""))
+    name = words(recipe.label.removeprefix("configs/").replace(".py", ""))
     out = folder / "smaller" / name
     if (out / "table.json").is_file():
         print(f"  {name} is complete", flush=True)
@@ -132,28 +131,12 @@ def _child(log: Path, stop: StopFlag, module: str, *arguments: str) -> None:
       RunError: where the other failed, with its last line.
     """
     print(f"  {module.rpartition('.')[2]}, see {log}", flush=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
-        child = subprocess.Popen(
-            (sys.executable, "-m", module, *arguments), stdout=output, stderr=output, env=os.environ
-        )
-        try:
-            while True:
-                if stop.requested:
-                    child.terminate()
-                try:
-                    code = child.wait(timeout=0.5)
-                    break
-                except subprocess.TimeoutExpired:
-                    continue
-        finally:
-            child.kill()
-            child.wait()
-    if code == Preempted.exit_code or stop.requested:
-        raise Preempted("told to stop. Run the same command again to go on.")
-    if code:
-        lines = log.read_text(errors="replace").strip().splitlines()
-        raise RunError((lines or ["it said nothing"])[-1].removeprefix("error: "))
+    failures: list[str] = []
+    run_all(
+        [Job(module, arguments, log)], 1, stop, lambda _, code, said: failures.extend([said] * bool(code))
+    )
+    if failures:
+        raise RunError(failures[0])
 
 
 def _write(folder: Path, found: dict[str, list[Measured]]) -> None:

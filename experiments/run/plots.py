@@ -173,6 +173,27 @@ def pareto(
     return png(figure)
 
 
+def swept(
+    values: Sequence[str], reached: Sequence[float], x_label: str, y_label: str, *, log: bool = False
+) -> bytes:
+    """Draws what runs with different values of one key reached; words stand side by side."""
+    figure, axes = new_figure()
+    try:
+        places: list[float] | list[int] = [float(value) for value in values]
+    except ValueError:
+        names = list(dict.fromkeys(values))
+        places = [names.index(value) for value in values]
+        axes.set_xticks(range(len(names)), names)
+    else:
+        # Learning rates in a list are meant by their factors as well.
+        if log or (min(places) > 0 and max(places) >= 10 * min(places)):
+            axes.set_xscale("log")
+    axes.scatter(places, reached, color=COLOURS[0], s=22, zorder=3)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    return png(figure)
+
+
 def front_of(cost: Float[np.ndarray, " n"], quality: Float[np.ndarray, " n"]) -> list[int]:
     """Places of the points that no other beats: cheaper and no worse, or better and no dearer."""
     better = (cost[None] <= cost[:, None]) & (quality[None] >= quality[:, None])
