@@ -7,6 +7,7 @@ library is imported here.
 
 KERNELS = (
     "binary_coded_matmul",
+    "block_sparse_attention",
     "decode_attention",
     "depthwise_conv",
     "quantized_matmul",

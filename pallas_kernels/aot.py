@@ -122,7 +122,7 @@ def compiled(place: results.Place) -> Row:
         for part in found["kernels"]:
             # The profiler knows not every instruction, and ends its process at one that it does not.
             told = _child(kernel, shape, target, "cycles", of=part["name"], called=part["called"])
-            part["cycles"] = told.get("cycles")
+            part["cycles"] = told.get("cycles") or None  # none at all are no figure either
             moving = part["bytes"] / found["bandwidth"]
             computing = None if part["cycles"] is None else part["cycles"] / found["clock"]
             if computing is not None and part["flops"] / computing > found["rate"]:

@@ -17,6 +17,7 @@ from effjax.mixers.multi_head_conv import MultiHeadConv
 from effjax.mixers.neighborhood import Neighborhood
 from effjax.mixers.pooled_attention import PooledAttention
 from effjax.mixers.pooling import Pooling
+from effjax.mixers.pyramid_attention import PyramidAttention
 from effjax.mixers.reparam_depthwise import ReparamDepthwise
 from effjax.mixers.shifted_volume import ShiftedVolume
 from effjax.mixers.shifted_window import ShiftedWindow
@@ -48,6 +49,7 @@ KINDS = {
     "neighborhood": Neighborhood,
     "pooled_attention": PooledAttention,
     "pooling": Pooling,
+    "pyramid_attention": PyramidAttention,
     "random_matrix": RandomMatrix,
     "reparam_depthwise": ReparamDepthwise,
     "shifted_volume": ShiftedVolume,

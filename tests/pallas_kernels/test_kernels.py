@@ -69,8 +69,8 @@ def test_passes_the_linter(name, shape, implementation):
 @pytest.mark.parametrize(("name", "shape"), SHAPES, ids=IDS)
 def test_declares_no_more_work_than_the_reference_does(name, shape):
     package = importlib.import_module(f"pallas_kernels.{name}")
-    # How many neurons are active is no part of a shape: without it all are, as the reference has it.
-    options = {option: value for option, value in shape.options.items() if option != "active"}
+    # What part of the neurons, or blocks, is read is no part of a shape: without it all are, as there.
+    options = {option: value for option, value in shape.options.items() if option not in ("active", "shares")}
     reference = lambda *arrays: getattr(package, name)(*arrays, **options, implementation="reference")
     declared = package.OP.cost(*shape.arrays, **options)
     moved = jax.tree.leaves([*shape.arrays, jax.eval_shape(reference, *shape.arrays)])
