@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.shape import Shape, array
 
-BLOCK, TILE = 128, 1024
+BLOCK = 128
 
 
 def _shape(
@@ -30,8 +30,9 @@ def _shape(
 
     # To the profiler there are as many tiles as there can be, all of the last level's small pieces: a part
     # has keys for as many as are read.
-    tiles = sum(-(-round(number * share) * BLOCK // (TILE << level)) for level, share in enumerate(shares))
-    keys = TILE * max(tiles - depth + 1, 1)
+    tile = 1024 if depth == 1 else 512
+    tiles = sum(-(-round(number * share) * BLOCK // (tile << level)) for level, share in enumerate(shares))
+    keys = tile * max(tiles - depth + 1, 1)
     return Shape(
         name=name,
         config=config,

@@ -3,8 +3,8 @@
     grid (batch, heads that read alike, query blocks)    tiles one after the other, as many as there are
 
 Keys and values lie side by side, all resolutions one behind the other, `[B, G, S', D + E]`, and one copy
-fetches a block of a level. Pieces of one level make up a tile of always as many rows: 8 blocks of 128 keys,
-16 of means of two, 64 of means of eight. So products are never small, and a tile's copies are waited for at
+fetches a block of a level. Pieces of one level make up a tile of always as many rows: 4 blocks of 128 keys,
+8 of means of two, 32 of means of eight. So products are never small, and a tile's copies are waited for at
 once, as they have as many bytes at every level. The next tiles come while one is computed.
 
 Tiles of scores are `[keys, queries]`: maxima and sums are then of registers, not of lanes. The query heads
@@ -33,6 +33,8 @@ from pallas_kernels.padding import padded, rounded
 
 # Rows of a tile, and tiles in memory: one is computed, the others are under way. A power of two.
 BLOCKS = {"rows": 1024, "slots": 4}
+# Of fewer keys at several levels a program has few blocks of each, which fill half as large a tile better.
+MANY_KEYS = 2**15
 DTYPES = ("bfloat16", "float32")
 LANES, PIECE = 128, 8
 LARGEST_HEAD = 256
@@ -145,7 +147,8 @@ class _Plan:
         self.number = -(-self.length // keys)
         self.places = self.number * keys
         chosen = blocks("block_sparse_attention", f"d{self.size}", BLOCKS)
-        self.rows, self.slots = keys * min(max(chosen["rows"] // keys, 1), self.number), chosen["slots"]
+        rows = chosen["rows"] if depth == 1 or self.places >= MANY_KEYS else chosen["rows"] // 2
+        self.rows, self.slots = keys * min(max(rows // keys, 1), self.number), chosen["slots"]
         self.sides = [keys >> level for level in range(depth)]
         self.starts = [sum(self.number * side for side in self.sides[:level]) for level in range(depth)]
         self.pieces = [self.rows // side for side in self.sides]
