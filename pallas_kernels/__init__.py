@@ -9,6 +9,7 @@ KERNELS = (
     "binary_coded_matmul",
     "decode_attention",
     "depthwise_conv",
+    "neighborhood_attention",
     "quantized_matmul",
     "selective_scan",
     "sigmoid_attention",
