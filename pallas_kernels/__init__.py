@@ -10,6 +10,7 @@ KERNELS = (
     "block_sparse_attention",
     "decode_attention",
     "depthwise_conv",
+    "neighborhood_attention",
     "quantized_matmul",
     "selective_scan",
     "sigmoid_attention",

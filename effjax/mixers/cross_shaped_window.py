@@ -22,6 +22,7 @@ from effjax.layers.dense import Dense
 from effjax.layers.depthwise import DepthwiseConv
 from effjax.mixers import windows
 from effjax.mixers.context import Context
+from effjax.mixers.neighbor_kernel import Implementation, by_kernel
 
 Map = Float[Array, "b height width h d"]
 
@@ -33,11 +34,14 @@ class CrossShapedWindow(nn.Module):
       heads: attention heads.
       stripe: width s of a stripe; None lets all heads see the whole map, as the last stage does.
       qkv_bias: biases of the query, key and value projections.
+      implementation: of the attention; `plain` is what stands here, on every platform, for the others see
+        `effjax.mixers.neighbor_kernel`.
     """
 
     heads: int
     stripe: int | None
     qkv_bias: bool = True
+    implementation: Implementation = "plain"
 
     @nn.compact
     def __call__(
@@ -78,11 +82,17 @@ class CrossShapedWindow(nn.Module):
         if grid != (height, width):
             edges = (0, 0), (low[0], high[0]), (low[1], high[1]), (0, 0), (0, 0)
             q, k, v = (jnp.pad(a, edges) for a in (q, k, v))
-        q, k, v = (windows.partition(a, size) for a in (q, k, v))  # [B, stripes, places, heads, D]
-        y = windows.window_attention(q, k, v, scale=dims**-0.5)  # [B, stripes, places, heads, D]
-        stripes = v.reshape(-1, *size, heads * dims)  # [B stripes, m, n, C]
-        y = y.reshape(stripes.shape) + DepthwiseConv(3, name=name)(stripes)
-        y = windows.reverse(y.reshape(batch, -1, size[0] * size[1], heads * dims), grid, size)
+        stripes = windows.partition(v, size).reshape(-1, *size, heads * dims)  # [B stripes, m, n, C]
+        local = DepthwiseConv(3, name=name)(stripes)
+        local = windows.reverse(local.reshape(batch, -1, size[0] * size[1], heads * dims), grid, size)
+        if self.implementation == "plain":
+            q, k, v = (windows.partition(a, size) for a in (q, k, v))  # [B, stripes, places, heads, D]
+            y = windows.window_attention(q, k, v, scale=dims**-0.5)  # [B, stripes, places, heads, D]
+            y = windows.reverse(y, grid, size)
+        else:
+            how = self.implementation
+            y = by_kernel(q, k, v, None, window=size, shift=(0, 0), scale=dims**-0.5, implementation=how)
+        y = y.reshape(local.shape) + local  # [B, H', W', C]
         return y[:, low[0] : low[0] + height, low[1] : low[1] + width]
 
 

@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from effjax.errors import UsageError
 from effjax.layers.dense import Dense, named, truncated_normal
 from effjax.mixers.context import Context
+from effjax.mixers.neighbor_kernel import Implementation, by_kernel
 
 Map = Float[Array, "b height width h d"]
 Tiled = Float[Array, "b grids tiles h places d"]
@@ -182,12 +183,15 @@ class Neighborhood(nn.Module):
       kernel: side of the neighbourhood, odd.
       dilation: distance of neighbours.
       qkv_bias: biases of the query, key and value projections.
+      implementation: `plain` is what stands here, on every platform; for the others see
+        `effjax.mixers.neighbor_kernel`.
     """
 
     heads: int
     kernel: int = 7
     dilation: int = 1
     qkv_bias: bool = True
+    implementation: Implementation = "plain"
 
     @nn.compact
     def __call__(
@@ -212,6 +216,15 @@ class Neighborhood(nn.Module):
         side = 2 * self.kernel - 1
         init = named(truncated_normal(0.02), (None, None, "heads"))
         table = jnp.asarray(self.param("bias", init, (side, side, self.heads), jnp.float32))
-        y = neighborhood_attention(q, k, v, kernel=self.kernel, dilation=self.dilation, table=table)
+        if self.implementation == "plain":
+            y = neighborhood_attention(q, k, v, kernel=self.kernel, dilation=self.dilation, table=table)
+        else:
+            y = by_kernel(
+                *(q, k, v, table),
+                window=(self.kernel, self.kernel),
+                dilation=self.dilation,
+                scale=head[1] ** -0.5,
+                implementation=self.implementation,
+            )  # [B, H', W', heads, D]
         y = y[:, :height, :width]
         return Dense(channels, ("heads", "head_dim", "embed"), inputs=2, name="output")(y)  # [B, H, W, C]
