@@ -74,7 +74,7 @@ class ExchangedMixture(Mixture):
             index = jnp.where(ranks(index, self.experts, self.first(logits)) < limit, index, self.experts)
         shape = (*x.shape[:-1], self.chosen)
         kernels = self.kernels(x.shape[-1], x.dtype)
-        y = self._travel(x, index.reshape(shape), weights.reshape(shape), kernels)
+        y = self._travel(x, index.reshape(shape), weights.reshape(shape), kernels, train)
         return y + self.common(x) if self.shared else y
 
     @nn.nowrap
@@ -84,12 +84,13 @@ class ExchangedMixture(Mixture):
         index: Int[Array, "*batch k"],
         weights: Float[Array, "*batch k"],
         kernels: dict[str, Array],
+        train: bool,
     ) -> Float[Array, "*batch c"]:
         """What the experts say, on each device for its tokens."""
         mesh = jax.sharding.get_abstract_mesh()
         folded = _Folded.of(mesh, x.shape, self.experts, self.hidden)
         if not folded.tokens or self.is_initializing():
-            return self._on_a_device(x, index, weights, kernels, _Folded())
+            return self._on_a_device(x, index, weights, kernels, train, _Folded())
         cut = PartitionSpec(*folded.tokens)
         experts, hidden = folded.experts or None, folded.hidden or None
         specs = {
@@ -99,7 +100,7 @@ class ExchangedMixture(Mixture):
             "bias": PartitionSpec(experts, hidden),
         }
         run = jax.shard_map(
-            functools.partial(self._on_a_device, folded=folded),
+            functools.partial(self._on_a_device, train=train, folded=folded),
             mesh=mesh,
             in_specs=(cut, cut, cut, {name: specs[name] for name in kernels}),
             out_specs=cut,
@@ -109,14 +110,20 @@ class ExchangedMixture(Mixture):
 
     @nn.nowrap
     def _on_a_device(
-        self, x: Array, index: Array, weights: Array, kernels: Mapping[str, Array], folded: "_Folded"
+        self,
+        x: Array,
+        index: Array,
+        weights: Array,
+        kernels: Mapping[str, Array],
+        train: bool,
+        folded: "_Folded",
     ) -> Array:
         """What one device does: its tokens, the experts it has, and whom it shares either with."""
         shape, width = x.shape, x.shape[-1]
         x, index, weights = (a.reshape(-1, a.shape[-1]) for a in (x, index, weights))  # [T, .]
         x, weights = folded.own(x, 0), folded.own(weights, 0)  # [t, C], [t, K]
         index = folded.own(index, self.experts)  # [t, K]
-        rows, places, left = self.placed(x, index)  # [E, S, C], [t, K], [t, K, C]
+        rows, places, left = self.placed(x, index, train)  # [E, S, C], [t, K], [t, K, C]
         rows = folded.there(rows)  # [E', D S, C]
         sizes = jnp.full((len(rows),), rows.shape[1], jnp.int32)
         with nn.logical_axis_rules(()):
@@ -133,13 +140,14 @@ class ExchangedMixture(Mixture):
 
     @nn.nowrap
     def placed(
-        self, x: Float[Array, "t c"], index: Int[Array, "t k"]
+        self, x: Float[Array, "t c"], index: Int[Array, "t k"], train: bool
     ) -> tuple[Float[Array, "e s c"], Int[Array, "t k"], Float[Array, "t k c"] | None]:
         """Lays the tokens of a device out by expert.
 
         Args:
           x: tokens.
           index: of their experts; the number of experts for none.
+          train: whether the network is trained.
 
         Returns:
           The rows of the experts; which of them, counted over all experts, each token hears, E S for none;

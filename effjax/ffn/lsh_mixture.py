@@ -8,6 +8,9 @@ R_h are `hashes` random projections, and the largest coordinate says which corne
 is nearest to. Only means travel; the difference, `compensated`, stays on the device. Where an expert is the
 identity nothing is lost, and gradients arrive by the mean and by the difference.
 
+Only training is compressed: a mean holds tokens that come later in a text, so that a language model would be
+judged by what it cannot know when it writes. An evaluation sends every token.
+
 The number of places is static, S = ceil(rate K t / E) for each expert and group of t tokens:
     at most S tokens                 each has its own, and the mixture is exact
     at most S codes                  a place a code
@@ -63,9 +66,11 @@ class LSHMixture(ExchangedMixture):
         capacity(self.rate, 1, self.chosen, self.experts)
 
     def placed(
-        self, x: Float[Array, "t c"], index: Int[Array, "t k"]
+        self, x: Float[Array, "t c"], index: Int[Array, "t k"], train: bool
     ) -> tuple[Float[Array, "e s c"], Int[Array, "t k"], Float[Array, "t k c"] | None]:
         """Lays means of the tokens of a device out by expert: see `ExchangedMixture.placed`."""
+        if not train:
+            return super().placed(x, index, train)
         count, width = x.shape
         size = min(self.group or count, count)
         groups = -(-count // size)

@@ -46,7 +46,7 @@ def variables():
 
 def with_gradients(module, x=X):
     def loss(variables, x):
-        y = module.apply(variables, x)
+        y = module.apply(variables, x, train=True)
         return jnp.sum(jnp.sin(y)), y
 
     return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(variables(), x)
@@ -81,7 +81,7 @@ def sent(module, x, sizes, rules):
     """Bytes of a group that travel between experts in one forward pass."""
     mesh = make_mesh(MeshShape(**sizes))
     with activate(mesh, merge_rules(rules)):
-        compiled = jax.jit(module.apply).lower(variables(), x).compile()
+        compiled = jax.jit(functools.partial(module.apply, train=True)).lower(variables(), x).compile()
     found, unknown = collectives(hlo.parse(compiled.as_text()), dict(mesh.shape), 8)
     assert not unknown
     return sum(one.bytes * one.group for one in found if one.kind == "all-to-all")

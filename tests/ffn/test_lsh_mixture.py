@@ -20,8 +20,9 @@ def variables_of(module, x=X):
     return jax.tree.map(lambda leaf: jnp.float32(draw.normal(size=leaf.shape)), shapes)
 
 
-def values(module, x=X, variables=None):
-    return np.asarray(jax.jit(module.apply)(variables or variables_of(module, x), x))
+def values(module, x=X, variables=None, train=True):
+    apply = jax.jit(module.apply, static_argnames="train")
+    return np.asarray(apply(variables or variables_of(module, x), x, train=train))
 
 
 class Linear(LSHMixture):
@@ -35,6 +36,11 @@ def test_with_a_place_for_every_token_it_is_the_mixture():
     expected = values(Mixture(**FIELDS))
     np.testing.assert_allclose(values(LSHMixture(**FIELDS, rate=2.0)), expected, rtol=1e-4, atol=1e-5)
     assert np.abs(values(LSHMixture(**FIELDS, rate=0.2)) - expected).max() > 0.1
+
+
+def test_an_evaluation_sends_every_token():
+    found = values(LSHMixture(**FIELDS, rate=0.2), train=False)
+    np.testing.assert_allclose(found, values(Mixture(**FIELDS)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("compensated", [True, False])
@@ -63,7 +69,7 @@ def test_an_error_is_bounded_by_the_slope_of_the_expert():
     error = np.linalg.norm(values(lsh, X, variables) - values(lsh.clone(rate=4.0), X, variables), axis=-1)
     tokens = X.reshape(-1, WIDTH)
     index = jnp.argmax(tokens @ held["router"]["kernel"], -1)[:, None]
-    _, places, left = jax.jit(lambda x, i: lsh.placed(x, i))(tokens, index)
+    _, places, left = jax.jit(lambda x, i: lsh.placed(x, i, True))(tokens, index)
     away = np.linalg.norm(left[:, 0], axis=-1).reshape(error.shape)
     assert (error <= (norms[index[:, 0]].reshape(error.shape) + 1) * away + 1e-5).all()
     assert error.max() > 0.1
@@ -73,7 +79,7 @@ def test_an_error_is_bounded_by_the_slope_of_the_expert():
 def test_gradients_flow_through_means_and_residuals():
     lsh = LSHMixture(**FIELDS, rate=0.4)
     variables = variables_of(lsh)
-    loss = jax.jit(lambda v, x: jnp.sum(jnp.sin(lsh.apply(v, x))))
+    loss = jax.jit(lambda v, x: jnp.sum(jnp.sin(lsh.apply(v, x, train=True))))
     gradient = jax.jit(jax.grad(loss, (0, 1)))(variables, X)
     # Along the experts alone, as routes and codes jump: those of x by a shift that all tokens share in C.
     draw = np.random.default_rng(3)
