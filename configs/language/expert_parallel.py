@@ -6,9 +6,11 @@
 `smoke`
     20 steps of a toy on any number of devices: seconds.
 `pydocs`
-    8 experts of which a token takes 2, every token sent: `moe.py:pydocs`, on any number of devices.
+    8 experts of which a token takes 2, every token sent: `moe.py:pydocs`, on any number of devices. Not run
+    here to its end.
 `pydocs-lsh`
-    Of the tokens for an expert a fifth travels, means of those that look alike (LSH-MoE).
+    Of the tokens for an expert a fifth travels, means of those that look alike (LSH-MoE). 1000 steps, 25
+    minutes on two busy CPU cores: 2.305 bits a byte, where `moe.py:pydocs` has 1.916.
 `mixtral-8x7b`, `mixtral-8x7b-unfolded`
     On 128 chips or more. Attention is cut over 2 devices by heads and 4 by sequence; experts over the same 8,
     one on each (folded), or over an axis of their own, for which attention is cut by heads alone. Not run
