@@ -1,6 +1,7 @@
 """A config, resolved: what a run is, as frozen dataclasses and Linen modules."""
 
 import dataclasses
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from effjax.compress.storage import kinds as storage
 from effjax.compress.structure.nested import Nested
 from effjax.config import build, build_kind, part
 from effjax.data import Data
+from effjax.errors import UsageError
 from effjax.parallel.mesh import MeshShape
 from effjax.train import arithmetic, evaluators, optimizers, tasks
 from effjax.train.ema import Ema
@@ -65,6 +67,8 @@ class Experiment:
       mesh: devices along each axis.
       sharding: logical axis names mapped otherwise than by default.
       storage: layouts of kernels that are not stored as arrays, by path; `experiments.compress` writes them.
+      imports: modules of your own, which put their kinds into the tables of the library, as
+        `effjax.mixers.KINDS["mean"] = Mean`. Every program that takes up the run imports them again.
     """
 
     model: nn.Module = part(models.KINDS)
@@ -78,6 +82,7 @@ class Experiment:
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
     sharding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     storage: Mapping[str, Any] = dataclasses.field(default_factory=dict, metadata={"kinds": storage.KINDS})
+    imports: tuple[str, ...] = ()
 
 
 def resolve(config: Any) -> Experiment:
@@ -87,6 +92,20 @@ def resolve(config: Any) -> Experiment:
       UsageError: naming the full path of the first key that is unknown, missing or of the wrong type.
     """
     section = {key: config[key] for key in config}
+    for name in section.get("imports", ()):
+        _import(name)
     model = build_kind(models.KINDS, section.pop("model", None), "config.model")
     task = build_kind(tasks.KINDS, section.pop("task", None), "config.task", given={"model": model})
     return build(Experiment, section, "config", given={"model": model, "task": task})
+
+
+def _import(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and misses another
+        raise UsageError(
+            f"config.imports: there is no module '{name}'. Run this in the folder that holds it, or add that "
+            "folder to PYTHONPATH."
+        ) from None
