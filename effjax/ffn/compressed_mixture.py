@@ -84,7 +84,7 @@ class CompressedMixture(Mixture):
                 "contract": jnp.ones((len(index), self.hidden), theta.dtype),
             }
         made = {"expand": self._theta("compressed_expand", share, index, width, "embed")}
-        made["contract"] = self._theta("compressed_contract", share, index, self.hidden, "mlp")
+        made["contract"] = self._theta("compressed_contract", share, index, self.hidden, "expert_mlp")
         if self.gated:
             made["gate"] = self._theta("compressed_gate", share, index, width, "embed")
         return made

@@ -367,12 +367,17 @@ def quality(metrics: Mapping[str, float]) -> str:
     return next((name for name in ("accuracy", "perplexity") if name in metrics), next(iter(metrics)))
 
 
+def larger_is_better(metric: str) -> bool:
+    """Whether more of it is better, as of an accuracy; of losses, perplexities and distances less is."""
+    return metric == "accuracy"
+
+
 def front(rows: Sequence[Measured], axis: str) -> bytes:
     """Quality against MACs or seconds, with the Pareto front."""
     metric = quality(rows[0].metrics)
     points = {row.label: (float(getattr(row, axis)), row.metrics[metric]) for row in rows}
     label = {"macs": "MACs of an example", "seconds": "seconds of a batch"}[axis]
-    return pareto(points, label, metric, larger_is_better=metric == "accuracy")
+    return pareto(points, label, metric, larger_is_better=larger_is_better(metric))
 
 
 def write(folder: Path, rows: Sequence[Measured], picture: bytes | None) -> None:

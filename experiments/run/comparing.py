@@ -11,7 +11,7 @@ from effjax.errors import RunError, UsageError
 from effjax.experiment import resolve
 from experiments import cli
 from experiments.cli import LoadedConfig
-from experiments.run.accelerating import WHOLE, Measured, quality, read, text_rows
+from experiments.run.accelerating import WHOLE, Measured, larger_is_better, quality, read, text_rows
 from experiments.run.children import Job, run_all
 from experiments.run.closing import print_table
 from experiments.run.files import naming, to_json, write_atomic
@@ -197,4 +197,4 @@ def _plot(rows: dict[str, Measured], metric: str, axis: str) -> bytes:
         if quality(row.metrics) == metric:
             cost = float(row.macs) if axis == "macs" else 1e3 * row.seconds / row.batch
             points[name.removeprefix("configs/").replace(".py", "")] = (cost, row.metrics[metric])
-    return pareto(points, AXES[axis], metric, larger_is_better=metric == "accuracy")
+    return pareto(points, AXES[axis], metric, larger_is_better=larger_is_better(metric))

@@ -8,6 +8,7 @@ A rung is trained anew, with a schedule as long as it is: what a run has half-wa
 little of where it ends. Jamieson and Talwalkar, "Non-stochastic Best Arm Identification", AISTATS 2016.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -25,7 +26,7 @@ from effjax.experiment import resolve
 from effjax.train.durations import parse as duration
 from experiments import cli
 from experiments.cli import LoadedConfig
-from experiments.run.accelerating import quality
+from experiments.run.accelerating import larger_is_better, quality
 from experiments.run.children import Job, run_all
 from experiments.run.closing import print_table
 from experiments.run.comparing import words
@@ -76,9 +77,15 @@ class Trial:
     share: Fraction
 
     def folder(self, out: Path) -> Path:
-        """Where it lives: `trials/003_optimizer.lr=0.01/rung1`."""
+        """Where it lives: `trials/003_optimizer.lr=0.01/1_of_9`, by the share and not by the rung, as another
+        halving has other ones."""
         said = " ".join(f"{key}={value}" for key, value in self.point)
-        return out / "trials" / f"{self.number:03d}_{words(said)}"[:120] / f"rung{self.rung}"
+        return (
+            out
+            / "trials"
+            / f"{self.number:03d}_{words(said)}"[:120]
+            / f"{self.share.numerator}_of_{self.share.denominator}"
+        )
 
 
 def run(loaded: LoadedConfig, request: Request, out: str, stop: StopFlag) -> int:
@@ -149,11 +156,12 @@ class _Sweep:
         """
         jobs = {}
         for trial in trials:
-            note = trial.folder(self.out) / "result.json"
-            if note.is_file():
-                self.found[trial] = self._chosen(json.loads(note.read_text()))
-            else:
-                jobs[self._job(trial)] = trial
+            job, note = self._job(trial), trial.folder(self.out) / "result.json"
+            noted = json.loads(note.read_text()) if note.is_file() else {}
+            if noted.get("arguments") == list(job.arguments):
+                self.found[trial] = self._chosen(noted)
+            else:  # none yet, or that of another config
+                jobs[job] = trial
 
         def ended(job: Job, code: int, said: str) -> None:
             trial = jobs[job]
@@ -162,12 +170,12 @@ class _Sweep:
             if code:
                 self.failed[trial] = said
             else:
-                self.found[trial] = self._chosen(self._result(trial))
+                self.found[trial] = self._chosen(self._result(trial, job))
             if not self.console.is_terminal:
                 self.console.print(self._line(trial), soft_wrap=True)
 
         screen = Live(console=self.console, auto_refresh=False)
-        with screen if self.console.is_terminal else _Nothing():
+        with screen if self.console.is_terminal else contextlib.nullcontext():
 
             def looked(running: tuple[Job, ...]) -> None:
                 if self.console.is_terminal:
@@ -184,7 +192,7 @@ class _Sweep:
     def order(self, result: Mapping[str, Any]) -> float:
         """Less is better; what is no number comes last."""
         value = float(result["value"])
-        signed = -value if larger_is_better(result["metric"]) else value
+        signed = -value if larger_is_better(result["metric"].rpartition("/")[2]) else value
         return math.inf if math.isnan(signed) else signed
 
     def _job(self, trial: Trial) -> Job:
@@ -197,7 +205,7 @@ class _Sweep:
         arguments = (f"--config={self.loaded.name}", f"--workdir={folder / 'run'}", *flags)
         return Job("experiments.train", arguments, folder / "train.log")
 
-    def _result(self, trial: Trial) -> dict[str, Any]:
+    def _result(self, trial: Trial, job: Job) -> dict[str, Any]:
         """What the run reached at its end, which is noted: the trial is complete then."""
         folder = trial.folder(self.out)
         measured = [row for row in read(folder / "run" / "metrics.jsonl") if row["split"] != "train"]
@@ -210,7 +218,12 @@ class _Sweep:
         }
         if not every:
             raise RunError(f"{folder / 'run'} was trained and never evaluated.")
-        result = {"point": dict(trial.point), "split": measured[-1]["split"], "metrics": every}
+        result = {
+            "arguments": list(job.arguments),
+            "point": dict(trial.point),
+            "split": measured[-1]["split"],
+            "metrics": every,
+        }
         with naming(folder):
             write_atomic(folder / "result.json", to_json(result, indent=2) + "\n")
         return result
@@ -313,21 +326,6 @@ class _Sweep:
             if row["split"] == split
         ]
         return {**figures, f"{metric} over steps": curve(rows, name)}
-
-
-class _Nothing:
-    """In the place of a screen."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *exception: object) -> None:
-        return None
-
-
-def larger_is_better(metric: str) -> bool:
-    """Whether more of it is better, as of an accuracy; of losses, perplexities and distances less is."""
-    return metric.rpartition("/")[2].startswith("accuracy")
 
 
 def _values(point: Point) -> str:

@@ -177,6 +177,15 @@ def test_so_many_run_at_a_time(tmp_path):
     assert "1 loop" in ended[0][2]
 
 
+def test_what_ran_for_a_part_of_the_steps_is_not_taken_for_a_whole_run(trained, tmp_path):
+    out, rates = tmp_path / "out", "optimizer.lr=1e-3,1e-2,1e-1"
+    swept(out, rates, halving=3)
+    assert [line.split()[1] for line in trained()] == ["30"] * 3 + ["90"]
+    swept(out, rates)
+    assert [line.split()[1] for line in trained()[4:]] == ["90"] * 2  # the third is there
+    assert [row["share"] for row in table(out)] == [1.0] * 3
+
+
 @pytest.mark.slow
 def test_two_real_runs(tmp_path):
     output, _ = drive(
