@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Shaped, UInt32
 
 from effjax.matching import named_leaves
+from effjax.parallel.pace import Pace
 
 # Two odd 32-bit constants (fractional parts of the golden ratio and of sqrt(3)) to tell the streams apart.
 _GOLDEN = 0x9E3779B9
@@ -92,5 +93,9 @@ def fingerprints(tree: Any) -> dict[str, str]:
     The arrays stay where they are: only two words a leaf come to the host, together at the end.
     """
     # jit keeps its compiled functions by shape, dtype and sharding, of which a model has few.
-    words = jax.device_get({path: fingerprint(leaf) for path, leaf in named_leaves(tree).items()})
+    words, pace = {}, Pace(ahead=8)
+    for path, leaf in named_leaves(tree).items():
+        words[path] = fingerprint(leaf)
+        pace(words[path])
+    words = jax.device_get(words)
     return {path: f"{int(first):08x}{int(second):08x}" for path, (first, second) in words.items()}

@@ -76,6 +76,7 @@ def _run(name, arguments, environment, output, errors):
     jax.config.update("jax_platforms", environment["JAX_PLATFORMS"] or None)  # no device is open yet
     jax.config.update("jax_compilation_cache_dir", str(COMPILED))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    os.environ.update(_cache(COMPILED))  # for processes that the driver starts
     sys.argv = [name, *arguments]
     try:
         runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)
@@ -85,16 +86,19 @@ def _run(name, arguments, environment, output, errors):
         sys.stderr.flush()
 
 
+def _cache(folder):
+    return {"JAX_COMPILATION_CACHE_DIR": str(folder), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
 def start(name, *arguments, compiled=None):
     """Starts a driver; the caller ends it. What is in the folder `compiled` is not compiled again."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.Popen(
         command(name, *arguments),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | (cache if compiled else {}),
+        env=os.environ | (_cache(compiled) if compiled else {}),
     )
 
 
