@@ -45,6 +45,7 @@ class Sparsify:
       worth: which, see above.
       pattern: `(n, m)`, n of every m neighbours along the inputs stay, in the place of `sparsity`; with
         `random` or `magnitude`.
+      block: `(k, n)`, inputs and outputs that go or stay together; with the same two.
       kernels: regexps of whole paths.
       leave: regexps of kernels that stay whole, whatever `kernels` says.
     """
@@ -52,14 +53,17 @@ class Sparsify:
     sparsity: float = 0.5
     worth: Worth = "magnitude"
     pattern: tuple[int, int] | None = None
+    block: tuple[int, int] | None = None
     kernels: tuple[str, ...] = (r"(blocks|stages_\d+)/.*",)
     leave: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
             raise UsageError(f"sparsity={self.sparsity} is a share from 0 to below 1.")
-        if self.pattern is not None and self.worth not in ("random", "magnitude"):
-            raise UsageError(f"pattern={self.pattern} asks for worth='random' or 'magnitude'.")
+        together = self.pattern or self.block
+        if together is not None and self.worth not in ("random", "magnitude"):
+            name = "block" if self.pattern is None else "pattern"
+            raise UsageError(f"{name}={together} asks for worth='random' or 'magnitude'.")
 
     def apply(self, subject: Subject, calibration: Calibration) -> Subject:
         """Cuts.
@@ -69,7 +73,7 @@ class Sparsify:
         """
         places = chosen(subject, self.kernels, self.leave)
         matrices = {path: flat(leaf_at(subject.params, path), place) for path, place in places.items()}
-        layout = Masked(self.sparsity, self.pattern)
+        layout = Masked(self.sparsity, self.pattern, block=self.block)
         if self.worth in ("random", "magnitude"):
             made = {}
             for number, (path, place) in enumerate(places.items()):

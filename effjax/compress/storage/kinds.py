@@ -5,6 +5,7 @@ from effjax.compress.storage.bit_planes import BitPlanes
 from effjax.compress.storage.fake import Fake
 from effjax.compress.storage.masked import Masked
 from effjax.compress.storage.shift import Shift
+from effjax.compress.storage.sparse_blocks import SparseBlocks
 from effjax.compress.storage.uniform import Uniform
 
 KINDS = {
@@ -14,4 +15,5 @@ KINDS = {
     "shift": Shift,
     "fake": Fake,
     "masked": Masked,
+    "sparse_blocks": SparseBlocks,
 }

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from effjax.compress.storage.matrices import FloatKernel, flat, unflat
+from effjax.compress.storage.matrices import FloatKernel, flat, in_blocks, unflat
 from effjax.errors import UsageError
 from effjax.layers.stored import RANGES, Place, Stored
 
@@ -35,17 +35,21 @@ class Masked:
       sparsity: share of the numbers of each matrix that are drawn to be zero, where a network starts so.
       pattern: `(n, m)`, what is kept of how many neighbours, in the place of `sparsity`.
       seed: of the draw.
+      block: `(k, n)`, inputs and outputs that are zero together.
     """
 
     sparsity: float = 0.5
     pattern: tuple[int, int] | None = None
     seed: int = 0
+    block: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
             raise UsageError(f"sparsity={self.sparsity} is a share from 0 to below 1.")
         if self.pattern is not None and not 0 < self.pattern[0] <= self.pattern[1]:
             raise UsageError(f"pattern={self.pattern} keeps n of m numbers: 0 < n <= m.")
+        if self.block is not None and (self.pattern is not None or min(self.block) < 1):
+            raise UsageError(f"block={self.block} has at least one input and one output, and no pattern.")
 
     def groups(self, rows: int, where: str = "the matrix") -> int:
         """How many patterns there are along the inputs.
@@ -75,6 +79,9 @@ class Masked:
     ) -> "MaskedKernel":
         """A kernel with zeros where numbers are worth least, as many in every matrix."""
         if self.pattern is None:
+            if self.block is not None:
+                parted = in_blocks(worth, self.block, place.path)  # [.., K / k, k, N / n, n]
+                worth = jnp.mean(parted, (-3, -1))  # [.., K / k, N / n]
             rows = worth.reshape(*worth.shape[:-2], -1)
             gone = round(self.sparsity * rows.shape[-1])
         else:
@@ -84,7 +91,9 @@ class Masked:
         ranks = jnp.argsort(jnp.argsort(rows, axis=-1), axis=-1)
         mask = ranks >= gone
         if self.pattern is None:
-            mask = mask.reshape(matrix.shape)
+            mask = mask.reshape(worth.shape)
+            for axis, times in zip((-2, -1), self.block or (), strict=False):
+                mask = jnp.repeat(mask, times, axis)
         else:
             mask = jnp.swapaxes(mask.reshape(turned.shape), -1, -2)
         return self.masked(matrix, mask, place)

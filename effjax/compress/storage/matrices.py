@@ -5,6 +5,7 @@ from typing import Any
 import flax.struct
 from jaxtyping import Array, DTypeLike, Float
 
+from effjax.errors import UsageError
 from effjax.layers.stored import Place, Stored
 
 
@@ -93,6 +94,23 @@ def flat(kernel: Float[Array, "..."], place: Place) -> Float[Array, "*front k n"
         order = (*range(front), *range(front + n, front + n + k), *range(front, front + n))
         kernel = kernel.transpose(order)
     return kernel.reshape(*place.front, *place.matrix)
+
+
+def in_blocks(
+    matrix: Float[Array, "*front k n"], block: tuple[int, int], where: str = "the matrix"
+) -> Float[Array, "*front high k2 wide n2"]:
+    """The blocks of so many inputs and outputs that matrices fall into.
+
+    Raises:
+      UsageError: where they do not divide.
+    """
+    (rows, columns), (k, n) = matrix.shape[-2:], block
+    if rows % k or columns % n:
+        raise UsageError(
+            f"{where or 'the matrix'} has {rows} inputs and {columns} outputs, which blocks of {k} by {n} do "
+            "not divide: give another block, or leave it out."
+        )
+    return matrix.reshape(*matrix.shape[:-2], rows // k, k, columns // n, n)
 
 
 def unflat(
