@@ -3,13 +3,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-# Whose turn it is of the slow cases: drawn by the commit, so that a commit has the same tests everywhere.
-TURN   ?= $(shell git rev-parse HEAD 2>/dev/null)
 
 # Where this is set, every worker and every driver of the tests compiles all files of the library again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test whole parity check durations faults lint types fast catalog newest aot wheel clean
+.PHONY: demo test parity check durations faults lint types fast catalog newest aot wheel clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml .ci/constraints.txt
@@ -23,11 +21,7 @@ demo: $(STAMP)  ## trains a small ViT on digits, accelerates it with three metho
 	$(BIN)/python -m experiments.accelerate --workdir=runs/demo \
 		--method=token_transforming:macs=0.67 --method=tome:macs=0.67 --method=random:macs=0.67
 
-test: $(STAMP)  ## every test; of the slow cases of one test the first, and one in four of the others
-	$(BIN)/python -m pytest -n 2 --turn=$(TURN)
-	$(BIN)/python -m pytest -n 2 --turn=$(TURN) tests/eight
-
-whole: $(STAMP)  ## every case of every test
+test: $(STAMP)  ## the whole suite
 	$(BIN)/python -m pytest -n 2
 	$(BIN)/python -m pytest -n 2 tests/eight
 
@@ -58,7 +52,7 @@ catalog: $(STAMP)  ## writes CATALOG.md from effjax/catalog
 
 newest: $(STAMP)  ## the shorter leg on another interpreter: make VENV=.venv-newest PYTHON=python3.12 newest
 	$(BIN)/python -m pytest -n 2 -m 'not slow'
-	$(BIN)/python -m pytest -n 2 --turn=$(TURN) tests/eight -k families
+	$(BIN)/python -m pytest -n 2 tests/eight -k families
 
 aot: $(STAMP)  ## compiles every kernel for TPUs and GPUs that are not here, and writes pallas_kernels/RESULTS.md
 	$(BIN)/python -m pallas_kernels.aot --write

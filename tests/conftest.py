@@ -59,18 +59,8 @@ def draw():
     return np.random.default_rng(0)
 
 
-# Of the slow cases of one test the first is always run, and of the others one in so many.
-TURNS = 4
-
-
 def pytest_addoption(parser):
     parser.addoption("--write-slow", action="store_true", help=f"write tests over {SECONDS} s to {SLOW.name}")
-    parser.addoption(
-        "--turn",
-        type=lambda digits: int(digits or "0", 16) % TURNS,
-        help=f"of the slow cases of one test run the first and those whose turn it is, one in {TURNS}: "
-        "a hexadecimal number, as of a commit",
-    )
 
 
 def pytest_configure(config):
@@ -90,27 +80,11 @@ def pytest_sessionstart(session):
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
+def pytest_collection_modifyitems(items):
     listed = _listed()
     for item in items:
-        if item.nodeid in listed or item.nodeid.startswith("tests/eight/"):
+        if item.nodeid in listed:
             item.add_marker(pytest.mark.slow)
-    if (turn := config.getoption("--turn")) is not None:
-        config.hook.pytest_deselected(items=_waiting(items, turn))
-
-
-def _waiting(items, turn):
-    """Takes out and returns the cases whose turn it is not."""
-    seen, waiting = collections.Counter(), []
-    for item in items:
-        if item.get_closest_marker("slow"):
-            test = item.nodeid.partition("[")[0]
-            if seen[test] and seen[test] % TURNS != turn:
-                waiting.append(item)
-            seen[test] += 1
-    out = set(waiting)
-    items[:] = [item for item in items if item not in out]
-    return waiting
 
 
 def _listed():

@@ -8,6 +8,9 @@
     left trains for 600 steps, taught by the whole network, and is stored in float32.
 `80-int8`
     The same with what stays in int8, and what enters in 8 bits for every row.
+
+`80` and `80-int8` were run on `vit.py:smoke` with 20 steps of training: seconds. No trained network was
+pruned by them here, so that there is no accuracy to expect.
 """
 
 from ml_collections import ConfigDict
