@@ -6,6 +6,7 @@ program; `start` takes a new process, and reads only from where it is told to.
 """
 
 import atexit
+import gc
 import json
 import multiprocessing
 import os
@@ -22,8 +23,8 @@ import jax
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 300
 
-# Of each worker its own: nobody reads what another is writing.
-COMPILED = ROOT / ".testdata" / "compiled" / os.environ.get("PYTEST_XDIST_WORKER", "main")
+# That of the tests' own processes. Who meets a file that another is still writing compiles for himself.
+COMPILED = ROOT / ".testdata" / "compiled" / "tests"
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
@@ -70,6 +71,7 @@ def _run(name, arguments, environment, output, errors):
     for stream, path in enumerate((os.devnull, output, errors)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.freeze()  # what was imported is not looked through again
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.train.fingerprint import fingerprint, fingerprints
+from effjax.train.fingerprint import fingerprint, fingerprints, host_fingerprint
 
 DTYPES = ["bool", "int4", "int8", "uint8", "int16", "bfloat16", "float16", "int32", "uint32", "float32"]
 
@@ -39,7 +39,31 @@ def reference(bits):
 @pytest.mark.parametrize("shape", [(), (7,), (3, 5), (2, 3, 4)])
 def test_it_is_its_definition(shape):
     values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    assert fingerprints({"x": jnp.asarray(values)}) == {"x": reference(values.view(np.uint32))}
+    expected = reference(values.view(np.uint32))
+    first, second = np.asarray(fingerprint(jnp.asarray(values)))
+    assert f"{first:08x}{second:08x}" == expected
+    assert fingerprints({"x": jnp.asarray(values)}) == {"x": expected}
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "float8_e4m3fn", "complex64"])
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (3, 4, 5)])
+def test_on_the_host_it_is_the_same(dtype, shape, draw):
+    values = jnp.asarray(draw.normal(size=shape) * 3).astype(dtype)
+    np.testing.assert_array_equal(host_fingerprint(np.asarray(values)), fingerprint(values))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int64", "complex128"])
+def test_on_the_host_wide_elements_are_words_too(dtype, draw):
+    values = (draw.normal(size=(3, 5)) * 2**31).astype(dtype)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(host_fingerprint(values), fingerprint(jnp.asarray(values)))
+
+
+def test_arrays_above_and_below_the_size_for_the_host_stand_in_one_tree(draw):
+    tree = {name: draw.normal(size=size).astype(np.float32) for name, size in (("a", 7), ("b", 70_000))}
+    for path, words in fingerprints(jax.tree.map(jnp.asarray, tree)).items():
+        first, second = host_fingerprint(tree[path])
+        assert words == f"{first:08x}{second:08x}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -100,8 +124,10 @@ def test_one_and_eight_devices_agree():
         import sys
         import jax, jax.numpy as jnp, numpy as np
         from jax.sharding import NamedSharding, PartitionSpec as P
+        from effjax.train import fingerprint
         from effjax.train.fingerprint import fingerprints
 
+        fingerprint._SMALL = -1  # nothing is read on the host
         assert jax.device_count() == int(sys.argv[1])
         x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 24, 8)), jnp.bfloat16)
         print(fingerprints({"x": x})["x"])

@@ -87,15 +87,23 @@ def no_weights(folder, shapes, of):
     raise AssertionError(f"nobody should read {folder}")
 
 
-def losses(program):
-    """Of every logged step of a whole run."""
+def losses(program, state=None):
+    """Of every logged step of a whole run, from a state or from that of the seed."""
     recorder = Recorder()
     fit(
         program,
-        program.init(),
+        program.init() if state is None else state,
         checkpoints=Memory(),
         observer=recorder,
         stop_requested=lambda: False,
         read=no_weights,
     )
     return np.array(recorder.losses())
+
+
+def losses_of_one_state(*programs):
+    """Those of programs that differ in their devices alone, each begun with what the first one drew."""
+    import jax
+
+    state = jax.tree.map(np.array, programs[0].init())  # every step gives its state away
+    return [losses(program, jax.device_put(state, program.shardings)) for program in programs]
