@@ -29,7 +29,9 @@ def jaxtyped(*, typechecker: Callable[[Any], Any]) -> Callable[[Any], Any]:
         if not inspect.isfunction(made) or inspect.isgeneratorfunction(made):
             return whole(made)
         shaped = any(map(_names_shapes, made.__annotations__.values()))
-        return whole(made) if shaped else beartype(made)
+        if shaped:
+            return whole(made)
+        return made if "<locals>" in made.__qualname__ else beartype(made)
 
     return checked
 
