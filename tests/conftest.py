@@ -14,6 +14,8 @@ os.environ["TFDS_DATA_DIR"] = str(Path(__file__).resolve().parents[1] / ".testda
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs here are compiled once and run for milliseconds: cheap code is the fast choice.
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK_TO_COMPILE])
+# Which lines an operation came from is not asked here, and to write it into a program takes a fourteenth.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 
 import jax
 import numpy as np

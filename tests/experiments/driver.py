@@ -71,7 +71,8 @@ def _run(name, arguments, environment, output, errors):
     for stream, path in enumerate((os.devnull, output, errors)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    gc.freeze()  # what was imported is not looked through again
+    gc.freeze()  # what was imported is not looked through again, and what is traced seldom
+    gc.set_threshold(50_000, 20, 50)
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
