@@ -8,6 +8,7 @@ library is imported here.
 KERNELS = (
     "binary_coded_matmul",
     "block_sparse_attention",
+    "block_sparse_matmul",
     "decode_attention",
     "depthwise_conv",
     "neighborhood_attention",

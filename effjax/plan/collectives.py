@@ -1,13 +1,15 @@
 """What a compiled program sends between devices: kinds, bytes, and along which axes of the mesh."""
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from effjax.plan import hlo
@@ -47,13 +49,27 @@ class Collective:
     bytes: int
 
 
+@contextlib.contextmanager
+def located() -> Iterator[None]:
+    """What is lowered in here says from which lines it comes: `collectives` tells its places apart by them.
+
+    jax leaves them out where `JAX_TRACEBACK_IN_LOCATIONS_LIMIT` is 0.
+    """
+    limit: int = jax.config.jax_traceback_in_locations_limit  # type: ignore[attr-defined]
+    jax.config.update("jax_traceback_in_locations_limit", limit or 10)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", limit)
+
+
 def collectives(
     module: hlo.Module, mesh: Mapping[str, int], per_host: int
 ) -> tuple[list[Collective], list[str]]:
     """Lists what one call of a program sends, most bytes first.
 
     Args:
-      module: compiled, its collectives as they will run.
+      module: compiled, its collectives as they will run; lowered where it was `located`.
       mesh: sizes of the axes; devices are numbered along the last axis first.
       per_host: devices with consecutive numbers that share a host.
 

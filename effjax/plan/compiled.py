@@ -13,6 +13,7 @@ import jax
 
 from effjax.errors import RunError
 from effjax.plan import hlo
+from effjax.plan.collectives import located
 from effjax.plan.steps import Step
 from effjax.plan.topology import Topology
 from effjax.train.program import Program
@@ -73,8 +74,9 @@ def compile_step(step: Step, program: Program, topology: Topology) -> Compiled:
     needed: int | None = None
     shares: tuple[float, ...] = ()
     with tempfile.TemporaryDirectory() as folder:
-        traced = step.trace(program)
-        lowered = traced.lower(lowering_platforms=(topology.platform,))
+        with located():
+            traced = step.trace(program)
+            lowered = traced.lower(lowering_platforms=(topology.platform,))
         # The text of a TPU program cannot always be had from the executable, and never that of the program
         # before it was optimised. So the compiler writes both down.
         options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": ".*spmd-partitioning"}

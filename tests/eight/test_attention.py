@@ -11,7 +11,7 @@ from effjax.mixers.dot_product import softmax_attention
 from effjax.parallel.mesh import MeshShape, make_mesh
 from effjax.parallel.sharding import activate, merge_rules
 from effjax.plan import hlo
-from effjax.plan.collectives import collectives
+from effjax.plan.collectives import collectives, located
 
 MESH = {"data": 1, "tensor": 2, "sequence": 4}
 DRAW = np.random.default_rng(0)
@@ -50,7 +50,7 @@ def test_blocks_of_each_device_are_those_of_one(options, block):
 def sent(block):
     mesh = make_mesh(MeshShape(**MESH))
     cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "sequence", "tensor"))
-    with activate(mesh, merge_rules({})):
+    with activate(mesh, merge_rules({})), located():
         placed = [jax.device_put(x, cut) for x in (Q, K, V)]
         compiled = step(block, causal=True, mask=None).lower(*placed).compile()
     found, unknown = collectives(hlo.parse(compiled.as_text()), dict(mesh.shape), 8)

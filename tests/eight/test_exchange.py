@@ -13,7 +13,7 @@ from effjax.ffn import ExchangedMixture, LSHMixture, Mixture
 from effjax.parallel.mesh import MeshShape, make_mesh
 from effjax.parallel.sharding import activate, merge_rules
 from effjax.plan import hlo
-from effjax.plan.collectives import collectives
+from effjax.plan.collectives import collectives, located
 
 FIELDS = dict(experts=8, chosen=2, hidden=12, shared=4)
 X = jax.random.normal(jax.random.key(0), (8, 6, 16))
@@ -80,7 +80,7 @@ def test_means_of_groups_are_those_of_one_device():
 def sent(module, x, sizes, rules):
     """Bytes of a group that travel between experts in one forward pass."""
     mesh = make_mesh(MeshShape(**sizes))
-    with activate(mesh, merge_rules(rules)):
+    with activate(mesh, merge_rules(rules)), located():
         compiled = jax.jit(functools.partial(module.apply, train=True)).lower(variables(), x).compile()
     found, unknown = collectives(hlo.parse(compiled.as_text()), dict(mesh.shape), 8)
     assert not unknown

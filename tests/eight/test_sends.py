@@ -7,7 +7,7 @@ import pytest
 
 from effjax.experiment import resolve
 from effjax.plan import hlo
-from effjax.plan.collectives import collectives
+from effjax.plan.collectives import collectives, located
 from effjax.plan.sbp import received
 from effjax.plan.search import first_round
 from effjax.plan.sends import Step
@@ -19,7 +19,9 @@ MESHES = ({"data": 8}, {"data": 1, "fsdp": 8}, {"data": 4, "tensor": 2}, {"data"
 
 def compiled(family, mesh):
     program = program_of(family, mesh=mesh, evaluators={}, data__batch_size=16)
-    found, _ = collectives(hlo.parse(program.step.as_text()), dict(program.mesh.shape), 8)
+    with located():
+        text = program.step.as_text()
+    found, _ = collectives(hlo.parse(text), dict(program.mesh.shape), 8)
     total = 0.0
     for one in found:
         if one.kind != "collective-permute":

@@ -1,9 +1,10 @@
 """Reading what a compiled program sends, from texts as the compilers write them."""
 
+import jax
 import pytest
 
 from effjax.plan import hlo
-from effjax.plan.collectives import Collective, collectives
+from effjax.plan.collectives import Collective, collectives, located
 
 MESH = {"data": 2, "tensor": 4}
 
@@ -119,3 +120,12 @@ def test_what_cannot_be_read_is_said():
 
 def test_a_group_of_one_sends_nothing():
     assert read("  %r = f32[8,4] all-reduce(%a), channel_id=1, replica_groups=[8,1]<=[8]") == ([], [])
+
+
+def test_what_is_lowered_located_says_its_lines():
+    """Tests lower without them, see tests/conftest.py."""
+    lowered = lambda: jax.jit(lambda x: x + 1).lower(1.0).as_text(debug_info=True)
+    assert "test_collectives.py" not in lowered()
+    with located():
+        assert "test_collectives.py" in lowered()
+    assert "test_collectives.py" not in lowered()

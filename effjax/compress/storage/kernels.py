@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Integer, UInt8
 
 from effjax.compress.storage.packing import Planes
 from effjax.compress.storage.trees import replaced, stored_in
@@ -87,6 +87,22 @@ def binary_product(
         return binary_coded_matmul(*arrays, implementation=_named(implementation))
 
     return _cut(product, rows, alpha, offset, signs)
+
+
+def sparse_block_product(
+    rows: Float[Array, "r k"],
+    values: Array,
+    inputs: Integer[Array, "b"],
+    starts: Integer[Array, "ends"],
+    implementation: Implementation,
+) -> Float[Array, "r n"]:
+    """The product with the blocks of a sparse matrix, in the dtype of the rows; see `quantized_product`."""
+    from pallas_kernels.block_sparse_matmul import block_sparse_matmul
+
+    def product(*arrays: Any) -> Any:
+        return block_sparse_matmul(*arrays, implementation=_named(implementation))
+
+    return _cut(product, rows, values, inputs, starts)
 
 
 def multiplied_by(params: Any, implementation: Implementation) -> Any:

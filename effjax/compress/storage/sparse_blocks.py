@@ -19,7 +19,8 @@ integers: the sum over a column is one of integers, exact in int32, and scaled o
 `inputs`, int8 values are scaled first.
 
 A matrix unit skips nothing smaller than its own tile, and gathers cost more than products: where the blocks
-that stay are more than `dense_above` of all, the matrix is put together and multiplied whole.
+that stay are more than `dense_above` of all, the matrix is put together and multiplied whole. Blocks that are
+as large as that tile, 128 by 128, have a kernel on TPUs (`implementation="kernel"`), which reads them alone.
 
 Bits a weight: (1 - sparsity) (v + 16 / (k n)), and the starts.
 """
@@ -35,12 +36,15 @@ from jaxtyping import Array, Float, Integer
 
 from effjax.compress.storage.input_kinds import KINDS as INPUTS
 from effjax.compress.storage.inputs import check_length
+from effjax.compress.storage.kernels import Implementation, sparse_block_product
 from effjax.compress.storage.matrices import Matrices, flat, in_blocks
 from effjax.config import part
 from effjax.errors import UsageError
 from effjax.layers.stored import Place
 
 Values = Literal["float32", "bfloat16", "int8"]
+# What the kernel's blocks are multiples of.
+TILE = 128
 
 
 @flax.struct.dataclass
@@ -102,6 +106,8 @@ class SparseBlocksTensor(Matrices):
             y = self._integers(rows)
         elif self.layout.density > self.layout.dense_above:
             y = rows @ self.matrix().astype(rows.dtype)
+        elif self.layout.implementation != "plain":
+            y = self._by_kernel(rows)
         else:
             values = self.values
             if self.scale is not None:
@@ -110,6 +116,11 @@ class SparseBlocksTensor(Matrices):
                 values = values.astype(jnp.float32) * of_block[:, None].astype(jnp.float32)
             y = block_product(rows, values.astype(rows.dtype), self.inputs, self.starts)
         return y.astype(x.dtype).reshape(*lead, *self.outs)
+
+    def _by_kernel(self, rows: Float[Array, "r k"]) -> Float[Array, "r n"]:
+        values = self.values if self.scale is not None else self.values.astype(rows.dtype)
+        y = sparse_block_product(rows, values, self.inputs, self.starts, self.layout.implementation)
+        return y if self.scale is None else y.astype(jnp.float32) * self.scale[None].astype(jnp.float32)
 
     def _integers(self, rows: Float[Array, "r k"]) -> Float[Array, "r n"]:
         check_length(rows.shape[1], 1)
@@ -170,6 +181,7 @@ class SparseBlocks:
       values: dtype of what stays; int8 has a scale for every output.
       inputs: how what enters int8 values is rounded; None leaves it.
       dense_above: the density above which the matrix is multiplied whole.
+      implementation: of the product, see `effjax.compress.storage.kernels`.
     """
 
     sparsity: float = 0.8
@@ -177,6 +189,7 @@ class SparseBlocks:
     values: Values = "float32"
     inputs: Any = part(INPUTS, default=None)
     dense_above: float = 1.0
+    implementation: Implementation = "plain"
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
@@ -187,6 +200,16 @@ class SparseBlocks:
             raise UsageError(
                 f"inputs={self.inputs!r} with values={self.values!r}: integers are multiplied by integers. "
                 "Give values='int8' and inputs of kind 'token', 'tensor' or 'static', or no inputs."
+            )
+        if self.implementation != "plain" and self.inputs is not None:
+            raise UsageError(
+                f"implementation={self.implementation!r} multiplies by numbers, inputs={self.inputs!r} by "
+                f"integers: give implementation='plain'."
+            )
+        if self.implementation != "plain" and any(side % TILE for side in self.block):
+            raise UsageError(
+                f"implementation={self.implementation!r} takes blocks of multiples of {TILE}, not "
+                f"{self.block}: give implementation='plain'."
             )
 
     @property

@@ -14,13 +14,14 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from effjax.compress.storage.binary_coding import BinaryCoding
 from effjax.compress.storage.inputs import Token
 from effjax.compress.storage.kernels import multiplied_by
+from effjax.compress.storage.sparse_blocks import SparseBlocks
 from effjax.compress.storage.trees import boxed_like, stored_in
 from effjax.compress.storage.uniform import Uniform
 from effjax.config import build_kind
 from effjax.errors import UsageError
 from effjax.layers.stored import Place
 from effjax.models import KINDS
-from pallas_kernels import binary_coded_matmul, quantized_matmul
+from pallas_kernels import binary_coded_matmul, block_sparse_matmul, quantized_matmul
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 16, (2, 5)), jnp.int32)
 LAYOUTS = {
@@ -29,7 +30,11 @@ LAYOUTS = {
     "column": Uniform(2, 0, False, scale="float32"),
     "matrix": Uniform(4, -1, False),
     "signs": BinaryCoding(2, 128, rounds=1),
+    "blocks": SparseBlocks(0.5, (128, 128)),
+    "int8 blocks": SparseBlocks(0.5, (128, 128), "int8"),
 }
+# What `called` notes where it is not bits: of 2 by 2 blocks and of 2 by 4 half.
+NOTED = {"blocks": {2, 4}, "int8 blocks": {2, 4}}
 
 
 @functools.cache
@@ -56,14 +61,14 @@ def logits(params):
 
 @pytest.fixture
 def called(monkeypatch):
-    """The TPU's kernels in place of the choice; what is noted are the bits, or planes, of every product."""
+    """The TPU's kernels in place of the choice; noted are the bits, planes or blocks of every product."""
     products = []
 
     def interpreted(op, *arrays, implementation, interpret, strict, **options):
         products.append(options.get("bits", arrays[1].shape[0]))
         return op(*arrays, implementation="tpu", interpret=True, **options)
 
-    for package in (quantized_matmul, binary_coded_matmul):
+    for package in (quantized_matmul, binary_coded_matmul, block_sparse_matmul):
         monkeypatch.setattr(package, "OP", functools.partial(interpreted, package.OP))
     return products
 
@@ -77,11 +82,11 @@ def test_a_model_says_the_same_by_kernels(name, called):
     assert {leaf.layout.implementation for leaf in stored_in(reference).values()} == {"reference"}
     kernel = logits(multiplied_by(params, "kernel"))
     assert called
-    assert set(called) == {LAYOUTS[name].bits}
+    assert set(called) == (NOTED.get(name) or {LAYOUTS[name].bits})
     np.testing.assert_allclose(kernel, plain, atol=2e-4 * float(jnp.abs(plain).max()))
 
 
-@pytest.mark.parametrize("name", ["affine", "signs"])
+@pytest.mark.parametrize("name", ["affine", "signs", "blocks"])
 @pytest.mark.parametrize("implementation", ["reference", "kernel"])
 def test_without_a_kernel_the_reference_says_it(name, implementation):
     params = stored(name)
@@ -119,6 +124,10 @@ def test_what_cannot_be_is_refused():
         Uniform(8, implementation="kernel")
     with pytest.raises(UsageError, match="multiplies by numbers"):
         Uniform(4, inputs=Token(8), implementation="kernel")
+    with pytest.raises(UsageError, match="multiplies by numbers"):
+        SparseBlocks(0.5, (128, 128), "int8", Token(8), implementation="kernel")
+    with pytest.raises(UsageError, match=r"blocks of multiples of 128, not \(1, 4\)"):
+        SparseBlocks(0.5, implementation="kernel")
     params = stored("affine")
     wide = dataclasses.replace(next(iter(stored_in(params).values())), layout=Uniform(8, 64, False))
     with pytest.raises(UsageError, match="bits, not 8"):
