@@ -23,7 +23,7 @@ from pallas_kernels.op import Interpret, Unsupported
 from pallas_kernels.padding import padded, rounded
 
 # Blocks of a group, and rows of a tile, at most.
-BLOCKS = {"blocks": 16, "rows": 128}
+BLOCKS = {"blocks": 64, "rows": 128}
 DTYPES = ("bfloat16", "float32")
 LANES, ROWS = 128, 16
 # Numbers of sums that are on their way: half of the registers.

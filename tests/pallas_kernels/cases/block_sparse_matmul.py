@@ -49,7 +49,7 @@ CASE = Case(
     fixed=dict(
         one_block=lambda: (numbers(2, 3, 4, 1), {}),
         empty_columns=lambda: (numbers(3, 4, 6, 6, columns=(1, 4)), {}),
-        one_more_than_a_group=lambda: (numbers(2, 5, 5, 17), {}),
+        one_more_than_a_group=lambda: (numbers(2, 9, 8, 65), {}),
         several_tiles=lambda: (numbers(150, 2, 2, 3), {}),
         larger_blocks=lambda: (numbers(2, 2, 3, 4, block=(256, 128)), {}),
     ),
