@@ -11,7 +11,7 @@ from effjax.compress.steps.sparsify import Densify, Sparsify
 from effjax.compress.storage.input_kinds import KINDS as INPUTS
 from effjax.compress.storage.inputs import Token
 from effjax.compress.storage.masked import Masked
-from effjax.compress.storage.sparse_blocks import SparseBlocks, SparseBlocksTensor, columns_of
+from effjax.compress.storage.sparse_blocks import SparseBlocks, SparseBlocksTensor, break_even, columns_of
 from effjax.compress.storage.trees import stored_in
 from effjax.compress.subject import Calibration
 from effjax.errors import UsageError
@@ -65,11 +65,26 @@ def test_the_product_is_that_of_the_matrix(block, dense_above, draw):
 
 
 def test_work_and_bytes_fall_with_the_blocks(draw):
-    held = SparseBlocks(7 / 9, (8, 8)).store(drawn(draw), PLACE)
+    held = SparseBlocks(7 / 9, (8, 8), dense_above=1.0).store(drawn(draw), PLACE)
     assert count(SparseBlocksTensor.product, held, jnp.ones((7, 24))).macs == 7 * 2 * 64
     published = SparseBlocks(0.8, values="int8")
     # Four numbers of 8 bits and an index of 16 in the place of four of 32.
     assert published.bits_a_weight(768, 3072) == pytest.approx(0.2 * (8 + 16 / 4), abs=0.06)
+
+
+def test_a_matrix_is_multiplied_whole_above_its_break_even_density(draw):
+    def macs(rows, block, **options):
+        held = SparseBlocks(1 / 2, block, **options).store(drawn(draw), PLACE)
+        return count(SparseBlocksTensor.product, held, jnp.ones((rows, 24))).macs
+
+    blocks, whole = 24 * 24 // 2, 24 * 24
+    assert macs(1, (1, 4)) == blocks
+    assert macs(7, (1, 4)) == 7 * whole
+    assert macs(7, (1, 4), dense_above=0.5) == 7 * blocks
+    assert macs(1, (1, 4), dense_above=0.4) == whole
+    assert [break_even((side, side), 32) for side in (16, 64, 128)] == [0.08, 0.4, 0.4]
+    # A kernel reads no block that is zero, on a platform that has one.
+    assert not SparseBlocks(0.1, (128, 128), implementation="kernel").multiplied_whole(32)
 
 
 def test_columns_without_blocks_are_zero():
